@@ -1,0 +1,47 @@
+# make train   install, prepare the built-in text, train the demo model
+# make test    install with the test extra, run the tests
+# make lint    ruff and mypy
+# Every target is a plain command or two; see README.md for them without make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The extra for this machine's accelerator: mps, metal, cuda, or nothing for plain CPU.
+EXTRA = $(shell $(PYTHON) -m gpt2_jax.backend)
+CUSTOM_CALL_SOURCES := $(shell find custom_calls -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+
+.PHONY: train test lint clean
+
+train: $(VENV)/installed
+	$(BIN)/python scripts/prepare_data.py
+	$(BIN)/python scripts/train.py --config configs/demo.toml
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version); make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml $(CUSTOM_CALL_SOURCES)
+	@echo "installing into $(VENV) for: $(or $(EXTRA),plain CPU)"
+	$(BIN)/python -m pip install -e '.$(if $(EXTRA),[$(EXTRA)])'
+	@touch $@
+
+# The tests run on the CPU, with or without an accelerator's extra.
+$(VENV)/installed-test: $(BIN)/python pyproject.toml $(CUSTOM_CALL_SOURCES)
+	$(BIN)/python -m pip install -e '.[test]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(BIN)/python -m pip install -e '.[test,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,287 @@
+"""Every setting of a training run: dataclasses, TOML presets, and the command line made from them.
+
+A run's settings are resolved in this order, later ones winning: the defaults below, the TOML file of --config (with
+--resume: the run folder's own config.toml), the command line. Imports nothing of JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig, is_descriptor, model_config_from_descriptor
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    init: str = "d12"
+    """Where the weights come from: a descriptor for random ones (d6 d12 d24 d36 d48 ..., gpt3:c768 ...), a llm.c model
+    file (.bin), or a Hugging Face GPT-2 folder (config.json, model.safetensors). Files mean fine-tuning: their
+    weights, a fresh optimizer."""
+    num_layers: int | None = None
+    """Other than the descriptor's; like the next four only with a descriptor."""
+    num_heads: int | None = None
+    """Attention heads; must divide the channels."""
+    channels: int | None = None
+    """Width of the residual stream."""
+    max_sequence_length: int | None = None
+    """Rows of the position table."""
+    vocab_size: int | None = None
+    """Token ids; the table is padded to a multiple of 128."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    train: str = "data/kjv_train.bin"
+    """Training shards: a path or a glob. python scripts/prepare_data.py makes the default."""
+    validation: str = "data/kjv_val.bin"
+    """Validation shards."""
+    batch_size: int = 4
+    """Sequences of one micro-batch, B."""
+    sequence_length: int = 1024
+    """Tokens of a sequence, T; at most the model's."""
+    total_batch_size: int = 0
+    """Tokens of one optimizer step, a multiple of B * T: more than B * T accumulates gradients; 0 means B * T."""
+    shuffle: bool = True
+    """Permute shards and samples in llm.c's order (seed 42); off: one after another."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate falls after the warmup."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises."""
+    final_learning_rate_fraction: float = 1.0
+    """The schedule ends at this fraction of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the matrices and embeddings."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    validate_every: int = 20
+    """Validation loss before the first step, every so many steps, and after the last; 0: never."""
+    validation_batches: int = 20
+    """Batches of each validation; -1: all."""
+    sample_every: int = 20
+    """Show generated text before the first step, every so many steps, and after the last; 0: never."""
+    sample_tokens: int = 64
+    """Tokens of each sample."""
+    prompt: str = ""
+    """Text that each sample continues; empty: the end-of-text token, as in llm.c."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    steps: int = 0
+    """Optimizer steps of the whole run, counted from 1 (a resumed run's earlier steps included); 0: one epoch."""
+    out_dir: str = ""
+    """Run folder for checkpoints, log and plot; empty: runs/NAME-TIMESTAMP. One that holds a run needs --resume."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue from the newest complete checkpoint in --out-dir."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; one is always written after the last step. 0: only that one."""
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
+    """auto takes the accelerator that is there and says why; the others are an order, never replaced silently."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What products and activations are computed in. Parameters, gradients and moments are float32 in either."""
+    matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded"] = "auto"
+    """Who makes the matrix products: xla, or on the CPU one of this project's own custom calls."""
+    matmul_precision: Literal["default", "highest"] = "default"
+    """float32 products: default lets NVIDIA GPUs use TF32; highest is full float32 (for comparing with others)."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings; the sections are the tables of the TOML file and the groups of --help."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+    def validate(self) -> None:
+        """Raise Gpt2JaxError for everything that can be refused without looking at a file."""
+        for section, name, lowest in (
+            (self.data, "batch_size", 1),
+            (self.data, "sequence_length", 1),
+            (self.data, "total_batch_size", 0),
+            (self.optimizer, "warmup_steps", 0),
+            (self.evaluation, "validate_every", 0),
+            (self.evaluation, "validation_batches", -1),
+            (self.evaluation, "sample_every", 0),
+            (self.evaluation, "sample_tokens", 1),
+            (self.run, "steps", 0),
+            (self.run, "checkpoint_every", 0),
+        ):
+            if getattr(section, name) < lowest:
+                raise Gpt2JaxError(f"{_flag(name)}: expected at least {lowest}, found {getattr(section, name)}")
+        if self.evaluation.validation_batches == 0:
+            raise Gpt2JaxError("--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off")
+        for name in ("learning_rate", "weight_decay", "final_learning_rate_fraction"):
+            value = getattr(self.optimizer, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise Gpt2JaxError(f"{_flag(name)}: expected a finite number of at least 0, found {value}")
+        micro_batch = self.data.batch_size * self.data.sequence_length
+        if self.data.total_batch_size % micro_batch:
+            below = self.data.total_batch_size // micro_batch * micro_batch
+            raise Gpt2JaxError(
+                f"--total-batch-size: expected a multiple of batch size x sequence length = {micro_batch} tokens, "
+                f"found {self.data.total_batch_size}",
+                f"--total-batch-size {max(below, micro_batch)}",
+            )
+        if self.run.resume and not self.run.out_dir:
+            raise Gpt2JaxError("--resume: expected the run's folder, found no --out-dir", "--resume --out-dir runs/NAME")
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches whose gradients one step sums."""
+        return max(1, self.data.total_batch_size // (self.data.batch_size * self.data.sequence_length))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.num_micro_batches * self.data.batch_size * self.data.sequence_length
+
+
+def model_config_from_settings(settings: ModelSettings) -> ModelConfig | None:
+    """The sizes that a descriptor and its overrides give; None when `init` names a file, whose own sizes hold."""
+    sizes = {name: getattr(settings, name) for name in ModelConfig.__dataclass_fields__}
+    overrides = {name: value for name, value in sizes.items() if value is not None}
+    if is_descriptor(settings.init):
+        return dataclasses.replace(model_config_from_descriptor(settings.init), **overrides)
+    if overrides:
+        raise Gpt2JaxError(
+            f"{_flag(next(iter(overrides)))}: expected a size only with a descriptor such as d12, found --init {settings.init}, "
+            f"whose own sizes hold"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: str | None = None
+    """TOML file with settings; see configs/."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved settings as TOML and stop."""
+
+
+def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfig, str, bool]:
+    """The resolved settings, the run's name (of its TOML file or descriptor), and whether only to print them.
+
+    Flags are the settings' names (--batch-size for data.batch_size). A wrong flag ends the program with status 2 and
+    a suggestion; a wrong key in a TOML file is a Gpt2JaxError with one.
+    """
+    # A first look for what decides the defaults; everything else is left to the real parser.
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first_look.add_argument("--config")
+    first_look.add_argument("--resume", action="store_true")
+    first_look.add_argument("--out-dir", "--out_dir")
+    try:
+        seen, _ = first_look.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        seen = argparse.Namespace(config=None, resume=False, out_dir=None)
+    preset = seen.config or (saved_config_path(seen.out_dir) if seen.resume and seen.out_dir else None)
+    defaults = RunConfig() if preset is None else load_config(preset)
+    command = tyro.cli(
+        _CommandLine,
+        args=arguments,
+        default=_CommandLine(settings=defaults),
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    command.settings.validate()
+    name = Path(seen.config or command.settings.model.init).stem.replace(":", "-")
+    return command.settings, name, command.print_config
+
+
+def saved_config_path(out_dir: str | Path) -> Path:
+    """Where a run keeps its resolved settings."""
+    return Path(out_dir) / "config.toml"
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Settings of a TOML file over the defaults; Gpt2JaxError for an unknown section or key, or a value of a wrong type."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected a TOML file with settings, found: {error.strerror}", "ls configs/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Gpt2JaxError(f"{path}: expected TOML, found: {error}") from None
+    sections = {section.name: section for section in dataclasses.fields(RunConfig)}
+    settings: dict[str, Any] = {}
+    for section_name, table in tables.items():
+        if section_name not in sections or not isinstance(table, dict):
+            raise Gpt2JaxError(
+                f"{path}: expected only the tables {', '.join(f'[{name}]' for name in sections)}, found {section_name!r}"
+                + _suggestion(section_name, list(sections))
+            )
+        section_type = typing.get_type_hints(RunConfig)[section_name]
+        types_by_key = typing.get_type_hints(section_type)
+        values = {}
+        for key, value in table.items():
+            if key not in types_by_key:
+                raise Gpt2JaxError(
+                    f"{path}: expected a setting of [{section_name}], found {key!r}" + _suggestion(key, list(types_by_key))
+                )
+            values[key] = _checked(f"{path}: {section_name}.{key}", value, types_by_key[key])
+        settings[section_name] = section_type(**values)
+    return RunConfig(**settings)
+
+
+def format_config(config: RunConfig) -> str:
+    """The settings as TOML; load_config of it gives `config` back."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items():
+            if value is not None:
+                text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+                lines.append(f"{key} = {text}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _suggestion(found: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(found, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _checked(where: str, value: Any, expected: Any) -> Any:
+    """A TOML value as the setting's type: an integer may stand for a float, nothing else is converted."""
+    if typing.get_origin(expected) is Literal:
+        if value not in typing.get_args(expected):
+            raise Gpt2JaxError(f"{where}: expected one of {', '.join(typing.get_args(expected))}, found {value!r}")
+        return value
+    if isinstance(expected, types.UnionType):  # int | None: TOML has no null, a key left out means None
+        expected = typing.get_args(expected)[0]
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise Gpt2JaxError(f"{where}: expected {expected.__name__}, found {value!r}")
+    return value

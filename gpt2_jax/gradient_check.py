@@ -1,0 +1,114 @@
+"""Loss, logits, all gradients and ten optimizer steps of this project against PyTorch's, with tolerances."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax import model
+from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss, pytorch_training_losses
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.optimizer import adamw, learning_rate_schedule
+from gpt2_jax.train_step import create_state, make_train_step
+
+STEPS = 10
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.1  # so that a wrong decay mask shows in the losses
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity: the largest differences, and the largest share of the tolerance that any element uses."""
+
+    name: str
+    max_absolute: float
+    max_relative: float  # largest difference over the largest reference value
+    used_tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.used_tolerance <= 1.0  # false for NaN too
+
+
+def check_gradients(
+    config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray, *, dtype: str, matmul: str = "xla"
+) -> list[Comparison]:
+    """Compare with PyTorch in float32 on the CPU; one Comparison each for the loss, the logits, the gradient of every
+    one of the 16 tensors, and the losses of ten AdamW steps on the batch.
+
+    float32 tolerances: loss 1e-5, logits 1e-3 (llm.c's), gradients 1e-6 + 1e-3 |ref|, ten-step losses 1e-4.
+    bfloat16 has 8 bits and about 10 L roundings from a weight to its gradient, taken as independent: an error of
+    2^-8 sqrt(10 L) of the largest value in every tensor and in the logits; llm.c's 0.05 for the losses.
+    """
+    layout = ParameterLayout(config)
+    reference = make_pytorch_model(config, params)
+    reference_logits, reference_loss = pytorch_loss(reference, x_BT, y_BT)
+    reference_loss.backward()
+    reference_grads = layout.views(pytorch_gradients(reference, config))
+    reference_losses = pytorch_training_losses(
+        reference, x_BT, y_BT, steps=STEPS, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY
+    )
+
+    compute_dtype = jnp.dtype(dtype)
+
+    def evaluate(params_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x_BT, y_BT, layout, dtype=compute_dtype, matmul=matmul)
+        return loss, model.logits(params_N, x_BT, layout, dtype=compute_dtype, matmul=matmul), grads_N
+
+    # On NVIDIA GPUs float32 products would be TF32 otherwise.
+    with jax.default_matmul_precision("highest"):
+        loss, logits_BTV, grads_N = jax.jit(evaluate)(jnp.asarray(params))
+        losses = _training_losses(layout, params, x_BT, y_BT, compute_dtype, matmul)
+    grads = layout.views(np.asarray(grads_N))
+
+    def gradient_tolerance(reference: np.ndarray) -> np.ndarray:
+        if dtype == "float32":
+            return 1e-6 + 1e-3 * np.abs(reference)
+        return np.full_like(reference, _bfloat16_error(config) * np.abs(reference).max())
+
+    logits = np.asarray(logits_BTV)[..., : config.vocab_size]
+    expected_logits = reference_logits.detach().numpy()
+    logits_tolerance = 1e-3 if dtype == "float32" else _bfloat16_error(config) * np.abs(expected_logits).max()
+    loss_tolerance, losses_tolerance = (1e-5, 1e-4) if dtype == "float32" else (0.05, 0.05)
+    return [
+        _compare("loss", np.asarray(loss), np.asarray(reference_loss.detach()), loss_tolerance),
+        _compare("logits", logits, expected_logits, logits_tolerance),
+        *(
+            _compare(f"grad {name}", grads[name], expected, gradient_tolerance(expected))
+            for name, expected in reference_grads.items()
+        ),
+        _compare(f"{STEPS} steps' losses", np.array(losses), np.array(reference_losses), losses_tolerance),
+    ]
+
+
+def _bfloat16_error(config: ModelConfig) -> float:
+    return 2.0**-8 * math.sqrt(10 * config.num_layers)
+
+
+def _training_losses(
+    layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray, dtype: jnp.dtype, matmul: str
+) -> list[float]:
+    schedule = learning_rate_schedule("constant", LEARNING_RATE, steps=STEPS)
+    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY)
+    step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul)
+    state = create_state(params, optimizer)
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = step(state, x_BT[None], y_BT[None])
+        losses.append(float(metrics.loss))
+    return losses
+
+
+def _compare(name: str, found: np.ndarray, expected: np.ndarray, tolerance: np.ndarray | float) -> Comparison:
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    largest = float(np.abs(expected).max())
+    return Comparison(
+        name=name,
+        max_absolute=float(difference.max()),
+        max_relative=float(difference.max()) / largest if largest else 0.0,
+        used_tolerance=float((difference / tolerance).max()),
+    )

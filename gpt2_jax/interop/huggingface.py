@@ -1,0 +1,95 @@
+"""GPT-2 checkpoints of Hugging Face transformers: config.json and model.safetensors to the flat buffer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+
+_HINT = "a folder that transformers' save_pretrained wrote for GPT2LMHeadModel"
+# Our tensor -> their name in a block. Their Conv1D weights are (in, out), ours (out, in).
+_BLOCK_NAMES = {
+    "ln1w": "ln_1.weight",
+    "ln1b": "ln_1.bias",
+    "qkvw": "attn.c_attn.weight",
+    "qkvb": "attn.c_attn.bias",
+    "attprojw": "attn.c_proj.weight",
+    "attprojb": "attn.c_proj.bias",
+    "ln2w": "ln_2.weight",
+    "ln2b": "ln_2.bias",
+    "fcw": "mlp.c_fc.weight",
+    "fcb": "mlp.c_fc.bias",
+    "fcprojw": "mlp.c_proj.weight",
+    "fcprojb": "mlp.c_proj.bias",
+}
+_OTHER_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
+TRANSPOSED = frozenset({"qkvw", "attprojw", "fcw", "fcprojw"})
+
+
+def huggingface_names(layout: ParameterLayout) -> dict[tuple[str, int], str]:
+    """(our tensor, layer) -> their parameter's name without the prefix 'transformer.'; layer 0 where there is none."""
+    names = {(tensor, 0): name for tensor, name in _OTHER_NAMES.items()}
+    for layer in range(layout.config.num_layers):
+        names |= {(tensor, layer): f"h.{layer}.{name}" for tensor, name in _BLOCK_NAMES.items()}
+    return names
+
+
+def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.ndarray]:
+    """Sizes and flat buffer (num_parameters,) float32; float16 and bfloat16 weights are widened.
+
+    Raises Gpt2JaxError for a folder without the two files, for a model that is not a GPT-2 that this project can
+    compute (another activation, a missing tensor, a wrong shape).
+    """
+    folder = Path(folder)
+    config = _model_config(folder / "config.json")
+    layout = ParameterLayout(config)
+    params = np.zeros(layout.num_parameters, dtype=np.float32)
+    path = folder / "model.safetensors"
+    tensors = layout.views(params)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            stored = set(file.keys())
+            prefix = "transformer." if "transformer.wte.weight" in stored else ""
+            for (tensor, layer), name in huggingface_names(layout).items():
+                if prefix + name not in stored:
+                    raise Gpt2JaxError(f"{path}: expected the tensor {prefix + name}, found none", _HINT)
+                value = file.get_tensor(prefix + name)
+                out = tensors[tensor][layer] if layout[tensor].stacked else tensors[tensor]
+                out = out[: config.vocab_size] if tensor == "wte" else out
+                value = value.T if tensor in TRANSPOSED else value
+                if value.shape != out.shape:
+                    raise Gpt2JaxError(f"{path}: expected {prefix + name} of shape {out.shape}, found {value.shape}", _HINT)
+                out[...] = value
+    except (OSError, SafetensorError) as error:
+        raise Gpt2JaxError(f"{path}: expected GPT-2 weights in safetensors, found: {error}", _HINT) from None
+    return config, params
+
+
+def _model_config(path: Path) -> ModelConfig:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        sizes = ModelConfig(
+            max_sequence_length=int(config["n_positions"]),
+            vocab_size=int(config["vocab_size"]),
+            num_layers=int(config["n_layer"]),
+            num_heads=int(config["n_head"]),
+            channels=int(config["n_embd"]),
+        )
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected a GPT-2 config, found: {error.strerror}", _HINT) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Gpt2JaxError(f"{path}: expected a GPT-2 config with its five sizes, found: {error!r}", _HINT) from None
+    # What our forward pass has fixed; a key left out has transformers' default, which is ours.
+    for key, expected in (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5), ("tie_word_embeddings", True)):
+        if config.get(key, expected) != expected:
+            raise Gpt2JaxError(f"{path}: expected {key} = {expected!r}, found {config[key]!r}", _HINT)
+    if config.get("n_inner") not in (None, 4 * sizes.channels):
+        raise Gpt2JaxError(f"{path}: expected n_inner = {4 * sizes.channels}, found {config['n_inner']!r}", _HINT)
+    return sizes

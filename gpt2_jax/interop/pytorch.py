@@ -1,0 +1,115 @@
+"""The same GPT-2 in PyTorch, from transformers' own model class: what every gradient is checked against.
+
+Needs the packages of the extra 'test'; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.interop.huggingface import TRANSPOSED, huggingface_names
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.optimizer import BETA1, BETA2, EPSILON, GRADIENT_CLIP
+
+if TYPE_CHECKING:
+    import torch
+
+
+def make_pytorch_model(config: ModelConfig, params: np.ndarray) -> torch.nn.Module:
+    """transformers' GPT2LMHeadModel in float32 on the CPU, without dropout, with the weights of the flat buffer."""
+    try:
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise Gpt2JaxError(f"PyTorch reference: expected the package {error.name}, found none", "pip install -e '.[test]'") from None
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.max_sequence_length,
+            n_embd=config.channels,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=config.vocab_size - 1,
+            eos_token_id=config.vocab_size - 1,
+            attn_implementation="eager",
+        )
+    )
+    tensors = ParameterLayout(config).views(params)
+    with torch.no_grad():
+        for name, parameter, select in _correspondence(model, config):
+            parameter.copy_(torch.from_numpy(np.array(select(tensors[name]))))
+    return model.train()
+
+
+def pytorch_loss(model: torch.nn.Module, x_BT: np.ndarray, y_BT: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, T, V) and mean cross-entropy, both with their graph."""
+    import torch
+
+    logits_BTV = model(torch.from_numpy(x_BT.astype(np.int64)), use_cache=False).logits
+    targets = torch.from_numpy(y_BT.astype(np.int64)).reshape(-1)
+    return logits_BTV, torch.nn.functional.cross_entropy(logits_BTV.reshape(targets.numel(), -1), targets)
+
+
+def pytorch_gradients(model: torch.nn.Module, config: ModelConfig) -> np.ndarray:
+    """The gradients that backward() left, as a flat buffer (num_parameters,) float32 with zero padding rows."""
+    layout = ParameterLayout(config)
+    grads = np.zeros(layout.num_parameters, dtype=np.float32)
+    tensors = layout.views(grads)
+    for name, parameter, select in _correspondence(model, config):
+        assert parameter.grad is not None  # every parameter of a GPT-2 takes part in its loss
+        select(tensors[name])[...] = parameter.grad.numpy()
+    return grads
+
+
+def pytorch_training_losses(
+    model: torch.nn.Module, x_BT: np.ndarray, y_BT: np.ndarray, *, steps: int, learning_rate: float, weight_decay: float
+) -> list[float]:
+    """The losses of `steps` updates on one batch with torch.optim.AdamW and llm.c's clipping; the model is changed."""
+    import torch
+
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(BETA1, BETA2),
+        eps=EPSILON,
+    )
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = pytorch_loss(model, x_BT, y_BT)[1]
+        loss.backward()
+        losses.append(float(loss.detach()))
+        # clip_grad_norm_ would add 1e-6 to the denominator.
+        norm = torch.sqrt(sum(torch.sum(torch.square(p.grad), dtype=torch.float64) for p in parameters))
+        if norm > GRADIENT_CLIP:
+            for parameter in parameters:
+                parameter.grad *= GRADIENT_CLIP / norm
+        optimizer.step()
+    return losses
+
+
+def _correspondence(
+    model: torch.nn.Module, config: ModelConfig
+) -> Iterator[tuple[str, torch.nn.Parameter, Callable[[np.ndarray], np.ndarray]]]:
+    """Our tensor's name, their parameter, and how to view our tensor in the shape of theirs."""
+    theirs = dict(model.transformer.named_parameters())
+    layout = ParameterLayout(config)
+    for (name, layer), their_name in huggingface_names(layout).items():
+
+        def select(tensor: np.ndarray, name: str = name, layer: int = layer) -> np.ndarray:
+            part = tensor[layer] if layout[name].stacked else tensor
+            part = part[: config.vocab_size] if name == "wte" else part
+            return part.T if name in TRANSPOSED else part
+
+        yield name, theirs[their_name], select

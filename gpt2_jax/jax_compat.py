@@ -1,0 +1,60 @@
+"""The only file that asks for a version of jax; it does not import jax at its top.
+
+Supported: jax 0.4.34 (the oldest that jax-metal works with) to 0.12, without 0.10.0 and 0.10.1, which can abort while
+compiling attention gradients on the CPU (jax issue 39264).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from typing import Any
+
+_YNNPACK_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+# YNNPACK fusions are on by default from here on, with wrong results (jax issues 39103, 39257). Some older jaxlibs do
+# not know the flag, and abort on it.
+_FIRST_JAXLIB_WITH_YNNPACK_FUSIONS = (0, 10, 2)
+
+
+def installed_version(distribution: str) -> tuple[int, ...] | None:
+    """The leading numbers of a distribution's version, (0, 10, 2) for '0.10.2'; None when it is not installed."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in leading.group().split(".")) if leading else ()
+
+
+def switch_off_ynnpack_fusions() -> None:
+    """Add the flag to XLA_FLAGS for a jaxlib that needs it. XLA reads XLA_FLAGS once, when its first backend starts.
+
+    A user who names the flag in XLA_FLAGS keeps their own value.
+    """
+    jaxlib = installed_version("jaxlib")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jaxlib is not None and jaxlib >= _FIRST_JAXLIB_WITH_YNNPACK_FUSIONS and _YNNPACK_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_YNNPACK_FLAG}=".strip()
+
+
+def ffi_module() -> Any:
+    """jax's module of the foreign function interface."""
+    import jax
+
+    if jax.__version_info__ >= (0, 5, 0):
+        import jax.ffi
+
+        return jax.ffi
+    import jax.extend.ffi
+
+    return jax.extend.ffi
+
+
+def ffi_call(target: str, result: Any, *args: Any, **attributes: Any) -> Any:
+    """Call a registered FFI target; under vmap it is called once for each element of the batch."""
+    import jax
+
+    if jax.__version_info__ >= (0, 4, 35):
+        return ffi_module().ffi_call(target, result, vmap_method="sequential")(*args, **attributes)
+    return ffi_module().ffi_call(target, result, *args, **attributes)

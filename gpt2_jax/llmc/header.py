@@ -1,0 +1,135 @@
+"""What all of llm.c's binary files share: a header of 256 32-bit words, checked before anything is read.
+
+Also the one way in which this project writes a file: to a temporary name beside it, flushed to disk, renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from gpt2_jax.errors import Gpt2JaxError
+
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+
+# Every magic number of llm.c's GPT-2 files, so that a reader can say what it was given instead.
+MAGIC_MODEL = 20240326
+MAGIC_DEBUG_STATE = 20240327
+MAGIC_TOKENIZER = 20240328
+MAGIC_TOKEN_SHARD = 20240520
+MAGIC_EVAL = 20240522
+MAGIC_TRAINING_STATE = 20240527
+_FILE_KINDS = {
+    MAGIC_MODEL: "a model file",
+    MAGIC_DEBUG_STATE: "a debug state file",
+    MAGIC_TOKENIZER: "a tokenizer file",
+    MAGIC_TOKEN_SHARD: "a token shard",
+    MAGIC_EVAL: "a multiple-choice evaluation file",
+    MAGIC_TRAINING_STATE: "a training state file",
+    20240801: "a Llama-3 token shard",
+    20240803: "a Llama-3 file",
+}
+
+
+def header_words(values: dict[int, int]) -> np.ndarray:
+    """A header (256,) int32 with the given words set and every other word zero."""
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    for index, value in values.items():
+        header[index] = value
+    return header
+
+
+def file_size(path: str | os.PathLike, what: str, hint: str) -> int:
+    """Size in bytes of a regular file; Gpt2JaxError for anything that cannot be read as one (missing, folder, pipe)."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise Gpt2JaxError(f"{path}: expected {what}, found no such file", hint) from None
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected {what}, found a path that cannot be opened: {error.strerror}", hint) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise Gpt2JaxError(f"{path}: expected {what}, found a folder", hint)
+    if not stat.S_ISREG(status.st_mode):
+        raise Gpt2JaxError(f"{path}: expected {what}, found something that is not a regular file", hint)
+    return status.st_size
+
+
+def read_header(
+    path: str | os.PathLike, *, what: str, magic: int, versions: Sequence[int], hint: str
+) -> tuple[np.ndarray, int]:
+    """The header words (256,) int32 and the file's size in bytes, with magic and version checked.
+
+    `what` names the expected kind of file and `hint` is the command that makes one; both go into the error.
+    """
+    size = file_size(path, what, hint)
+    if size < HEADER_BYTES:
+        raise Gpt2JaxError(f"{path}: expected {what} with a header of {HEADER_BYTES} bytes, found {size} bytes", hint)
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_WORDS)
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
+    if header[0] != magic:
+        found = _FILE_KINDS.get(int(header[0]), "no file of llm.c's")
+        raise Gpt2JaxError(f"{path}: expected {what} (magic {magic}), found magic {header[0]} ({found})", hint)
+    if header[1] not in versions:
+        expected = " or ".join(map(str, versions))
+        raise Gpt2JaxError(f"{path}: expected {what} of version {expected}, found version {header[1]}", hint)
+    return header, size
+
+
+def check_size(path: str | os.PathLike, *, what: str, size: int, expected: int, hint: str) -> None:
+    """Gpt2JaxError unless a file is exactly as long as its header says."""
+    if size != expected:
+        state = "truncated" if size < expected else "grown"
+        raise Gpt2JaxError(f"{path}: expected {what} of {expected} bytes by its header, found {size} bytes ({state})", hint)
+
+
+def read_array(path: str | os.PathLike, dtype: str, count: int, offset: int) -> np.ndarray:
+    """`count` elements from byte `offset` of a file whose size has been checked already."""
+    try:
+        array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected {count} elements at byte {offset}, found: {error.strerror}") from None
+    if array.size != count:
+        raise Gpt2JaxError(f"{path}: expected {count} elements at byte {offset}, found {array.size}: the file changed")
+    return array
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file for writing so that `path` either keeps its old content or has all of the new one.
+
+    The data go to a temporary name in the same folder, are flushed to disk, and the file is renamed. On an error
+    the temporary file is removed and `path` is untouched; a failing disk is reported as a Gpt2JaxError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise Gpt2JaxError(f"{path}: expected to write it, found: {error.strerror or error}; nothing was changed") from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; only POSIX systems can open a folder for that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

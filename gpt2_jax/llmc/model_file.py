@@ -1,0 +1,122 @@
+"""llm.c's model files: a header of sizes, then the 16 tensors of the flat buffer.
+
+Version 3 is float32 and version 5 bfloat16, both with the padded vocabulary; these are written. The old versions 1
+(float32, unpadded wte) and 4 (bfloat16 with float32 LayerNorms) are read too. Version 2 is refused: its tensor
+order changed within one day and cannot be told from the file.
+"""
+
+from __future__ import annotations
+
+import os
+
+import ml_dtypes
+import numpy as np
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.llmc.header import (
+    HEADER_BYTES,
+    MAGIC_MODEL,
+    atomic_write,
+    check_size,
+    header_words,
+    read_array,
+    read_header,
+)
+
+_HINT = "python scripts/write_starter_pack.py --init d12 --output-dir DIR   (writes gpt2_d12.bin)"
+_VERSION_OF_DTYPE = {"float32": 3, "bfloat16": 5}
+_LAYERNORM_TENSORS = ("ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
+
+
+def read_model_config(path: str | os.PathLike) -> ModelConfig:
+    """The sizes in a model file's header; the whole header and the file's size are checked, the body is not read."""
+    return _read_checked_header(path)[0]
+
+
+def read_model_file(path: str | os.PathLike) -> tuple[ModelConfig, np.ndarray]:
+    """The sizes and the parameters (num_parameters,) float32 of a model file, in one read for version 3.
+
+    Raises Gpt2JaxError for a wrong magic, version, size in the header, or length of the file, before allocating,
+    and for padding rows of wte that are not zero.
+    """
+    config, version = _read_checked_header(path)
+    layout = ParameterLayout(config)
+    if version == 3:
+        params = read_array(path, "<f4", layout.num_parameters, HEADER_BYTES).astype(np.float32, copy=False)
+    elif version == 5:
+        params = read_array(path, ml_dtypes.bfloat16, layout.num_parameters, HEADER_BYTES).astype(np.float32)
+    else:
+        params = _read_old_body(path, version, layout)
+    padding_start, padding_stop = layout.padding_span
+    if np.any(params[padding_start:padding_stop]):
+        raise Gpt2JaxError(
+            f"{path}: expected zeros in the padding rows {config.vocab_size} to {config.padded_vocab_size - 1} of wte, "
+            f"found other values",
+            _HINT,
+        )
+    return config, params
+
+
+def write_model_file(path: str | os.PathLike, config: ModelConfig, params: np.ndarray, dtype: str = "float32") -> None:
+    """Write `params` (num_parameters,) float32 as version 3 ('float32') or 5 ('bfloat16', rounded to nearest even)."""
+    layout = ParameterLayout(config)
+    if params.shape != (layout.num_parameters,) or params.dtype != np.float32:
+        raise Gpt2JaxError(
+            f"{path}: expected parameters of shape ({layout.num_parameters},) float32, found {params.shape} {params.dtype}"
+        )
+    header = header_words(
+        {
+            0: MAGIC_MODEL,
+            1: _VERSION_OF_DTYPE[dtype],
+            2: config.max_sequence_length,
+            3: config.vocab_size,
+            4: config.num_layers,
+            5: config.num_heads,
+            6: config.channels,
+            7: config.padded_vocab_size,
+        }
+    )
+    body = params if dtype == "float32" else params.astype(ml_dtypes.bfloat16)
+    with atomic_write(path) as file:
+        file.write(header.tobytes())
+        file.write(memoryview(np.ascontiguousarray(body)).cast("B") if dtype == "float32" else body.tobytes())
+
+
+def _read_checked_header(path: str | os.PathLike) -> tuple[ModelConfig, int]:
+    """Sizes and version, after every check that needs no body."""
+    what = "a model file"
+    header, size = read_header(path, what=what, magic=MAGIC_MODEL, versions=(3, 5, 1, 4), hint=_HINT)
+    version, max_sequence_length, vocab_size, num_layers, num_heads, channels, padded_vocab_size = map(int, header[1:8])
+    try:
+        config = ModelConfig(max_sequence_length, vocab_size, num_layers, num_heads, channels)
+    except Gpt2JaxError as error:
+        raise Gpt2JaxError(f"{path}: {error}", _HINT) from None
+    if version != 1 and padded_vocab_size != config.padded_vocab_size:
+        raise Gpt2JaxError(
+            f"{path}: expected a padded vocabulary of {config.padded_vocab_size} rows for {vocab_size} tokens, "
+            f"found {padded_vocab_size}",
+            _HINT,
+        )
+    layout = ParameterLayout(config)
+    if version == 1:
+        expected = HEADER_BYTES + 4 * layout.num_true_parameters
+    elif version == 3:
+        expected = HEADER_BYTES + 4 * layout.num_parameters
+    else:
+        float32_elements = sum(layout[name].size for name in _LAYERNORM_TENSORS) if version == 4 else 0
+        expected = HEADER_BYTES + 2 * layout.num_parameters + 2 * float32_elements
+    check_size(path, what=f"{what} of version {version}", size=size, expected=expected, hint=_HINT)
+    return config, version
+
+
+def _read_old_body(path: str | os.PathLike, version: int, layout: ParameterLayout) -> np.ndarray:
+    """Version 1 lacks wte's padding rows; version 4 mixes float32 LayerNorms into bfloat16."""
+    params = np.zeros(layout.num_parameters, dtype=np.float32)
+    offset = HEADER_BYTES
+    for tensor in layout.tensors:
+        stop = layout.padding_span[0] if version == 1 and tensor.name == "wte" else tensor.stop
+        dtype = np.dtype("<f4" if version == 1 or tensor.name in _LAYERNORM_TENSORS else ml_dtypes.bfloat16)
+        params[tensor.offset : stop] = read_array(path, dtype, stop - tensor.offset, offset)
+        offset += (stop - tensor.offset) * dtype.itemsize
+    return params

@@ -1,0 +1,112 @@
+"""What a person sees of a run (table, progress, samples), the log that programs read, and the picture of the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from gpt2_jax.errors import Gpt2JaxError
+
+
+class Display:
+    """Progress for people: a live bar on a terminal; in a pipe one line a step, beginning 'step N/TOTAL'."""
+
+    def __init__(self, total_steps: int, console: Console | None = None):
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._total_steps = total_steps
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def line(self, text: str) -> None:
+        """One line of text, above the bar if there is one."""
+        # Text, not str: square brackets in a path or a sample are not rich's markup.
+        self._console.print(Text(text))
+
+    def table(self, rows: Sequence[tuple[str, Any]]) -> None:
+        """Names and values in two columns."""
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.line(f"  {name:<{width}}  {value}")
+
+    def sample(self, step: int, text: str) -> None:
+        self.line(f"sample at step {step}:\n---\n{text}\n---")
+
+    def step(self, step: int, *, loss: float, norm: float, learning_rate: float, seconds: float, tokens_per_second: float) -> None:
+        """One training step's figures."""
+        figures = (
+            f"loss {loss:.6f} | norm {norm:.4f} | lr {learning_rate:.2e} | {seconds * 1000:.2f} ms | {tokens_per_second:.0f} tok/s"
+        )
+        if not self._console.is_terminal:
+            self.line(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps} | {figures}")
+            return
+        if self._progress is None:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
+            self._progress = Progress(*columns, TextColumn("{task.description}", markup=False), console=self._console)
+            self._progress.add_task("", total=self._total_steps)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=step, description=figures)
+
+
+class RunLog:
+    """The run's log.jsonl: one JSON object a line, each with 'event' and 'step', written through at once."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def write(self, event: str, step: int, **values: float | int | str) -> None:
+        record = {"event": event, "step": step, **values}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise Gpt2JaxError(f"{self.path}: expected to append to the log, found: {error.strerror}") from None
+
+    def records(self, event: str) -> list[dict[str, Any]]:
+        """All records of one kind, in order of their step; of a step that was run twice, the last."""
+        by_step: dict[int, dict[str, Any]] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that a crash cut short
+            if record["event"] == event:
+                by_step[record["step"]] = record
+        return [by_step[step] for step in sorted(by_step)]
+
+
+def plot_loss(log: RunLog, path: str | os.PathLike, *, baseline: float | None = None) -> None:
+    """A PNG of the run's training and validation loss over its steps, with the unigram cross-entropy as a line."""
+    # A figure of its own canvas: no display, and none of pyplot's global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for event, style in (("train", {"linewidth": 1.0}), ("validation", {"marker": "o", "markersize": 4})):
+        records = [record for record in log.records(event) if math.isfinite(record["loss"])]
+        axes.plot([record["step"] for record in records], [record["loss"] for record in records], label=event, **style)
+    if baseline is not None:
+        axes.axhline(baseline, color="gray", linestyle="--", label=f"unigram cross-entropy ({baseline:.2f})")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

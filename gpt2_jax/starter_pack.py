@@ -1,0 +1,66 @@
+"""The files that llm.c's own Python script writes, so that llm.c's programs can train from and check this project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax import model
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.llmc.debug_state import DebugState, write_debug_state
+from gpt2_jax.llmc.model_file import write_model_file
+from gpt2_jax.llmc.token_shard import open_token_shard
+from gpt2_jax.llmc.tokenizer_file import write_tokenizer_file
+from gpt2_jax.tokenizer import gpt2_tokenizer, token_bytes
+
+
+def first_batch(tokens_path: str, vocab_size: int, batch_size: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets (B, T) int32: the first B * T + 1 tokens of a shard."""
+    count = batch_size * sequence_length + 1
+    tokens = open_token_shard(tokens_path)[:count].astype(np.int32)
+    if tokens.size < count:
+        raise Gpt2JaxError(f"{tokens_path}: expected at least {count} tokens, found {tokens.size}")
+    if tokens.max() >= vocab_size:
+        raise Gpt2JaxError(f"{tokens_path}: expected token ids below {vocab_size}, found {tokens.max()}")
+    shape = (batch_size, sequence_length)
+    return tokens[:-1].reshape(shape), tokens[1:].reshape(shape)
+
+
+def debug_state(config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> DebugState:
+    """Logits, loss and gradients of one batch, computed in float32 at the highest precision."""
+    layout = ParameterLayout(config)
+
+    def evaluate(params_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        float32 = jnp.dtype(jnp.float32)
+        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x_BT, y_BT, layout, dtype=float32)
+        return model.logits(params_N, x_BT, layout, dtype=float32)[..., : config.vocab_size], loss, grads_N
+
+    with jax.default_matmul_precision("highest"):
+        logits_BTV, loss, grads_N = jax.jit(evaluate)(params)
+    return DebugState(x_BT, y_BT, np.asarray(logits_BTV), np.float32(loss), np.asarray(grads_N))
+
+
+def write_starter_pack(
+    folder: Path, name: str, config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray
+) -> list[Path]:
+    """Write gpt2_NAME.bin, gpt2_NAME_bf16.bin, gpt2_NAME_debug_state.bin and gpt2_tokenizer.bin; returns their paths."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Gpt2JaxError(f"{folder}: expected a folder to write to, found: {error.strerror}") from None
+    paths = [
+        folder / f"gpt2_{name}.bin",
+        folder / f"gpt2_{name}_bf16.bin",
+        folder / f"gpt2_{name}_debug_state.bin",
+        folder / "gpt2_tokenizer.bin",
+    ]
+    write_model_file(paths[0], config, params)
+    write_model_file(paths[1], config, params, dtype="bfloat16")
+    write_debug_state(paths[2], debug_state(config, params, x_BT, y_BT))
+    tokenizer = gpt2_tokenizer()
+    write_tokenizer_file(paths[3], token_bytes(tokenizer), tokenizer.eot_token)
+    return paths

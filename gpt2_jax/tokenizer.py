@@ -1,0 +1,69 @@
+"""GPT-2's byte-pair encoding with no network: tiktoken over the merges that lie in the package."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from importlib.resources import files
+
+import tiktoken
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
+
+END_OF_TEXT = "<|endoftext|>"
+_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # OpenAI's vocab.bpe
+# How GPT-2 splits text before merging; the form that tiktoken's regex engine runs fastest.
+_SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@cache
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's 50257 tokens; 'Hello world' is [15496, 995], the end of text 50256."""
+    merges = files("gpt2_jax").joinpath("assets/gpt2_vocab.bpe").read_bytes()
+    if hashlib.sha256(merges).hexdigest() != _MERGES_SHA256:
+        raise Gpt2JaxError("gpt2_jax/assets/gpt2_vocab.bpe: expected GPT-2's merges, found a changed file", "pip install -e .")
+    ranks = _ranks_from_merges(merges.decode("utf-8"))
+    return _encoding("gpt2", ranks, end_of_text=len(ranks))
+
+
+def tokenizer_from_file(path: str | os.PathLike) -> tiktoken.Encoding:
+    """The full encoder and decoder that llm.c's tokenizer file implies: a token's id is its merge rank.
+
+    Raises Gpt2JaxError for a damaged file, and for a vocabulary that lacks one of the 256 bytes or repeats a token.
+    """
+    token_bytes, end_of_text = read_tokenizer_file(path)
+    ranks = {token: token_id for token_id, token in enumerate(token_bytes) if token_id != end_of_text}
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing or len(ranks) != len(token_bytes) - 1:
+        found = f"no token for byte {missing[0]}" if missing else "two ids for one token"
+        raise Gpt2JaxError(f"{path}: expected a byte-level vocabulary with every byte and no token twice, found {found}")
+    return _encoding(os.fspath(path), ranks, end_of_text)
+
+
+def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
+    """The bytes of every token by id, as llm.c's tokenizer file lists them."""
+    return [tokenizer.decode_single_token_bytes(token_id) for token_id in range(tokenizer.n_vocab)]
+
+
+def _encoding(name: str, ranks: dict[bytes, int], end_of_text: int) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        name, pat_str=_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
+    )
+
+
+def _ranks_from_merges(merges: str) -> dict[bytes, int]:
+    """Rank of every token: the 256 bytes in GPT-2's order, then the result of each merge in the file's order.
+
+    The file writes each byte as one printable character: itself where it is printable, else the next code point from
+    256 on.
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    for line in merges.splitlines()[1:]:
+        left, right = line.split()
+        ranks[bytes(byte_of[character] for character in left + right)] = len(ranks)
+    return ranks

@@ -1,0 +1,87 @@
+"""The state of a training run and the one compiled function that advances it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import lax
+
+from gpt2_jax import model
+from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.optimizer import AdamWState, Schedule, global_norm
+
+
+@struct.dataclass
+class TrainState:
+    """Three flat float32 buffers of num_parameters each (parameters and both moments) and the count of updates."""
+
+    params: jax.Array
+    optimizer: AdamWState
+
+
+@struct.dataclass
+class Metrics:
+    """Of one step, on the device until somebody looks: float32 scalars."""
+
+    loss: jax.Array  # mean cross-entropy before the update, nats per token
+    gradient_norm: jax.Array  # before clipping
+    learning_rate: jax.Array
+
+
+def create_state(params_N: np.ndarray, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state on the default device from a buffer on the host, which is copied."""
+    params = jnp.array(params_N)
+    return TrainState(params=params, optimizer=optimizer.init(params))
+
+
+def loss_and_gradient(
+    params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array, layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss and its gradient (num_parameters,) float32 over A micro-batches, summed in float32 in their order."""
+    num_micro_batches = x_ABT.shape[0]
+
+    def micro_batch_loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
+        return model.loss(params_N, x_BT, y_BT, layout, dtype=dtype, matmul=matmul) / num_micro_batches
+
+    value_and_grad = jax.value_and_grad(micro_batch_loss)
+    if num_micro_batches == 1:
+        return value_and_grad(params_N, x_ABT[0], y_ABT[0])
+
+    def accumulate(
+        total: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        loss, grads_N = value_and_grad(params_N, *batch)
+        return (total[0] + loss, total[1] + grads_N), None
+
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(params_N))
+    return lax.scan(accumulate, zero, (x_ABT, y_ABT))[0]
+
+
+def make_train_step(
+    layout: ParameterLayout,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    dtype: jnp.dtype,
+    matmul: str,
+    donate: bool = True,
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated."""
+
+    def step(state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[TrainState, Metrics]:
+        loss, grads_N = loss_and_gradient(state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul)
+        # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
+        grads_N = lax.optimization_barrier(grads_N)
+        updates_N, optimizer_state = optimizer.update(grads_N, state.optimizer, state.params)
+        params_N = optax.apply_updates(state.params, updates_N)
+        metrics = Metrics(
+            loss=loss, gradient_norm=global_norm(grads_N), learning_rate=schedule(state.optimizer.count)
+        )
+        return TrainState(params=params_N, optimizer=optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())

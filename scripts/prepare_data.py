@@ -1,0 +1,37 @@
+"""Make token shards for training: DATA_train.bin and DATA_val.bin in llm.c's format.
+
+  python scripts/prepare_data.py                       the built-in text (King James Bible), no network
+  python scripts/prepare_data.py --source tinyshakespeare   llm.c's recipe, downloaded
+  python scripts/prepare_data.py --source my_book.txt  any UTF-8 text file
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from gpt2_jax import corpus
+from gpt2_jax.errors import run_program
+
+
+@dataclass(frozen=True)
+class Arguments:
+    source: str = "kjv"
+    """kjv (built in), tinyshakespeare (downloaded), or the path of a UTF-8 text file."""
+    output_dir: str = "data"
+    """Folder for the two shards."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    print(f"reading and tokenizing {arguments.source} ...", flush=True)
+    makers = {"kjv": corpus.kjv, "tinyshakespeare": corpus.tinyshakespeare}
+    made = makers[arguments.source]() if arguments.source in makers else corpus.text_file(arguments.source)
+    for path, tokens in zip(corpus.write_corpus(made, Path(arguments.source).stem, arguments.output_dir), made, strict=True):
+        print(f"{path}: {len(tokens):,} tokens")
+
+
+if __name__ == "__main__":
+    run_program(main)

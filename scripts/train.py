@@ -1,0 +1,31 @@
+"""Train a GPT-2 and leave llm.c checkpoints, a log and a loss curve.
+
+  python scripts/train.py --config configs/demo.toml            learn the built-in text in a few minutes
+  python scripts/train.py --init d12 --train 'data/*_train_*.bin' --batch-size 8
+  python scripts/train.py --init gpt2_124M.bin --train my.bin   fine-tune
+  python scripts/train.py --resume --out-dir runs/NAME          continue a run
+"""
+
+from __future__ import annotations
+
+import sys
+
+from gpt2_jax.backend import select_backend
+from gpt2_jax.config import format_config, parse_command_line
+from gpt2_jax.errors import run_program
+
+
+def main() -> None:
+    config, name, only_print = parse_command_line(sys.argv[1:], description=__doc__)
+    if only_print:
+        print(format_config(config))
+        return
+    backend = select_backend(config.compute.backend)  # before anything imports jax
+
+    from gpt2_jax.trainer import train
+
+    train(config, name, backend)
+
+
+if __name__ == "__main__":
+    run_program(main)

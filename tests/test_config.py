@@ -1,0 +1,152 @@
+"""Settings from defaults, TOML and the command line; every wrong one is refused with a way out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from gpt2_jax.config import (
+    ModelSettings,
+    RunConfig,
+    format_config,
+    load_config,
+    model_config_from_settings,
+    parse_command_line,
+    saved_config_path,
+)
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import model_config_from_descriptor
+from tests.conftest import REPOSITORY
+
+# Every flag of train.py. A change here is a change of the public interface: README, presets and users' scripts.
+FLAGS = {
+    *("--config", "--print-config"),
+    *("--init", "--num-layers", "--num-heads", "--channels", "--max-sequence-length", "--vocab-size"),
+    *("--train", "--validation", "--batch-size", "--sequence-length", "--total-batch-size", "--shuffle", "--no-shuffle"),
+    *("--learning-rate", "--schedule", "--warmup-steps", "--final-learning-rate-fraction", "--weight-decay"),
+    *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
+    *("--steps", "--out-dir", "--resume", "--checkpoint-every"),
+    *("--backend", "--dtype", "--matmul", "--matmul-precision"),
+}
+
+
+def parse(*arguments):
+    return parse_command_line([str(argument) for argument in arguments], "Train.")
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_flags_are_frozen(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("--help")
+    assert exit.value.code == 0
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert {word for word in words if word.startswith("--") and len(word) > 2} - {"--help"} >= FLAGS
+    settings = {"--" + f.name.replace("_", "-") for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(s.default_factory)}
+    assert settings | {"--config", "--print-config", "--no-shuffle"} == FLAGS
+
+
+def test_command_line_over_file_over_defaults(tmp_path):
+    path = write(tmp_path / "mine.toml", "[run]\nsteps = 7\n[optimizer]\nlearning_rate = 1\nschedule = 'wsd'\n")
+    config, name, only_print = parse("--config", path, "--steps", "9", "--print-config")
+    assert (config.run.steps, config.optimizer.learning_rate, config.optimizer.schedule) == (9, 1.0, "wsd")
+    assert config.data.batch_size == RunConfig().data.batch_size
+    assert (name, only_print) == ("mine", True)
+
+
+def test_printed_settings_load_back(tmp_path):
+    config, _, _ = parse("--init", 'odd "name".bin', "--no-shuffle", "--learning-rate", "1e-9", "--steps", "3")
+    assert load_config(write(tmp_path / "printed.toml", format_config(config))) == config
+
+
+@pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_presets_are_valid(preset):
+    config, name, _ = parse("--config", preset)
+    assert name == preset.stem
+    assert model_config_from_settings(config.model) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nstep = 3", r"run.*'step'; did you mean 'steps'\?"),
+        ("[rum]\nsteps = 3", r"'rum'; did you mean 'run'\?"),
+        ("steps = 3", r"expected only the tables .*found 'steps'"),
+        ("[run]\nsteps = 'many'", r"run.steps: expected int, found 'many'"),
+        ("[run]\nsteps = 1.5", r"run.steps: expected int, found 1.5"),
+        ("[run]\nsteps = true", r"run.steps: expected int, found True"),
+        ("[data]\nshuffle = 1", r"data.shuffle: expected bool, found 1"),
+        ("[optimizer]\nschedule = 'cosin'", r"expected one of cosine, linear, constant, wsd, found 'cosin'"),
+        ("[model]\nnum_layers = 'six'", r"model.num_layers: expected int"),
+        ("[run\n", r"expected TOML, found"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, message):
+    path = write(tmp_path / "wrong.toml", text)
+    with pytest.raises(Gpt2JaxError, match=message):
+        parse("--config", path)
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(Gpt2JaxError, match="expected a TOML file"):
+            parse("--config", path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: expected at least 1, found 0"),
+        (["--steps", "-1"], "--steps: expected at least 0"),
+        (["--total-batch-size", "5000"], r"multiple of .* = 4096.*\n.*--total-batch-size 4096"),
+        (["--total-batch-size", "9000"], "--total-batch-size 8192"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a finite number"),
+        (["--weight-decay", "-1"], "--weight-decay"),
+        (["--validation-batches", "0"], "--validate-every 0"),
+        (["--resume"], "--resume: expected the run's folder"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(Gpt2JaxError, match=message):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--stepz", "3"], ["--steps", "three"], ["--schedule", "cosin"], ["--steps"]])
+def test_wrong_flags_end_with_status_2_and_a_hint(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(*arguments)
+    assert exit.value.code == 2
+    assert "--s" in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
+    with pytest.raises(SystemExit):
+        parse("--batchsize", "3")
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_resume_takes_the_run_folders_settings(tmp_path):
+    config, _, _ = parse("--steps", "3", "--batch-size", "2")
+    write(saved_config_path(tmp_path), format_config(config))
+    resumed, _, _ = parse("--resume", "--out-dir", tmp_path, "--steps", "5")
+    assert (resumed.run.steps, resumed.data.batch_size, resumed.run.resume) == (5, 2, True)
+
+
+def test_accumulation_counts():
+    config, _, _ = parse("--batch-size", "2", "--sequence-length", "8", "--total-batch-size", "64")
+    assert (config.num_micro_batches, config.tokens_per_step) == (4, 64)
+    config, _, _ = parse("--batch-size", "2", "--sequence-length", "8")
+    assert (config.num_micro_batches, config.tokens_per_step) == (1, 16)
+
+
+def test_sizes_override_a_descriptor_but_not_a_file():
+    settings = ModelSettings(init="d6", channels=24, num_heads=3)
+    expected = dataclasses.replace(model_config_from_descriptor("d6"), channels=24, num_heads=3)
+    assert model_config_from_settings(settings) == expected
+    assert model_config_from_settings(ModelSettings(init="model.bin")) is None
+    with pytest.raises(Gpt2JaxError, match=r"--channels: expected a size only with a descriptor.*model.bin"):
+        model_config_from_settings(ModelSettings(init="model.bin", channels=24))

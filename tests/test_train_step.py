@@ -1,0 +1,72 @@
+"""The compiled step: accumulation, what it donates, what it returns."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax.optimizer import adamw, learning_rate_schedule
+from gpt2_jax.train_step import create_state, loss_and_gradient, make_train_step
+
+FLOAT32 = jnp.dtype("float32")
+
+
+def make_step(layout, **options):
+    schedule = learning_rate_schedule("linear", 1e-2, steps=20, final_fraction=0.5)
+    optimizer = adamw(schedule, layout, weight_decay=0.1)
+    return optimizer, make_train_step(layout, optimizer, schedule, dtype=FLOAT32, matmul="xla", **options)
+
+
+def test_micro_batches_sum_to_the_whole_batchs_gradient(tiny_layout, tiny_params, tiny_batch):
+    x, y = tiny_batch
+    params = jnp.asarray(tiny_params)
+    loss, grads = loss_and_gradient(params, x[None], y[None], tiny_layout, dtype=FLOAT32, matmul="xla")
+    accumulated = loss_and_gradient(params, x[:, None], y[:, None], tiny_layout, dtype=FLOAT32, matmul="xla")
+    assert abs(float(loss) - float(accumulated[0])) < 1e-6
+    # Three terms in another order: a few roundings of the largest elements.
+    np.testing.assert_allclose(accumulated[1], grads, rtol=1e-5, atol=1e-7)
+
+
+def test_training_learns_and_reports(tiny_layout, tiny_params, tiny_batch):
+    optimizer, step = make_step(tiny_layout)
+    state = create_state(tiny_params, optimizer)
+    losses, rates = [], []
+    for _ in range(15):
+        state, metrics = step(state, tiny_batch[0][None], tiny_batch[1][None])
+        losses.append(float(metrics.loss))
+        rates.append(float(metrics.learning_rate))
+        assert float(metrics.gradient_norm) > 0
+    assert losses[-1] < losses[0] - 1
+    np.testing.assert_allclose(rates, [1e-2 - 5e-3 * i / 20 for i in range(15)], rtol=1e-5)
+    assert int(state.optimizer.count) == 15
+    for buffer in (state.params, state.optimizer.m, state.optimizer.v):
+        assert (np.asarray(buffer)[slice(*tiny_layout.padding_span)] == 0).all()
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_the_old_state_is_donated_only_where_asked(tiny_layout, tiny_params, tiny_batch, donate):
+    optimizer, step = make_step(tiny_layout, donate=donate)
+    state = create_state(tiny_params, optimizer)
+    step(state, tiny_batch[0][None], tiny_batch[1][None])
+    leaves = (state.params, state.optimizer.m, state.optimizer.v)
+    assert all(leaf.is_deleted() == donate for leaf in leaves)
+
+
+def test_the_same_steps_give_the_same_bits(tiny_layout, tiny_params, tiny_batch):
+    results = []
+    for _ in range(2):
+        optimizer, step = make_step(tiny_layout)
+        state = create_state(tiny_params, optimizer)
+        for _ in range(3):
+            state, _ = step(state, tiny_batch[0][:, None], tiny_batch[1][:, None])
+        results.append(np.asarray(state.params))
+    np.testing.assert_array_equal(*results)
+
+
+def test_the_caller_keeps_its_own_buffer(tiny_layout, tiny_params, tiny_batch):
+    params = tiny_params.copy()
+    optimizer, step = make_step(tiny_layout)
+    jax.block_until_ready(step(create_state(params, optimizer), tiny_batch[0][None], tiny_batch[1][None]))
+    np.testing.assert_array_equal(params, tiny_params)
