@@ -13,6 +13,10 @@ from tests.conftest import TINY
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 
 
+def gradient_function(layout, dtype):
+    return jax.jit(lambda params, x, y: jax.value_and_grad(model.loss)(params, x, y, layout, dtype=dtype))
+
+
 def test_layer_norm_against_float64():
     rng = np.random.default_rng(0)
     x, gain, bias = rng.normal(3, 5, (2, 3, 64)).astype(np.float32), *rng.normal(size=(2, 64)).astype(np.float32)
@@ -29,16 +33,17 @@ def test_gelu_is_the_tanh_form():
 
 def test_logits_do_not_see_later_tokens(tiny_layout, tiny_params, tiny_batch):
     x = tiny_batch[0].copy()
-    before = model.logits(tiny_params, x, tiny_layout, dtype=FLOAT32)
+    logits_of = jax.jit(lambda x: model.logits(jnp.asarray(tiny_params), x, tiny_layout, dtype=FLOAT32))
+    before = logits_of(x)
     x[:, 9:] = 0
-    after = model.logits(tiny_params, x, tiny_layout, dtype=FLOAT32)
+    after = logits_of(x)
     np.testing.assert_array_equal(before[:, :9], after[:, :9])
     assert (np.asarray(before)[:, 9:, : TINY.vocab_size] != np.asarray(after)[:, 9:, : TINY.vocab_size]).any()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_gradient_is_one_float32_buffer_with_zero_padding_rows(tiny_layout, tiny_params, tiny_batch, dtype):
-    loss, grads = jax.value_and_grad(model.loss)(jnp.asarray(tiny_params), *tiny_batch, tiny_layout, dtype=dtype)
+    loss, grads = gradient_function(tiny_layout, dtype)(tiny_params, *tiny_batch)
     assert loss.dtype == jnp.float32
     assert (grads.shape, grads.dtype) == ((tiny_layout.num_parameters,), jnp.float32)
     for name, tensor in tiny_layout.views(np.asarray(grads)).items():
@@ -49,25 +54,23 @@ def test_gradient_is_one_float32_buffer_with_zero_padding_rows(tiny_layout, tiny
 
 def test_positions_beyond_a_short_sequence_get_no_gradient(tiny_layout, tiny_params, tiny_batch):
     x, y = (tokens[:, :5] for tokens in tiny_batch)
-    grads = jax.grad(model.loss)(jnp.asarray(tiny_params), x, y, tiny_layout, dtype=FLOAT32)
+    _, grads = gradient_function(tiny_layout, FLOAT32)(tiny_params, x, y)
     wpe = tiny_layout.views(np.asarray(grads))["wpe"]
     assert (wpe[5:] == 0).all()
     assert (wpe[:5] != 0).all(axis=1).all()
 
 
 def test_bfloat16_loss_is_near_float32s(tiny_layout, tiny_params, tiny_batch):
-    losses = [float(model.loss(jnp.asarray(tiny_params), *tiny_batch, tiny_layout, dtype=dtype)) for dtype in (FLOAT32, BFLOAT16)]
+    losses = [float(gradient_function(tiny_layout, dtype)(tiny_params, *tiny_batch)[0]) for dtype in (FLOAT32, BFLOAT16)]
     assert 0 < abs(losses[0] - losses[1]) < 0.05  # llm.c's tolerance; equal would mean that nothing was in bfloat16
 
 
 def test_jitted_equals_unjitted(tiny_layout, tiny_params, tiny_batch):
     """jaxlib has had CPU fusions that computed wrong numbers only under jit."""
 
-    def loss_and_gradient(params):
-        return jax.value_and_grad(model.loss)(params, *tiny_batch, tiny_layout, dtype=FLOAT32)
-
-    jitted_loss, jitted = jax.jit(loss_and_gradient)(jnp.asarray(tiny_params))
+    function = gradient_function(tiny_layout, FLOAT32)
+    jitted_loss, jitted = function(jnp.asarray(tiny_params), *tiny_batch)
     with jax.disable_jit():
-        loss, grads = loss_and_gradient(jnp.asarray(tiny_params))
+        loss, grads = function(jnp.asarray(tiny_params), *tiny_batch)
     assert abs(float(jitted_loss) - float(loss)) < 1e-5
     np.testing.assert_allclose(jitted, grads, rtol=1e-3, atol=1e-6)

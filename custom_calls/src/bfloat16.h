@@ -1,0 +1,25 @@
+// bfloat16 is the upper half of a float32; it travels as uint16_t.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace gpt2_jax {
+
+inline float bfloat16_to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// To nearest, ties to even. A NaN stays a NaN: rounding its payload up could make it an infinity.
+inline uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
+}
+
+}  // namespace gpt2_jax

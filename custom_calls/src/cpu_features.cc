@@ -1,0 +1,81 @@
+#include "cpu_features.h"
+
+#include <cstdlib>
+
+namespace gpt2_jax {
+namespace {
+
+struct NamedFeature {
+  CpuFeature feature;
+  std::string_view name;
+};
+
+constexpr NamedFeature kFeatures[] = {
+    {kAvx2, "avx2"},
+    {kFma, "fma"},
+    {kAvx512f, "avx512f"},
+    {kNeon, "neon"},
+};
+
+void append(std::string* list, std::string_view name) {
+  if (!list->empty()) *list += ",";
+  *list += name;
+}
+
+std::string_view trim(std::string_view text) {
+  const size_t first = text.find_first_not_of(" \t");
+  if (first == std::string_view::npos) return {};
+  return text.substr(first, text.find_last_not_of(" \t") - first + 1);
+}
+
+}  // namespace
+
+CpuFeatures cpu_features_seen() {
+  CpuFeatures seen = 0;
+#if defined(__x86_64__)
+  // The compiler's support library reads CPUID, and XGETBV for what the operating system saves.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) seen |= kAvx2;
+  if (__builtin_cpu_supports("fma")) seen |= kFma;
+  if (__builtin_cpu_supports("avx512f")) seen |= kAvx512f;
+#elif defined(__aarch64__)
+  seen |= kNeon;  // part of the base architecture
+#endif
+  return seen;
+}
+
+CpuFeatures cpu_features() {
+  static const CpuFeatures features = [] {
+    const char* list = std::getenv("GPT2_JAX_CPU_FEATURES");
+    const CpuFeatures seen = cpu_features_seen();
+    return list == nullptr || *list == '\0' ? seen : seen & parse_cpu_features(list, nullptr);
+  }();
+  return features;
+}
+
+CpuFeatures parse_cpu_features(std::string_view list, std::string* unknown) {
+  CpuFeatures features = 0;
+  while (!list.empty()) {
+    const size_t comma = list.find(',');
+    const std::string_view name = trim(list.substr(0, comma));
+    list = comma == std::string_view::npos ? std::string_view() : list.substr(comma + 1);
+    bool known = name.empty() || name == "none";
+    for (const NamedFeature& entry : kFeatures) {
+      if (name != entry.name) continue;
+      features |= entry.feature;
+      known = true;
+    }
+    if (!known && unknown != nullptr) append(unknown, name);
+  }
+  return features;
+}
+
+std::string cpu_feature_names(CpuFeatures features) {
+  std::string names;
+  for (const NamedFeature& entry : kFeatures) {
+    if (features & entry.feature) append(&names, entry.name);
+  }
+  return names;
+}
+
+}  // namespace gpt2_jax

@@ -1,0 +1,34 @@
+// What the CPU can do, and how much of it we may use.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace gpt2_jax {
+
+// A set of features, one bit each.
+using CpuFeatures = uint32_t;
+
+enum CpuFeature : CpuFeatures {
+  kAvx2 = 1u << 0,
+  kFma = 1u << 1,
+  kAvx512f = 1u << 2,
+  kNeon = 1u << 3,
+};
+
+// What CPU and operating system offer, whatever the mask says.
+CpuFeatures cpu_features_seen();
+
+// What is seen and allowed by GPT2_JAX_CPU_FEATURES: a comma list of allowed features ("avx2,fma"),
+// or "none". Unset or empty allows all. Read once, at the first call.
+CpuFeatures cpu_features();
+
+// The features named in such a list. Names that are no feature are returned in `unknown`, as a
+// comma list, when it is not null; they allow nothing.
+CpuFeatures parse_cpu_features(std::string_view list, std::string* unknown);
+
+// "avx2,fma"; "" for none.
+std::string cpu_feature_names(CpuFeatures features);
+
+}  // namespace gpt2_jax

@@ -1,0 +1,41 @@
+// The library's whole surface: what Python finds in it by name. C linkage, nothing else exported.
+#pragma once
+
+#if defined(__GNUC__)
+#define GPT2_JAX_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define GPT2_JAX_EXPORT extern "C"
+#endif
+
+struct XLA_FFI_Error;
+struct XLA_FFI_CallFrame;
+
+// XLA FFI handler (CPU), to be registered as a target of any name:
+//
+//   out (m x n) = op(a) (m x k) . op(b) (k x n)
+//
+//   arguments   a, b: f32 or bf16, of any rank. Element (i, j) of the stored matrix is element
+//               offset + i * columns + j of the row-major array. An array of rank 2 or more must
+//               have the matrix's columns as its last dimension; one of rank 1 is a flat buffer.
+//   result      out: f32 or bf16, m * n elements, last dimension n when of rank 2 or more
+//   attributes  m, n, k                   int64
+//               transpose_a, transpose_b  int64, 0 or 1: a is stored k x m, b is stored n x k
+//               a_offset, b_offset        int64, elements
+//               implementation            string, a rung's name
+//               precision                 string, named as in jax.lax.DotAlgorithmPreset
+//               num_threads               int64, at least 1, the calling thread included
+//
+// Anything else is INVALID_ARGUMENT with what was expected and what was found; a rung that refuses
+// is UNIMPLEMENTED with its reason.
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul(XLA_FFI_CallFrame* call_frame);
+
+// What this library is and what it can do on this machine, as one JSON object:
+//
+//   {"version": "0.1.0", "xla_ffi_api": "0.1",
+//    "implementations": [{"name": "naive", "available": true, "reason": ""}, ...],
+//    "cpu_features": {"seen": ["avx2", ...], "allowed": [...], "mask": "avx2" or null,
+//                     "unknown": ["names in the mask that are no feature"]},
+//    "kernel": "f32_6x16_avx2"}
+//
+// The text lives as long as the library; the caller must not free it.
+GPT2_JAX_EXPORT const char* gpt2_jax_custom_calls_describe();

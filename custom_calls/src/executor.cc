@@ -1,0 +1,63 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+namespace gpt2_jax {
+namespace {
+
+// Shared between the caller and its tasks; outlives the call for as long as a late task holds it.
+class Job {
+ public:
+  Job(int64_t count, const std::function<void(int64_t)>& item) : count_(count), item_(item) {}
+
+  void take_items() {
+    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) item_(i);
+  }
+
+  // A helper's whole life. item_ is the caller's: it may be touched only between enter and leave.
+  void help() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (closed_) return;
+      ++helpers_;
+    }
+    take_items();
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (--helpers_ == 0) idle_.notify_one();
+  }
+
+  void close_and_wait_for_helpers() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    closed_ = true;
+    idle_.wait(lock, [this] { return helpers_ == 0; });
+  }
+
+ private:
+  const int64_t count_;
+  const std::function<void(int64_t)>& item_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable idle_;
+  int helpers_ = 0;
+  bool closed_ = false;
+};
+
+}  // namespace
+
+void parallel_for(Executor& executor, int64_t count, const std::function<void(int64_t)>& item) {
+  const int64_t helpers = std::min<int64_t>(executor.num_threads(), count) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < count; ++i) item(i);
+    return;
+  }
+  auto job = std::make_shared<Job>(count, item);
+  for (int64_t i = 0; i < helpers; ++i) executor.schedule([job] { job->help(); });
+  job->take_items();
+  job->close_and_wait_for_helpers();
+}
+
+}  // namespace gpt2_jax

@@ -1,0 +1,36 @@
+// Running independent items of work on somebody else's threads without ever blocking on them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace gpt2_jax {
+
+// A source of threads: XLA's pool in the custom call, ThreadPool in the tests.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  // Threads that may work at once, the calling one included; at least 1.
+  virtual int num_threads() const = 0;
+  // Runs `task` some time: at once on this thread, later on another, or long after the caller has
+  // gone. Nothing may depend on when.
+  virtual void schedule(std::function<void()> task) = 0;
+};
+
+// The calling thread alone.
+class InlineExecutor final : public Executor {
+ public:
+  int num_threads() const override { return 1; }
+  void schedule(std::function<void()> task) override { task(); }
+};
+
+// Calls item(i) once for each i in [0, count), on any thread and in any order, and returns when all
+// are done. Items must not throw and must not wait for one another.
+//
+// Safe to call from a thread of the executor's own pool, from any number of them at once: the
+// caller takes items itself until none is left, then waits only for tasks that are already running
+// one. A task that starts later finds the job closed and returns, so no thread ever waits for a
+// task that needs a thread to start.
+void parallel_for(Executor& executor, int64_t count, const std::function<void(int64_t)>& item);
+
+}  // namespace gpt2_jax

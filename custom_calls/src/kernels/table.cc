@@ -1,0 +1,41 @@
+// The one table of micro-kernels and their block sizes.
+#include "cpu_features.h"
+#include "kernels/kernel.h"
+
+namespace gpt2_jax {
+namespace {
+
+constexpr Kernel kKernels[] = {
+// clang-format off
+//   name                features        mr  nr  function           depth item_m item_n pack_m pack_n
+#if defined(__x86_64__)
+    {"f32_14x32_avx512", kAvx512f,       14, 32, f32_14x32_avx512, {384,  168,   256,   1008,  3072}},
+    {"f32_6x16_avx2",    kAvx2 | kFma,    6, 16, f32_6x16_avx2,    {384,  96,    256,   960,   3072}},
+#elif defined(__aarch64__)
+    {"f32_8x12_neon",    kNeon,           8, 12, f32_8x12_neon,    {384,  128,   240,   1024,  3072}},
+#endif
+    {"f32_4x8_generic",  0,               4,  8, f32_4x8_generic,  {256,  128,   256,   1024,  3072}},
+    // clang-format on
+};
+
+constexpr bool sizes_fit() {
+  for (const Kernel& kernel : kKernels) {
+    if (kernel.mr * kernel.nr > kMaxTile) return false;
+    if (kernel.blocks.item_m % kernel.mr || kernel.blocks.pack_m % kernel.mr) return false;
+    if (kernel.blocks.item_n % kernel.nr || kernel.blocks.pack_n % kernel.nr) return false;
+  }
+  return true;
+}
+static_assert(sizes_fit(), "block sizes are multiples of the kernel's tile");
+
+}  // namespace
+
+KernelTable kernels() { return {kKernels, kKernels + sizeof(kKernels) / sizeof(kKernels[0])}; }
+
+const Kernel& best_kernel(uint32_t features) {
+  const Kernel* kernel = kernels().begin();
+  while (kernel->features & ~features) ++kernel;
+  return *kernel;
+}
+
+}  // namespace gpt2_jax

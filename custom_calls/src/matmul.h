@@ -1,0 +1,51 @@
+// The contract: what one matrix product is. Every implementation reads this and nothing else.
+//
+//   out (m x n) = op(a) (m x k) . op(b) (k x n),  all row-major in memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace gpt2_jax {
+
+enum class DType : uint8_t { kFloat32, kBFloat16 };
+
+// Arithmetic of the product, named as in jax.lax.DotAlgorithmPreset.
+enum class Precision : uint8_t {
+  kF32_F32_F32,       // operands as they are, float32 products and sums
+  kBF16_BF16_F32,     // operands rounded to bfloat16 (nearest, ties to even), float32 sums
+  kBF16_BF16_F32_X3,  // float32 operands as hi + lo bfloat16, three products
+  kBF16_BF16_F32_X6,  // float32 operands as three bfloat16 parts, six products
+};
+
+// One operand: a row-major matrix that starts `offset` elements into a buffer, so that a weight can
+// be read in place from a flat buffer that holds many.
+struct Operand {
+  const void* buffer = nullptr;
+  int64_t offset = 0;             // elements from the buffer's start
+  int64_t leading_dimension = 0;  // elements from one stored row to the next
+  DType dtype = DType::kFloat32;
+  bool transposed = false;  // op(X) is the transpose of what is stored
+};
+
+// `out` must not overlap an operand. m, n, k >= 0; k == 0 fills `out` with zeros.
+struct Matmul {
+  int64_t m = 0, n = 0, k = 0;
+  Operand a;  // stored m x k, or k x m when transposed
+  Operand b;  // stored k x n, or n x k when transposed
+  void* out = nullptr;
+  int64_t out_leading_dimension = 0;
+  DType out_dtype = DType::kFloat32;  // bfloat16: each float32 sum is rounded once, at the end
+  Precision precision = Precision::kF32_F32_F32;
+};
+
+const char* name(DType dtype);          // "f32", "bf16"
+const char* name(Precision precision);  // "F32_F32_F32", ...
+// False, and `precision` untouched, when there is no such name.
+bool parse_precision(std::string_view text, Precision* precision);
+
+// "f32[256,768] . bf16[2304,768]^T -> f32[256,2304], BF16_BF16_F32", for messages.
+std::string to_string(const Matmul& matmul);
+
+}  // namespace gpt2_jax

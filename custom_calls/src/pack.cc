@@ -1,0 +1,145 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "operand.h"
+#include "transpose_4x4.h"
+
+namespace gpt2_jax {
+namespace {
+
+// Memory runs along the lanes: copy step by step.
+template <int kWidth, typename Load>
+void copy_panel(const typename Load::Stored* source, int64_t k_stride, int64_t depth,
+                float* panel) {
+  for (int64_t p = 0; p < depth; ++p) {
+    for (int lane = 0; lane < kWidth; ++lane) {
+      panel[p * kWidth + lane] = Load::load(source[p * k_stride + lane]);
+    }
+  }
+}
+
+// Memory runs along k: transpose in squares of 4, what is left over by ones.
+template <int kWidth>
+void transpose_panel(const float* source, int64_t lane_stride, int64_t depth, float* panel) {
+  constexpr int kSquares = kWidth / 4 * 4;  // lanes that squares cover
+  const int64_t square_depth = depth / 4 * 4;
+  for (int64_t p = 0; p < square_depth; p += 4) {
+    for (int lane = 0; lane < kSquares; lane += 4) {
+      transpose_4x4(source + lane * lane_stride + p, lane_stride, panel + p * kWidth + lane,
+                    kWidth);
+    }
+    for (int64_t q = p; q < p + 4; ++q) {
+      for (int lane = kSquares; lane < kWidth; ++lane) {
+        panel[q * kWidth + lane] = source[lane * lane_stride + q];
+      }
+    }
+  }
+  for (int64_t p = square_depth; p < depth; ++p) {
+    for (int lane = 0; lane < kWidth; ++lane) {
+      panel[p * kWidth + lane] = source[lane * lane_stride + p];
+    }
+  }
+}
+
+// The same for elements to be converted: a chunk of each lane to float32 first, along memory.
+template <int kWidth, typename Load>
+void convert_and_transpose_panel(const typename Load::Stored* source, int64_t lane_stride,
+                                 int64_t depth, float* panel) {
+  constexpr int64_t kChunk = 64;  // with 32 lanes 8 KiB, a part of L1
+  alignas(64) float lanes[kWidth * kChunk];
+  for (int64_t p = 0; p < depth; p += kChunk) {
+    const int64_t length = std::min(kChunk, depth - p);
+    for (int lane = 0; lane < kWidth; ++lane) {
+      for (int64_t q = 0; q < length; ++q) {
+        lanes[lane * kChunk + q] = Load::load(source[lane * lane_stride + p + q]);
+      }
+    }
+    transpose_panel<kWidth>(lanes, kChunk, length, panel + p * kWidth);
+  }
+}
+
+// One full panel; one of the strides is 1.
+template <int kWidth, typename Load>
+void pack_full_panel(const typename Load::Stored* source, int64_t lane_stride, int64_t k_stride,
+                     int64_t depth, float* panel) {
+  if (lane_stride == 1) {
+    copy_panel<kWidth, Load>(source, k_stride, depth, panel);
+  } else if constexpr (std::is_same_v<Load, LoadFloat32>) {
+    transpose_panel<kWidth>(source, lane_stride, depth, panel);
+  } else {
+    convert_and_transpose_panel<kWidth, Load>(source, lane_stride, depth, panel);
+  }
+}
+
+template <typename Load>
+void pack_ragged_panel(const typename Load::Stored* source, int64_t lane_stride, int64_t k_stride,
+                       int64_t lanes, int64_t depth, int width, float* panel) {
+  for (int64_t p = 0; p < depth; ++p) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      panel[p * width + lane] = Load::load(source[lane * lane_stride + p * k_stride]);
+    }
+    for (int64_t lane = lanes; lane < width; ++lane) panel[p * width + lane] = 0;
+  }
+}
+
+template <typename Load>
+void pack_panels(const typename Load::Stored* source, int64_t lane_stride, int64_t k_stride,
+                 int64_t lanes, int64_t depth, int width, float* packed) {
+  void (*pack_full)(const typename Load::Stored*, int64_t, int64_t, int64_t, float*) = nullptr;
+  switch (width) {  // every mr and nr in the table of kernels
+    case 4:
+      pack_full = pack_full_panel<4, Load>;
+      break;
+    case 6:
+      pack_full = pack_full_panel<6, Load>;
+      break;
+    case 8:
+      pack_full = pack_full_panel<8, Load>;
+      break;
+    case 12:
+      pack_full = pack_full_panel<12, Load>;
+      break;
+    case 14:
+      pack_full = pack_full_panel<14, Load>;
+      break;
+    case 16:
+      pack_full = pack_full_panel<16, Load>;
+      break;
+    case 32:
+      pack_full = pack_full_panel<32, Load>;
+      break;
+  }
+  for (int64_t lane = 0; lane < lanes; lane += width, packed += width * depth) {
+    if (pack_full != nullptr && lanes - lane >= width) {
+      pack_full(source + lane * lane_stride, lane_stride, k_stride, depth, packed);
+    } else {
+      pack_ragged_panel<Load>(source + lane * lane_stride, lane_stride, k_stride,
+                              std::min<int64_t>(lanes - lane, width), depth, width, packed);
+    }
+  }
+}
+
+template <typename Load>
+void pack_lanes(const MatrixView<Load>& view, int64_t lane_stride, int64_t k_stride,
+                const PackRange& range, int width, float* packed) {
+  pack_panels<Load>(view.data + range.first_lane * lane_stride + range.first_k * k_stride,
+                    lane_stride, k_stride, range.lanes, range.depth, width, packed);
+}
+
+}  // namespace
+
+void pack_a(const Matmul& matmul, const PackRange& range, int width, float* packed) {
+  visit_operand(matmul.a, matmul.precision, [&](auto view) {
+    pack_lanes(view, view.row_stride, view.column_stride, range, width, packed);
+  });
+}
+
+void pack_b(const Matmul& matmul, const PackRange& range, int width, float* packed) {
+  visit_operand(matmul.b, matmul.precision, [&](auto view) {
+    pack_lanes(view, view.column_stride, view.row_stride, range, width, packed);
+  });
+}
+
+}  // namespace gpt2_jax

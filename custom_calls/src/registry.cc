@@ -1,0 +1,50 @@
+#include "registry.h"
+
+#include "rungs/rungs.h"
+
+namespace gpt2_jax {
+namespace {
+
+std::string always_available() { return ""; }
+
+// float32 arithmetic is exact on bfloat16 operands, so these two modes come for free. X3 and X6
+// imitate float32 on hardware that only multiplies bfloat16: here they would be slower and worse.
+std::string refuse_split_precision(const Matmul& matmul) {
+  if (matmul.precision == Precision::kF32_F32_F32 ||
+      matmul.precision == Precision::kBF16_BF16_F32) {
+    return "";
+  }
+  return std::string(name(matmul.precision)) +
+         " splits float32 into bfloat16 parts for bfloat16 units; this implementation computes in "
+         "float32: ask for F32_F32_F32 or BF16_BF16_F32";
+}
+
+}  // namespace
+
+const std::vector<Implementation>& implementations() {
+  static const std::vector<Implementation> ladder = {
+      {"naive", always_available, refuse_split_precision, run_naive},
+      {"blocked", always_available, refuse_split_precision, run_blocked},
+      {"simd", always_available, refuse_split_precision, run_simd},
+      {"threaded", always_available, refuse_split_precision, run_threaded},
+  };
+  return ladder;
+}
+
+const Implementation* find_implementation(std::string_view name) {
+  for (const Implementation& implementation : implementations()) {
+    if (name == implementation.name) return &implementation;
+  }
+  return nullptr;
+}
+
+std::string implementation_names() {
+  std::string names;
+  for (const Implementation& implementation : implementations()) {
+    if (!names.empty()) names += ", ";
+    names += implementation.name;
+  }
+  return names;
+}
+
+}  // namespace gpt2_jax

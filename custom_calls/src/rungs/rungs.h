@@ -1,0 +1,21 @@
+// The rungs of the ladder, one file each. See registry.h for what `run` promises.
+#pragma once
+
+#include "executor.h"
+#include "matmul.h"
+
+namespace gpt2_jax {
+
+// Three loops, one sum at a time: what every other rung is compared with.
+void run_naive(const Matmul& matmul, Executor& executor);
+
+// Portable C++ on blocks that fit the caches.
+void run_blocked(const Matmul& matmul, Executor& executor);
+
+// Packed panels and the best micro-kernel of this CPU, on the calling thread alone.
+void run_simd(const Matmul& matmul, Executor& executor);
+
+// The same over the executor's threads, with the same bits for any number of them.
+void run_threaded(const Matmul& matmul, Executor& executor);
+
+}  // namespace gpt2_jax

@@ -1,0 +1,13 @@
+#include "cpu_features.h"
+#include "executor.h"
+#include "rungs/rungs.h"
+#include "schedule.h"
+
+namespace gpt2_jax {
+
+void run_simd(const Matmul& matmul, Executor&) {
+  InlineExecutor this_thread;
+  packed_matmul(matmul, best_kernel(cpu_features()), this_thread);
+}
+
+}  // namespace gpt2_jax

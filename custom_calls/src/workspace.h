@@ -1,0 +1,25 @@
+// Scratch memory that outlives a call: fresh pages for every product would cost more than packing.
+#pragma once
+
+#include <cstdint>
+
+namespace gpt2_jax {
+
+// A block of floats, 64-byte aligned, uninitialised, borrowed from a process-wide store for this
+// object's lifetime. The store never shrinks: it holds as many blocks as were ever in use at once.
+// Throws std::bad_alloc.
+class Workspace {
+ public:
+  explicit Workspace(int64_t floats);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+  int64_t floats_;
+};
+
+}  // namespace gpt2_jax

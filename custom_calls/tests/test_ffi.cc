@@ -1,0 +1,263 @@
+// The shared library through its C surface, with this program in XLA's place.
+//
+// The stand-in offers only what every XLA since API 0.1 has in the same slots: errors, and a thread
+// pool to schedule on. All else is a null pointer, so a handler that called it would crash here.
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "custom_calls.h"
+#include "thread_pool.h"
+#include "xla/ffi/api/c_api.h"
+
+struct XLA_FFI_Error {
+  XLA_FFI_Error_Code code;
+  std::string message;
+};
+
+struct XLA_FFI_ExecutionContext {
+  gpt2_jax::ThreadPool* pool;
+};
+
+namespace gpt2_jax {
+namespace {
+
+XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) {
+  return new XLA_FFI_Error{args->errc, args->message};
+}
+
+XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
+  args->ctx->pool->schedule([task = args->task, data = args->data] { task(data); });
+  return nullptr;
+}
+
+struct Buffer {
+  XLA_FFI_DataType dtype;
+  std::vector<int64_t> dimensions;
+  std::vector<float> values;  // of a float32 buffer; of others only the memory
+
+  explicit Buffer(std::vector<int64_t> dims, XLA_FFI_DataType type = XLA_FFI_DataType_F32)
+      : dtype(type), dimensions(std::move(dims)) {
+    int64_t count = 1;
+    for (const int64_t dimension : dimensions) count *= dimension;
+    for (int64_t i = 0; i < count; ++i) values.push_back(static_cast<float>(i % 7) - 3);
+  }
+};
+
+// One call as jax makes it; change what a test is about, then call().
+struct Call {
+  Buffer a{{2, 3}};
+  Buffer b{{3, 4}};
+  Buffer out{{2, 4}};
+  std::map<std::string, int64_t> integers = {
+      {"m", 2},           {"n", 4},        {"k", 3},        {"transpose_a", 0},
+      {"transpose_b", 0}, {"a_offset", 0}, {"b_offset", 0}, {"num_threads", 2}};
+  std::map<std::string, std::string> strings = {{"implementation", "threaded"},
+                                                {"precision", "F32_F32_F32"}};
+
+  // The error, or code OK.
+  XLA_FFI_Error call() {
+    ThreadPool pool(1);
+    XLA_FFI_ExecutionContext context{&pool};
+    XLA_FFI_Api api = {};
+    api.struct_size = XLA_FFI_Api_STRUCT_SIZE;
+    api.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR,
+                       XLA_FFI_API_MINOR};
+    api.XLA_FFI_Error_Create = create_error;
+    api.XLA_FFI_ThreadPool_Schedule = schedule;
+
+    std::deque<XLA_FFI_Buffer> buffers;  // their addresses stay
+    const auto buffer = [&](Buffer& from) -> void* {
+      XLA_FFI_Buffer& to = buffers.emplace_back();
+      to.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
+      to.dtype = from.dtype;
+      to.data = from.values.data();
+      to.rank = static_cast<int64_t>(from.dimensions.size());
+      to.dims = from.dimensions.data();
+      return &to;
+    };
+    void* args[] = {buffer(a), buffer(b)};
+    void* rets[] = {buffer(out)};
+    XLA_FFI_ArgType arg_types[] = {XLA_FFI_ArgType_BUFFER, XLA_FFI_ArgType_BUFFER};
+    XLA_FFI_RetType ret_types[] = {XLA_FFI_RetType_BUFFER};
+
+    // Attributes come sorted by name, as a map iterates.
+    std::map<std::string, void*> attributes;
+    std::deque<XLA_FFI_Scalar> scalars;
+    std::deque<XLA_FFI_ByteSpan> spans;
+    for (auto& entry : integers) {
+      attributes[entry.first] =
+          &scalars.emplace_back(XLA_FFI_Scalar{XLA_FFI_DataType_S64, &entry.second});
+    }
+    for (auto& entry : strings) {
+      attributes[entry.first] =
+          &spans.emplace_back(XLA_FFI_ByteSpan{entry.second.data(), entry.second.size()});
+    }
+    std::vector<XLA_FFI_AttrType> types;
+    std::vector<XLA_FFI_ByteSpan*> names;
+    std::vector<void*> values;
+    for (const auto& entry : attributes) {
+      types.push_back(strings.count(entry.first) ? XLA_FFI_AttrType_STRING
+                                                 : XLA_FFI_AttrType_SCALAR);
+      names.push_back(
+          &spans.emplace_back(XLA_FFI_ByteSpan{entry.first.data(), entry.first.size()}));
+      values.push_back(entry.second);
+    }
+
+    XLA_FFI_CallFrame frame = {};
+    frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
+    frame.api = &api;
+    frame.ctx = &context;
+    frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
+    frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, 2, arg_types, args};
+    frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, ret_types, rets};
+    frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE,
+                   nullptr,
+                   static_cast<int64_t>(values.size()),
+                   types.data(),
+                   names.data(),
+                   values.data()};
+    XLA_FFI_Error* error = gpt2_jax_matmul(&frame);
+    if (error == nullptr) return {XLA_FFI_Error_Code_OK, ""};
+    const XLA_FFI_Error result = *error;
+    delete error;
+    return result;
+  }
+};
+
+void expect_error(Call call, XLA_FFI_Error_Code code, const std::vector<std::string>& parts) {
+  const XLA_FFI_Error error = call.call();
+  CHECK(error.code == code, "code " << error.code << ", " << error.message);
+  for (const std::string& part : parts) {
+    CHECK(error.message.find(part) != std::string::npos,
+          "\"" << part << "\" is missing in: " << error.message);
+  }
+}
+
+void expect_invalid(const Call& call, const std::vector<std::string>& parts) {
+  expect_error(call, XLA_FFI_Error_Code_INVALID_ARGUMENT, parts);
+}
+
+void test_product() {
+  for (const char* rung : {"naive", "blocked", "simd", "threaded"}) {
+    Call call;
+    call.strings["implementation"] = rung;
+    const XLA_FFI_Error error = call.call();
+    CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 4; ++j) {
+        float sum = 0;
+        for (int p = 0; p < 3; ++p) sum += call.a.values[i * 3 + p] * call.b.values[p * 4 + j];
+        CHECK(call.out.values[i * 4 + j] == sum, rung << " " << call.out.values[i * 4 + j]);
+      }
+    }
+  }
+}
+
+// A weight in a flat buffer, stored n x k; an x with leading dimensions.
+void test_flat_buffer_and_leading_dimensions() {
+  Call call;
+  call.a = Buffer({2, 5, 3});
+  call.b = Buffer({100});
+  call.out = Buffer({2, 5, 4});
+  call.integers["m"] = 10;
+  call.integers["b_offset"] = 41;
+  call.integers["transpose_b"] = 1;
+  const XLA_FFI_Error error = call.call();
+  CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
+  for (int i = 0; i < 10; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      float sum = 0;
+      for (int p = 0; p < 3; ++p) sum += call.a.values[i * 3 + p] * call.b.values[41 + j * 3 + p];
+      CHECK(call.out.values[i * 4 + j] == sum, call.out.values[i * 4 + j]);
+    }
+  }
+}
+
+void test_invalid_arguments() {
+  const std::vector<std::string> found = {"expected", "f32[3,4]", "out f32[2,4]"};
+  Call call;
+  call.a = Buffer({2, 3}, XLA_FFI_DataType_S32);
+  expect_invalid(call, {"expected a of dtype f32 or bf16", "S32[2,3]", "f32[3,4]"});
+  call = Call();
+  call.a = Buffer({2, 5});
+  expect_invalid(
+      call, {"expected a to hold a matrix [2,3]", "last dimension of 3", "f32[2,5]", "f32[3,4]"});
+  call = Call();
+  call.integers["b_offset"] = 1;
+  expect_invalid(call, {"expected b to hold a matrix [3,4] from element 1", "f32[3,4]"});
+  for (const int64_t offset : {int64_t{-1}, INT64_MAX, INT64_MIN}) {
+    call = Call();
+    call.integers["a_offset"] = offset;
+    expect_invalid(call, {"expected a to hold"});
+  }
+  for (const char* name : {"m", "n", "k"}) {
+    for (const int64_t size : {int64_t{-1}, int64_t{5}, INT64_MAX}) {
+      call = Call();
+      call.integers[name] = size;
+      expect_invalid(call, found);
+    }
+  }
+  call = Call();
+  call.out = Buffer({3, 4});
+  expect_invalid(call, {"expected out to hold exactly [2,4]", "out f32[3,4]"});
+  call = Call();
+  call.integers["transpose_a"] = 2;
+  expect_invalid(call, {"transpose_a 0 or 1, got 2"});
+  call = Call();
+  call.integers["num_threads"] = 0;
+  expect_invalid(call, {"num_threads >= 1, got 0"});
+  call = Call();
+  call.strings["implementation"] = "magic";
+  expect_invalid(call, {"naive, blocked, simd, threaded", "\"magic\""});
+  call = Call();
+  call.strings["precision"] = "HIGHEST";
+  expect_invalid(call, {"BF16_BF16_F32_X3", "\"HIGHEST\""});
+  call = Call();
+  call.strings["precision"] = "BF16_BF16_F32_X3";
+  expect_error(call, XLA_FFI_Error_Code_UNIMPLEMENTED, {"threaded refuses", "ask for"});
+}
+
+void test_empty() {
+  Call call;
+  call.a = Buffer({0, 3});
+  call.out = Buffer({0, 4});
+  call.integers["m"] = 0;
+  const XLA_FFI_Error empty = call.call();
+  CHECK(empty.code == XLA_FFI_Error_Code_OK, empty.message);
+  call = Call();
+  call.a = Buffer({2, 0});
+  call.b = Buffer({0, 4});
+  call.integers["k"] = 0;
+  const XLA_FFI_Error no_k = call.call();
+  CHECK(no_k.code == XLA_FFI_Error_Code_OK, no_k.message);
+  for (const float value : call.out.values) CHECK(value == 0, value);
+}
+
+void test_describe() {
+  const std::string text = gpt2_jax_custom_calls_describe();
+  for (const char* part : {"\"version\": ", "\"xla_ffi_api\": \"0.",
+                           "{\"name\": \"naive\", "
+                           "\"available\": true, \"reason\": \"\"}",
+                           "\"cpu_features\": {\"seen\": [", "\"kernel\": \"f32_"}) {
+    CHECK(text.find(part) != std::string::npos, part << " is missing in " << text);
+  }
+}
+
+}  // namespace
+}  // namespace gpt2_jax
+
+int main() {
+  using namespace gpt2_jax;
+  test_product();
+  test_flat_buffer_and_leading_dimensions();
+  test_invalid_arguments();
+  test_empty();
+  test_describe();
+  return report("test_ffi");
+}

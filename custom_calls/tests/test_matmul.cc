@@ -1,0 +1,170 @@
+// Every rung and every micro-kernel against float64.
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu_features.h"
+#include "kernels/kernel.h"
+#include "problem.h"
+#include "registry.h"
+#include "schedule.h"
+#include "thread_pool.h"
+
+namespace gpt2_jax {
+namespace {
+
+struct Candidate {
+  std::string name;
+  bool packed;  // fast, and cut into blocks that only large shapes fill
+  std::function<void(const Matmul&, Executor&)> run;
+};
+
+// The ladder, then the packed product with each micro-kernel this CPU runs (whatever the mask
+// says).
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> all;
+  for (const Implementation& rung : implementations()) {
+    if (!rung.unavailable().empty()) continue;
+    const bool packed = std::string(rung.name) == "simd" || std::string(rung.name) == "threaded";
+    all.push_back({rung.name, packed, rung.run});
+  }
+  for (const Kernel& kernel : kernels()) {
+    if (kernel.features & ~cpu_features_seen()) continue;
+    all.push_back({kernel.name, true, [&kernel](const Matmul& matmul, Executor& executor) {
+                     packed_matmul(matmul, kernel, executor);
+                   }});
+  }
+  return all;
+}
+
+std::vector<Types> all_types() {
+  std::vector<Types> all;
+  for (const DType a : {DType::kFloat32, DType::kBFloat16}) {
+    for (const DType b : {DType::kFloat32, DType::kBFloat16}) {
+      for (const DType out : {DType::kFloat32, DType::kBFloat16}) {
+        for (const Precision precision : {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32}) {
+          all.push_back({a, b, out, precision});
+        }
+      }
+    }
+  }
+  return all;
+}
+
+std::vector<Shape> small_shapes() {
+  std::vector<Shape> shapes = {{0, 0, 0},   {0, 5, 3},    {5, 0, 3},    {5, 3, 0},
+                               {1, 1, 1},   {1, 33, 7},   {33, 1, 7},   {17, 19, 1},
+                               {6, 16, 64}, {14, 32, 13}, {13, 97, 31}, {64, 48, 24}};
+  Random random(7);
+  for (int i = 0; i < 12; ++i) {
+    shapes.push_back({1 + random.below(70), 1 + random.below(70), 1 + random.below(150)});
+  }
+  return shapes;
+}
+
+// Past one block in each of m, n and k, alone and together, by a ragged rest.
+const Shape kLargeShapes[] = {{1151, 37, 41},  {23, 3203, 29},  {31, 45, 1201},
+                              {1151, 21, 401}, {11, 3203, 401}, {199, 293, 787}};
+
+void test_against_float64(const Candidate& candidate) {
+  ThreadPool pool(2);
+  PoolExecutor executor(pool, 3);
+  Random random(1);
+  const auto run = [&](const Shape& shape, int transposes, const Types& types) {
+    Problem problem(shape, transposes & 1, transposes & 2, types, random);
+    candidate.run(problem.matmul(), executor);
+    problem.check(candidate.name);
+  };
+  for (const Types& types : all_types()) {
+    for (const Shape& shape : small_shapes()) {
+      for (int transposes = 0; transposes < 4; ++transposes) run(shape, transposes, types);
+    }
+  }
+  if (!candidate.packed) return;
+  for (const Shape& shape : kLargeShapes) {
+    for (int transposes = 0; transposes < 4; ++transposes) run(shape, transposes, Types());
+  }
+  const Types narrow = {DType::kBFloat16, DType::kBFloat16, DType::kBFloat16,
+                        Precision::kBF16_BF16_F32};
+  for (const Shape& shape : kLargeShapes) run(shape, 2, narrow);
+}
+
+// A non-finite operand reaches every result that it belongs to, and no other.
+void test_non_finite(const Candidate& candidate) {
+  InlineExecutor executor;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const float value : {nan, infinity, -infinity}) {
+    for (int transposes = 0; transposes < 4; ++transposes) {
+      for (const Types& types : all_types()) {
+        Random random(3);
+        Problem problem({19, 37, 23}, transposes & 1, transposes & 2, types, random);
+        problem.set_a(18, 22, value);
+        problem.set_b(5, 33, value);
+        candidate.run(problem.matmul(), executor);
+        for (int64_t i = 0; i < 19; ++i) {
+          for (int64_t j = 0; j < 37; ++j) {
+            const bool touched = i == 18 || j == 33;
+            CHECK(std::isfinite(problem.result(i, j)) != touched,
+                  candidate.name << " with " << value << " at (" << i << "," << j
+                                 << "): " << problem.result(i, j));
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same bits for any number of threads, and from run to run.
+void test_same_bits(const Candidate& candidate) {
+  ThreadPool pool(3);
+  const Types narrow = {DType::kBFloat16, DType::kFloat32, DType::kBFloat16,
+                        Precision::kBF16_BF16_F32};
+  for (const Types& types : {Types(), narrow}) {
+    Random random(5);
+    Problem problem({131, 517, 901}, true, true, types, random);
+    InlineExecutor inline_executor;
+    candidate.run(problem.matmul(), inline_executor);
+    const Elements expected = problem.out();
+    for (int threads = 1; threads <= 4; ++threads) {
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        problem.clear();
+        PoolExecutor executor(pool, threads);
+        candidate.run(problem.matmul(), executor);
+        CHECK(problem.out() == expected,
+              candidate.name << " gives other bits with " << threads << " threads");
+      }
+    }
+  }
+}
+
+void test_refusals() {
+  Random random(9);
+  for (const Precision precision : {Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6}) {
+    Types types;
+    types.precision = precision;
+    Problem problem({2, 2, 2}, false, false, types, random);
+    for (const Implementation& rung : implementations()) {
+      const std::string reason = rung.refuse(problem.matmul());
+      CHECK(reason.find(name(precision)) != std::string::npos, rung.name << ": " << reason);
+    }
+  }
+  CHECK(find_implementation("no such rung") == nullptr, "");
+}
+
+}  // namespace
+}  // namespace gpt2_jax
+
+int main() {
+  using namespace gpt2_jax;
+  for (const Candidate& candidate : candidates()) {
+    std::printf("%s\n", candidate.name.c_str());
+    test_against_float64(candidate);
+    test_non_finite(candidate);
+    if (candidate.packed) test_same_bits(candidate);
+  }
+  test_refusals();
+  return report("test_matmul");
+}

@@ -1,0 +1,78 @@
+"""What people and programs are shown of a run."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.report import Display, RunLog, plot_loss
+
+FIGURES = {"loss": 4.5, "norm": 0.25, "learning_rate": 3e-4, "seconds": 0.5, "tokens_per_second": 512.0}
+
+
+def console(terminal):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False, soft_wrap=True)
+
+
+def test_a_pipe_gets_one_line_a_step():
+    output = console(terminal=False)
+    with Display(20, output) as display:
+        for step in (1, 12):
+            display.step(step, **FIGURES)
+    lines = output.file.getvalue().splitlines()
+    assert lines[0] == "step  1/20 | loss 4.500000 | norm 0.2500 | lr 3.00e-04 | 500.00 ms | 512 tok/s"
+    assert lines[1].startswith("step 12/20 | ")
+    assert len(lines) == 2
+
+
+def test_a_terminal_gets_a_live_bar_and_lines_above_it():
+    output = console(terminal=True)
+    with Display(20, output) as display:
+        display.step(5, **FIGURES)
+        display.line("validation loss at step 5: 4.0")
+        display.step(6, **FIGURES)
+    text = output.file.getvalue()
+    assert re.search(r"6/20", text)
+    assert "validation loss at step 5: 4.0" in text
+    assert "loss 4.500000" in text
+
+
+def test_square_brackets_are_text_not_markup():
+    output = console(terminal=False)
+    with Display(1, output) as display:
+        display.sample(3, "[bold] of [/nothing]")
+        display.table([("path", "runs/[x]"), ("longer name", 1)])
+    text = output.file.getvalue()
+    assert "[bold] of [/nothing]" in text
+    assert "  path         runs/[x]" in text
+
+
+def test_the_log_keeps_a_steps_last_record_and_survives_a_torn_line(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl")
+    log.write("train", 2, loss=2.0)
+    log.write("validation", 1, loss=9.0)
+    log.write("train", 1, loss=1.0)
+    with open(log.path, "a") as file:
+        file.write('{"event": "tra\n')
+    log.write("train", 2, loss=3.0)
+    assert [(record["step"], record["loss"]) for record in log.records("train")] == [(1, 1.0), (2, 3.0)]
+
+
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path):
+    with pytest.raises(Gpt2JaxError, match="expected to append to the log"):
+        RunLog(tmp_path / "none" / "log.jsonl").write("train", 1, loss=1.0)
+
+
+def test_the_plot_is_a_png_also_of_a_run_with_a_loss_that_is_not_finite(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl")
+    for step in range(1, 5):
+        log.write("train", step, loss=float("nan") if step == 3 else 10.0 / step)
+    log.write("validation", 4, loss=3.0)
+    path = tmp_path / "loss.png"
+    plot_loss(log, path, baseline=6.0)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
