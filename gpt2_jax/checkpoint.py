@@ -35,6 +35,7 @@ class Checkpoint:
 def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     """Write the three files, each atomically and DONE last; returns the model file's path."""
     model_path, state_path, done_path = _paths(folder, checkpoint.step)
+    done_path.unlink(missing_ok=True)  # a set that is written again is incomplete meanwhile
     write_model_file(model_path, checkpoint.model, checkpoint.params)
     state = TrainingState(step=checkpoint.step, m=checkpoint.m, v=checkpoint.v, loader=checkpoint.loader)
     write_state_file(state_path, state)
@@ -45,12 +46,17 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
 
 def newest_step(folder: str | os.PathLike) -> int:
     """The step of the newest complete set in a run folder. Gpt2JaxError when it holds none."""
-    steps = [int(match[1]) for path in Path(folder).glob("DONE_*") if (match := re.fullmatch(r"DONE_(\d{8})", path.name))]
+    try:
+        names = os.listdir(folder)
+    except (OSError, ValueError):  # no such folder, no folder, a name that no folder can have
+        names = []
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"DONE_(\d{8})", name))]
     for step in sorted(steps, reverse=True):
         if all(path.exists() for path in _paths(folder, step)):
             return step
     raise Gpt2JaxError(
-        f"{folder}: expected a run folder with a complete checkpoint (model_*.bin, state_*.bin and DONE_* of one step), found none",
+        f"{folder}: expected a run folder with a complete checkpoint "
+        f"(model_*.bin, state_*.bin and DONE_* of one step), found none",
         "start the run without --resume",
     )
 

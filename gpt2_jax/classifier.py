@@ -16,9 +16,7 @@ def logits(h_BTC: jax.Array, wte_VC: jax.Array, vocab_size: int, *, matmul: str 
     return jnp.where(_columns(logits_BTV) < vocab_size, logits_BTV, -jnp.inf)
 
 
-def mean_loss(
-    h_BTC: jax.Array, wte_VC: jax.Array, y_BT: jax.Array, vocab_size: int, *, matmul: str = "xla"
-) -> jax.Array:
+def mean_loss(h_BTC: jax.Array, wte_VC: jax.Array, y_BT: jax.Array, vocab_size: int, *, matmul: str = "xla") -> jax.Array:
     """Mean cross-entropy of the targets, a float32 scalar, in nats per token.
 
     The target's logit is picked by comparing with an iota, which every backend can do; a gather cannot be compiled by

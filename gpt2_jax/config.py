@@ -138,7 +138,9 @@ class RunConfig:
             if getattr(section, name) < lowest:
                 raise Gpt2JaxError(f"{_flag(name)}: expected at least {lowest}, found {getattr(section, name)}")
         if self.evaluation.validation_batches == 0:
-            raise Gpt2JaxError("--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off")
+            raise Gpt2JaxError(
+                "--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off"
+            )
         for name in ("learning_rate", "weight_decay", "final_learning_rate_fraction"):
             value = getattr(self.optimizer, name)
             if not (math.isfinite(value) and value >= 0):
@@ -172,8 +174,8 @@ def model_config_from_settings(settings: ModelSettings) -> ModelConfig | None:
         return dataclasses.replace(model_config_from_descriptor(settings.init), **overrides)
     if overrides:
         raise Gpt2JaxError(
-            f"{_flag(next(iter(overrides)))}: expected a size only with a descriptor such as d12, found --init {settings.init}, "
-            f"whose own sizes hold"
+            f"{_flag(next(iter(overrides)))}: expected a size only with a descriptor such as d12, "
+            f"found --init {settings.init}, whose own sizes hold"
         )
     return None
 

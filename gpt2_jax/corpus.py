@@ -52,9 +52,7 @@ def kjv_chapters() -> list[str]:
         chapter_starts.setdefault(verse // 1000, start)
     starts = list(chapter_starts.values())
     plain = str.maketrans({"[": None, "]": None, "’": "'"})
-    return [
-        text[start:stop].strip().translate(plain) for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)
-    ]
+    return [text[start:stop].strip().translate(plain) for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
 def kjv() -> Corpus:

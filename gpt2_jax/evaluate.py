@@ -36,7 +36,7 @@ def validation_loss(
     """Mean loss over the first `max_batches` batches (-1: all there are, never more than that) of a sequential loader."""
     loader.reset()
     num_batches = loader.num_batches if max_batches == -1 else min(max_batches, loader.num_batches)
-    losses = [loss_function(params_N, *loader.next_batch()) for _ in range(num_batches)]
+    losses = [loss_function(params_N, *map(jnp.asarray, loader.next_batch())) for _ in range(num_batches)]
     return float(np.mean([np.float64(loss) for loss in losses]))
 
 

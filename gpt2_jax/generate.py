@@ -58,9 +58,7 @@ def generate(
         length = min(max(_SHORTEST_COMPILED_LENGTH, 1 << (len(context) - 1).bit_length()), layout.config.max_sequence_length)
         x_1T = np.zeros((1, length), dtype=np.int32)
         x_1T[0, : len(context)] = context
-        logits_V = next_token_logits(
-            params_N, x_1T, np.int32(len(context) - 1), layout=layout, dtype=dtype, matmul=matmul
-        )
+        logits_V = next_token_logits(params_N, x_1T, np.int32(len(context) - 1), layout=layout, dtype=dtype, matmul=matmul)
         token = sample(np.asarray(logits_V), generator.uniform(), temperature=temperature, top_k=top_k)
         tokens.append(token)
         yield token

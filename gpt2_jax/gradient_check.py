@@ -54,15 +54,16 @@ def check_gradients(
     )
 
     compute_dtype = jnp.dtype(dtype)
+    x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
 
     def evaluate(params_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x_BT, y_BT, layout, dtype=compute_dtype, matmul=matmul)
-        return loss, model.logits(params_N, x_BT, layout, dtype=compute_dtype, matmul=matmul), grads_N
+        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x, y, layout, dtype=compute_dtype, matmul=matmul)
+        return loss, model.logits(params_N, x, layout, dtype=compute_dtype, matmul=matmul), grads_N
 
     # On NVIDIA GPUs float32 products would be TF32 otherwise.
     with jax.default_matmul_precision("highest"):
         loss, logits_BTV, grads_N = jax.jit(evaluate)(jnp.asarray(params))
-        losses = _training_losses(layout, params, x_BT, y_BT, compute_dtype, matmul)
+        losses = _training_losses(layout, params, x, y, compute_dtype, matmul)
     grads = layout.views(np.asarray(grads_N))
 
     def gradient_tolerance(reference: np.ndarray) -> np.ndarray:
@@ -90,7 +91,7 @@ def _bfloat16_error(config: ModelConfig) -> float:
 
 
 def _training_losses(
-    layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray, dtype: jnp.dtype, matmul: str
+    layout: ParameterLayout, params: np.ndarray, x_BT: jax.Array, y_BT: jax.Array, dtype: jnp.dtype, matmul: str
 ) -> list[float]:
     schedule = learning_rate_schedule("constant", LEARNING_RATE, steps=STEPS)
     optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY)

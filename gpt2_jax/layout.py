@@ -7,6 +7,7 @@ weights as (out, in). Nobody else in the project knows an offset.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,7 +120,7 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)  # exact: a damaged header may ask for more than 64 bits hold
 
     @property
     def stop(self) -> int:
@@ -132,7 +133,7 @@ class TensorSpec:
 
     def layer_offset(self, layer: int) -> int:
         """Offset of one layer's part in the buffer."""
-        return self.offset + layer * int(np.prod(self.layer_shape, dtype=np.int64)) if self.stacked else self.offset
+        return self.offset + layer * math.prod(self.layer_shape) if self.stacked else self.offset
 
 
 class ParameterLayout:

@@ -46,9 +46,7 @@ def block(residual_BTC: jax.Array, layer: Layer, num_heads: int, *, matmul: str 
     return residual_BTC + linear(hidden, layer.fcprojw, layer.fcprojb, implementation=matmul)
 
 
-def hidden_states(
-    tensors: Parameters, x_BT: jax.Array, num_heads: int, *, dtype: jnp.dtype, matmul: str = "xla"
-) -> jax.Array:
+def hidden_states(tensors: Parameters, x_BT: jax.Array, num_heads: int, *, dtype: jnp.dtype, matmul: str = "xla") -> jax.Array:
     """The hidden states (B, T, C) that the classifier reads, in the compute dtype."""
     T = x_BT.shape[1]
     residual_BTC = (tensors.wte[x_BT] + tensors.wpe[:T][None]).astype(dtype)

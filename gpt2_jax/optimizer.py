@@ -23,7 +23,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 class AdamWState(NamedTuple):
-    count: jax.Array  # int32 scalar: updates done
+    step: jax.Array  # int32 scalar: updates done, the index of the next one
     m: jax.Array  # (num_parameters,) float32, first moment
     v: jax.Array  # (num_parameters,) float32, second moment
 
@@ -51,7 +51,7 @@ def adamw(
     epsilon: float = EPSILON,
     max_norm: float = GRADIENT_CLIP,
 ) -> optax.GradientTransformation:
-    """AdamW on (num_parameters,) float32 buffers: clip by the global norm, moments, bias correction from count + 1,
+    """AdamW on (num_parameters,) float32 buffers: clip by the global norm, moments, bias correction from step + 1,
     and decoupled decay of the layout's decayed tensors (1-D and stacked bias tensors never decay).
 
     update(grads, state, params) returns -lr * (m_hat / (sqrt(v_hat) + epsilon) + weight_decay * params), to be added
@@ -68,13 +68,13 @@ def adamw(
         grads_N = grads_N * clip_scale(global_norm(grads_N), max_norm)
         m_N = beta1 * state.m + (1.0 - beta1) * grads_N
         v_N = beta2 * state.v + (1.0 - beta2) * jnp.square(grads_N)
-        updates_done = (state.count + 1).astype(jnp.float32)
+        updates_done = (state.step + 1).astype(jnp.float32)
         m_hat_N = m_N / (1.0 - jnp.power(beta1, updates_done))
         v_hat_N = v_N / (1.0 - jnp.power(beta2, updates_done))
         direction_N = m_hat_N / (jnp.sqrt(v_hat_N) + epsilon)
         if weight_decay:
             direction_N += jnp.where(_decays(layout), weight_decay, 0.0) * params_N
-        return -schedule(state.count) * direction_N, AdamWState(state.count + 1, m_N, v_N)
+        return -schedule(state.step) * direction_N, AdamWState(state.step + 1, m_N, v_N)
 
     return optax.GradientTransformation(init, update)
 

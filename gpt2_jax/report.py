@@ -28,9 +28,7 @@ class Display:
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._progress is not None:
             self._progress.stop()
 
@@ -48,11 +46,12 @@ class Display:
     def sample(self, step: int, text: str) -> None:
         self.line(f"sample at step {step}:\n---\n{text}\n---")
 
-    def step(self, step: int, *, loss: float, norm: float, learning_rate: float, seconds: float, tokens_per_second: float) -> None:
+    def step(
+        self, step: int, *, loss: float, norm: float, learning_rate: float, seconds: float, tokens_per_second: float
+    ) -> None:
         """One training step's figures."""
-        figures = (
-            f"loss {loss:.6f} | norm {norm:.4f} | lr {learning_rate:.2e} | {seconds * 1000:.2f} ms | {tokens_per_second:.0f} tok/s"
-        )
+        rate = f"{seconds * 1000:.2f} ms | {tokens_per_second:.0f} tok/s"
+        figures = f"loss {loss:.6f} | norm {norm:.4f} | lr {learning_rate:.2e} | {rate}"
         if not self._console.is_terminal:
             self.line(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps} | {figures}")
             return

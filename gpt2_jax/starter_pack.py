@@ -33,11 +33,12 @@ def first_batch(tokens_path: str, vocab_size: int, batch_size: int, sequence_len
 def debug_state(config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> DebugState:
     """Logits, loss and gradients of one batch, computed in float32 at the highest precision."""
     layout = ParameterLayout(config)
+    x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
 
     def evaluate(params_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         float32 = jnp.dtype(jnp.float32)
-        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x_BT, y_BT, layout, dtype=float32)
-        return model.logits(params_N, x_BT, layout, dtype=float32)[..., : config.vocab_size], loss, grads_N
+        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x, y, layout, dtype=float32)
+        return model.logits(params_N, x, layout, dtype=float32)[..., : config.vocab_size], loss, grads_N
 
     with jax.default_matmul_precision("highest"):
         logits_BTV, loss, grads_N = jax.jit(evaluate)(params)

@@ -48,9 +48,7 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:
 
 
 def _encoding(name: str, ranks: dict[bytes, int], end_of_text: int) -> tiktoken.Encoding:
-    return tiktoken.Encoding(
-        name, pat_str=_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
-    )
+    return tiktoken.Encoding(name, pat_str=_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text})
 
 
 def _ranks_from_merges(merges: str) -> dict[bytes, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,7 @@ from gpt2_jax.optimizer import AdamWState, Schedule, global_norm
 
 @struct.dataclass
 class TrainState:
-    """Three flat float32 buffers of num_parameters each (parameters and both moments) and the count of updates."""
+    """Three flat float32 buffers of num_parameters each (parameters and both moments) and the number of updates done."""
 
     params: jax.Array
     optimizer: AdamWState
@@ -70,7 +68,7 @@ def make_train_step(
     dtype: jnp.dtype,
     matmul: str,
     donate: bool = True,
-) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated."""
 
     def step(state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[TrainState, Metrics]:
@@ -79,9 +77,7 @@ def make_train_step(
         grads_N = lax.optimization_barrier(grads_N)
         updates_N, optimizer_state = optimizer.update(grads_N, state.optimizer, state.params)
         params_N = optax.apply_updates(state.params, updates_N)
-        metrics = Metrics(
-            loss=loss, gradient_norm=global_norm(grads_N), learning_rate=schedule(state.optimizer.count)
-        )
+        metrics = Metrics(loss=loss, gradient_norm=global_norm(grads_N), learning_rate=schedule(state.optimizer.step))
         return TrainState(params=params_N, optimizer=optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())

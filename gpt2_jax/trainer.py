@@ -118,12 +118,14 @@ class _Run:
         self.loss_function = make_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
         self.baseline: float | None = None
 
-    def train(self, state: TrainState, step_function, first_step: int) -> None:
+    def train(self, state: TrainState, step_function: jax.stages.Wrapped, first_step: int) -> None:
         if self.validation_loader is not None:
             self.baseline = unigram_cross_entropy(
                 self.train_loader.paths, self.validation_loader.paths, self.layout.config.vocab_size
             )
-            self.display.line(f"unigram cross-entropy of the validation tokens: {self.baseline:.6f} (knowing only word frequencies)")
+            self.display.line(
+                f"unigram cross-entropy of the validation tokens: {self.baseline:.6f} (knowing only word frequencies)"
+            )
         if first_step == 1:
             self.validate(0, state)
             self.sample(0, state)
@@ -324,7 +326,8 @@ def _start_table(
         f"{model.num_layers} layers, {model.num_heads} heads, {model.channels} channels, "
         f"{model.vocab_size} tokens (padded to {model.padded_vocab_size}), {model.max_sequence_length} positions"
     )
-    batch = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length} = {config.tokens_per_step:,} tokens a step"
+    micro_batches = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length}"
+    batch = f"{micro_batches} = {config.tokens_per_step:,} tokens a step"
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
         f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
@@ -337,7 +340,10 @@ def _start_table(
         ("weights", config.model.init if not config.run.resume else f"resumed from {folder}"),
         ("model", sizes),
         ("parameters", f"{layout.num_parameters:,} with padding, {layout.num_true_parameters:,} without"),
-        ("training data", f"{config.data.train}: {train_loader.num_tokens:,} tokens, {'shuffled' if config.data.shuffle else 'in order'}"),
+        (
+            "training data",
+            f"{config.data.train}: {train_loader.num_tokens:,} tokens, {'shuffled' if config.data.shuffle else 'in order'}",
+        ),
         ("batch", batch),
         ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
         ("learning rate", rate),

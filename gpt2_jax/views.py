@@ -58,9 +58,7 @@ def views(params: jax.Array, layout: ParameterLayout) -> Parameters:
     return Parameters(
         wte=view("wte"),
         wpe=view("wpe"),
-        layers=tuple(
-            Layer(**{name: view(name, layer) for name in Layer._fields}) for layer in range(layout.config.num_layers)
-        ),
+        layers=tuple(Layer(**{name: view(name, layer) for name in Layer._fields}) for layer in range(layout.config.num_layers)),
         lnfw=view("lnfw"),
         lnfb=view("lnfb"),
     )
@@ -71,7 +69,7 @@ def _views_forward(params: jax.Array, layout: ParameterLayout) -> tuple[Paramete
 
 
 def _views_backward(layout: ParameterLayout, _: None, grads: Parameters) -> tuple[jax.Array]:
-    pieces = []
+    pieces: list[jax.Array] = []
     for tensor in layout.tensors:
         parts = [getattr(layer, tensor.name) for layer in grads.layers] if tensor.stacked else [getattr(grads, tensor.name)]
         pieces.extend(part.reshape(-1) for part in parts)

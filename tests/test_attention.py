@@ -33,7 +33,10 @@ def test_equals_the_plain_loop(qkv, dtype, rounding):
     expected = plain_attention(*(np.asarray(x.astype(jnp.float32)) for x in low))
     # The weights sum to 1, so an error is a few roundings of the largest value, plus the scores' D-term sums.
     np.testing.assert_allclose(
-        np.asarray(causal_attention(*low)).astype(np.float32), expected, rtol=0, atol=(4 * rounding + 3 * D * 2.0**-24) * np.abs(qkv[2]).max()
+        np.asarray(causal_attention(*low)).astype(np.float32),
+        expected,
+        rtol=0,
+        atol=(4 * rounding + 3 * D * 2.0**-24) * np.abs(qkv[2]).max(),
     )
 
 

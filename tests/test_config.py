@@ -46,7 +46,9 @@ def test_the_flags_are_frozen(capsys):
     assert exit.value.code == 0
     words = capsys.readouterr().out.replace(",", " ").split()
     assert {word for word in words if word.startswith("--") and len(word) > 2} - {"--help"} >= FLAGS
-    settings = {"--" + f.name.replace("_", "-") for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(s.default_factory)}
+    settings = {
+        "--" + f.name.replace("_", "-") for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(s.default_factory)
+    }
     assert settings | {"--config", "--print-config", "--no-shuffle"} == FLAGS
 
 

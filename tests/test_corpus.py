@@ -45,7 +45,9 @@ def test_a_text_file_splits_into_documents_and_a_last_tenth(tmp_path):
     assert (tokens == 50256).sum() == 2
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe", "expected UTF-8 text, found byte 0xff at 0"), (b"Hi", "enough text")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe", "expected UTF-8 text, found byte 0xff at 0"), (b"Hi", "enough text")]
+)
 def test_unusable_text_files_are_refused(tmp_path, content, message):
     path = tmp_path / "book.txt"
     path.write_bytes(content)

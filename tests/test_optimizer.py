@@ -89,7 +89,7 @@ def test_padding_rows_stay_exactly_zero(tiny_layout, trained):
 
 def test_state_is_flat_and_counts(tiny_layout, trained):
     state = trained[1]
-    assert int(state.count) == STEPS
+    assert int(state.step) == STEPS
     assert state.m.shape == state.v.shape == (tiny_layout.num_parameters,)
     assert state.m.dtype == state.v.dtype == jnp.float32
 

@@ -27,7 +27,9 @@ def config(tiny_shards, tmp_path):
         model=dataclasses.replace(base.model, init="d6", **dataclasses.asdict(TINY)),
         data=dataclasses.replace(base.data, train=tiny_shards[0], validation=tiny_shards[1], batch_size=2, sequence_length=16),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-2, weight_decay=0.1),
-        evaluation=dataclasses.replace(base.evaluation, validate_every=4, validation_batches=-1, sample_every=4, sample_tokens=5),
+        evaluation=dataclasses.replace(
+            base.evaluation, validate_every=4, validation_batches=-1, sample_every=4, sample_tokens=5
+        ),
         run=dataclasses.replace(base.run, steps=8, out_dir=str(tmp_path / "run")),
     )
 
@@ -64,7 +66,9 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
 
 def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path):
     # Steps are given, so that the schedule is the same; the epoch ends at step 31 with two micro-batches a step.
-    config = change(config, data={"total_batch_size": 64}, run={"steps": 40, "checkpoint_every": 25}, evaluation={"sample_every": 0})
+    config = change(
+        config, data={"total_batch_size": 64}, run={"steps": 40, "checkpoint_every": 25}, evaluation={"sample_every": 0}
+    )
     straight = train(change(config, run={"out_dir": str(tmp_path / "straight")}), "tiny", CPU)
     folder = train(config, "tiny", CPU)
     for name in ("model_00000040.bin", "state_00000040_00000.bin", "DONE_00000040"):

@@ -25,7 +25,9 @@ def make_pytorch_model(config: ModelConfig, params: np.ndarray) -> torch.nn.Modu
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
-        raise Gpt2JaxError(f"PyTorch reference: expected the package {error.name}, found none", "pip install -e '.[test]'") from None
+        raise Gpt2JaxError(
+            f"PyTorch reference: expected the package {error.name}, found none", "pip install -e '.[test]'"
+        ) from None
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,

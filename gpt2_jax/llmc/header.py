@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gpt2_jax.errors import Gpt2JaxError
 
@@ -52,8 +53,9 @@ def file_size(path: str | os.PathLike, what: str, hint: str) -> int:
         status = os.stat(path)
     except FileNotFoundError:
         raise Gpt2JaxError(f"{path}: expected {what}, found no such file", hint) from None
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected {what}, found a path that cannot be opened: {error.strerror}", hint) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = getattr(error, "strerror", None) or error
+        raise Gpt2JaxError(f"{path}: expected {what}, found a path that cannot be opened: {cause}", hint) from None
     if stat.S_ISDIR(status.st_mode):
         raise Gpt2JaxError(f"{path}: expected {what}, found a folder", hint)
     if not stat.S_ISREG(status.st_mode):
@@ -91,7 +93,7 @@ def check_size(path: str | os.PathLike, *, what: str, size: int, expected: int, 
         raise Gpt2JaxError(f"{path}: expected {what} of {expected} bytes by its header, found {size} bytes ({state})", hint)
 
 
-def read_array(path: str | os.PathLike, dtype: str, count: int, offset: int) -> np.ndarray:
+def read_array(path: str | os.PathLike, dtype: DTypeLike, count: int, offset: int) -> np.ndarray:
     """`count` elements from byte `offset` of a file whose size has been checked already."""
     try:
         array = np.fromfile(path, dtype=dtype, count=count, offset=offset)
@@ -118,11 +120,20 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have been made: no such folder, a name too long, a read-only disk
+            temporary.unlink()
         if isinstance(error, OSError):
-            raise Gpt2JaxError(f"{path}: expected to write it, found: {error.strerror or error}; nothing was changed") from error
+            raise Gpt2JaxError(
+                f"{path}: expected to write it, found: {error.strerror or error}; nothing was changed"
+            ) from error
         raise
-    _sync_folder(path.parent)
+    try:
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise Gpt2JaxError(
+            f"{path}: expected to sync its folder, found: {error.strerror or error}; the file is complete but may not "
+            f"outlive a crash of the machine"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

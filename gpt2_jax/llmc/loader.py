@@ -53,6 +53,7 @@ class TokenLoader:
             raise Gpt2JaxError(f"{pattern}: expected at least one token shard, found no file of that name or pattern", HINT)
         self.batch_size, self.sequence_length, self.vocab_size = batch_size, sequence_length, vocab_size
         self._rank_tokens = batch_size * sequence_length
+        self._num_samples = 0
         self._sample_tokens = num_processes * self._rank_tokens
         self._rank_offset = process_rank * self._rank_tokens
         self.num_tokens = 0  # of all shards, the dropped tails included: what llm.c counts an epoch by
@@ -91,10 +92,10 @@ class TokenLoader:
         start = sample * self._sample_tokens + self._rank_offset
         tokens = self._shard[start : start + self._rank_tokens + 1].astype(np.int32)
         if tokens.max() >= self.vocab_size:
-            position = start + int(np.argmax(tokens >= self.vocab_size))
+            first = int(np.argmax(tokens >= self.vocab_size))
             raise Gpt2JaxError(
                 f"{self.paths[self._shard_order[self._shard_index]]}: expected token ids below {self.vocab_size}, "
-                f"found {tokens.max()} at token {position}",
+                f"found {tokens[first]} at token {start + first}",
                 "a shard made with this model's tokenizer",
             )
         self._sample_index += 1

@@ -6,6 +6,8 @@ its 32-bit draws into uniforms, normals and permutations, and the C struct in wh
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
@@ -24,7 +26,7 @@ class Mt19937:
 
     def __init__(self, seed: int):
         self._bits = np.random.MT19937()
-        self._set(np.random.RandomState(seed).get_state(legacy=True)[1], _STATE_WORDS)
+        self._set(np.random.RandomState(seed).get_state(legacy=False)["state"]["key"], _STATE_WORDS)
         self._fresh = True  # NumPy cannot tell a seeded generator from one that just used up its 624 words
 
     def _set(self, key: np.ndarray, position: int) -> None:
@@ -68,10 +70,9 @@ class Mt19937:
         for t in range(0, out.size, 2):
             high_low = self.draws(4).astype(np.uint64).reshape(2, 2)
             u1, u2 = ((high_low[:, 0] << 32 | high_low[:, 1]) & (2**53 - 1)) * 2.0**-53
-            radius = np.sqrt(np.float32(-2) * np.float32(np.log1p(-np.float64(np.float32(u2)))))
-            theta = np.float32(2.0 * np.pi * np.float32(u1))
-            pair = [radius * np.float32(np.cos(np.float64(theta))), radius * np.float32(np.sin(np.float64(theta)))]
-            out[t : t + 2] = np.array(pair, dtype=np.float32)[: out.size - t] * np.float32(std)
+            radius, theta = math.sqrt(-2.0 * math.log1p(-u2)), 2.0 * math.pi * u1
+            pair = np.array([radius * math.cos(theta), radius * math.sin(theta)]) * std
+            out[t : t + 2] = pair[: out.size - t]
 
     def to_struct(self) -> np.ndarray:
         """llm.c's struct, a GENERATOR_STRUCT scalar; the seed, which llm.c never initialises, is zero."""
@@ -82,7 +83,9 @@ class Mt19937:
 
     @classmethod
     def from_struct(cls, struct: np.ndarray) -> Mt19937:
-        """The generator that `to_struct` saved. Raises Gpt2JaxError for counters that no generator can have."""
+        """The generator that `to_struct` saved. Raises Gpt2JaxError for words that no generator of this kind can have."""
+        if tuple(struct["matrix"].tolist()) != _MATRIX:
+            raise Gpt2JaxError(f"mt19937 state: expected the matrix words {_MATRIX}, found {tuple(struct['matrix'].tolist())}")
         left, next_word = int(struct["left"]), int(struct["next"])
         fresh = (left, next_word) == (1, 0)
         if not fresh and not (1 <= next_word <= _STATE_WORDS and left == _STATE_WORDS + 1 - next_word):

@@ -52,7 +52,7 @@ def write_state_file(path: str | os.PathLike, state: TrainingState) -> None:
         file.write(header.tobytes())
         for buffer in (state.m, state.v, state.master):
             if buffer is not None:
-                file.write(memoryview(np.ascontiguousarray(buffer, dtype="<f4")).cast("B"))
+                file.write(np.ascontiguousarray(buffer, dtype="<f4").data)
         if state.loader.generator is not None:
             for permutation in (state.loader.shard_permutation, state.loader.sample_permutation):
                 assert permutation is not None  # a shuffled loader's state has all three
@@ -71,7 +71,8 @@ def read_state_file(path: str | os.PathLike, num_parameters: int) -> TrainingSta
         raise Gpt2JaxError(f"{path}: expected the state of rank 0 of 1 process, found rank {rank} of {num_processes}", _HINT)
     if has_master not in (0, 1) or shuffled not in (0, 1) or step < 0:
         raise Gpt2JaxError(
-            f"{path}: expected master and shuffle words of 0 or 1 and a step >= 0, found {has_master}, {shuffled}, {step}", _HINT
+            f"{path}: expected master and shuffle words of 0 or 1 and a step >= 0, found {has_master}, {shuffled}, {step}",
+            _HINT,
         )
     rounding_state, last_rounding_state = map(int, header[20:24].view("<u8"))
     shard_index, sample_index = map(int, header[30:34].view("<u8"))

@@ -66,7 +66,12 @@ def read_tokenizer_file(path: str | os.PathLike) -> TokenizerFile:
 
 
 def write_tokenizer_file(path: str | os.PathLike, token_bytes: Sequence[bytes], end_of_text: int) -> None:
-    """Write version 2. Every token must have 1 to 255 bytes."""
+    """Write version 2. Every token must have 1 to 255 bytes, and `end_of_text` be one of at most 65536 tokens."""
+    if not 0 <= end_of_text < len(token_bytes) <= _MAX_TOKENS:
+        raise Gpt2JaxError(
+            f"{path}: expected 1 to {_MAX_TOKENS} tokens and an end-of-text id among them, "
+            f"found {len(token_bytes)} tokens and id {end_of_text}"
+        )
     for token_id, token in enumerate(token_bytes):
         if not 1 <= len(token) <= 255:
             raise Gpt2JaxError(f"{path}: expected 1 to 255 bytes for token {token_id}, found {len(token)}")
