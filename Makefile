@@ -1,6 +1,8 @@
-# make train   install, prepare the built-in text, train the demo model
-# make test    install with the test extra, run the tests
-# make lint    ruff and mypy
+# make train               install, prepare the built-in text, train the demo model
+# make test                install with the test extra, run the tests
+# make test-oldest-jax     the same tests with jax 0.4.34, the oldest that is supported
+# make test-custom-calls   the C++ tests, plain and under two sanitizers
+# make lint                ruff and mypy
 # Every target is a plain command or two; see README.md for them without make.
 
 PYTHON ?= python3
@@ -10,14 +12,28 @@ BIN := $(VENV)/bin
 EXTRA = $(shell $(PYTHON) -m gpt2_jax.backend)
 CUSTOM_CALL_SOURCES := $(shell find custom_calls -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: train test lint clean
+.PHONY: train test test-oldest-jax test-custom-calls lint clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py
-	$(BIN)/python scripts/train.py --config configs/demo.toml
+	$(BIN)/python scripts/train.py --config configs/demo.toml $(TRAIN_FLAGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+test-oldest-jax:
+	$(MAKE) VENV=.venv-oldest-jax TEST_REQUIREMENTS='jax==0.4.34 jaxlib==0.4.34' test
+
+# The headers that the wheel is built with; jaxlib is installed without what it needs, as only its headers are used.
+test-custom-calls:
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/jaxlib jaxlib==0.5.0
+	for sanitizer in '' address undefined; do \
+		folder=build/custom-calls$${sanitizer:+-$$sanitizer}; \
+		cmake -S custom_calls -B $$folder -DGPT2_JAX_REQUIRE_CUSTOM_CALLS=ON -DGPT2_JAX_SANITIZE=$$sanitizer \
+			-DGPT2_JAX_XLA_FFI_INCLUDE_DIR=$(CURDIR)/build/jaxlib/jaxlib/include && \
+		cmake --build $$folder -j 2 && \
+		ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -36,7 +52,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml $(CUSTOM_CALL_SOURCES)
 
 # The tests run on the CPU, with or without an accelerator's extra.
 $(VENV)/installed-test: $(BIN)/python pyproject.toml $(CUSTOM_CALL_SOURCES)
-	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install -e '.[test]' $(TEST_REQUIREMENTS)
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
@@ -44,4 +60,4 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest-jax build .pytest_cache .mypy_cache .ruff_cache .hypothesis
