@@ -1,0 +1,150 @@
+"""The programs as a user runs them: each in a process of its own, with what it prints and how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from gpt2_jax.checkpoint import newest_step
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.llmc.model_file import write_model_file
+from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
+from tests.conftest import REPOSITORY, TINY
+
+SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.py"))
+TINY_FLAGS = [
+    *("--init", "d6", "--num-layers", "1", "--num-heads", "2", "--channels", "16", "--max-sequence-length", "16"),
+    *("--vocab-size", "203", "--batch-size", "2", "--sequence-length", "16", "--validate-every", "5", "--sample-every", "0"),
+]
+
+
+def run(script, *arguments, cwd=REPOSITORY, status=0):
+    """Run a script; its standard output and error. Other than the expected status fails with both."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    command = [sys.executable, str(REPOSITORY / "scripts" / script), *map(str, arguments)]
+    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == status, f"{script} ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_teaches_by_example(script):
+    output, _ = run(script, "--help")
+    assert f"python scripts/{script}" in output
+
+
+def test_train_resume_and_generate(tiny_shards, tmp_path):
+    flags = [*TINY_FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1]]
+    output, _ = run("train.py", *flags, "--steps", 5, "--out-dir", tmp_path / "run")
+    assert len(re.findall(r"^step [1-5]/5 \| loss ", output, re.MULTILINE)) == 5
+    assert "cpu" in output
+
+    output, _ = run("train.py", "--resume", "--out-dir", tmp_path / "run", "--steps", 7)
+    assert [int(step) for step in re.findall(r"^step (\d)/7", output, re.MULTILINE)] == [6, 7]
+    assert newest_step(tmp_path / "run") == 7
+
+    _, error = run("train.py", *flags, "--steps", 5, "--out-dir", tmp_path / "run", status=2)
+    assert "holds a run" in error
+    assert "---> HINT: --resume" in error
+
+
+def test_train_runs_into_a_new_folder_by_default(tiny_shards, tmp_path):
+    run("train.py", *TINY_FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--steps", 1, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"d6-\d{8}-\d{6}", folder.name)
+    assert (folder / "DONE_00000001").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"), [("cuda", "expected an NVIDIA GPU"), ("metal", "expected a Mac with Apple silicon")]
+)
+@pytest.mark.skipif(sys.platform != "linux" or os.path.exists("/dev/nvidia0"), reason="this machine has an accelerator")
+def test_an_accelerator_that_is_not_there_is_one_clear_error(backend, message):
+    output, error = run("train.py", "--backend", backend, status=2)
+    assert output == ""
+    assert error.startswith(f"error: backend {backend}: {message}")
+    assert len(error.splitlines()) == 2
+    assert "---> HINT: " in error
+
+
+def test_a_missing_data_file_names_the_command_that_makes_it(tmp_path):
+    _, error = run("train.py", *TINY_FLAGS, "--steps", 1, cwd=tmp_path, status=2)
+    assert "data/kjv_train.bin: expected at least one token shard" in error
+    assert "---> HINT: python scripts/prepare_data.py" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_print_config_prints_and_trains_nothing(tmp_path):
+    output, _ = run("train.py", "--config", REPOSITORY / "configs" / "demo.toml", "--steps", 3, "--print-config", cwd=tmp_path)
+    assert "steps = 3" in output
+    assert "channels = 128" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prepare_data_makes_shards_of_a_text_file(tmp_path):
+    (tmp_path / "book.txt").write_text("Hello world " * 100, encoding="utf-8")
+    output, _ = run("prepare_data.py", "--source", "book.txt", cwd=tmp_path)
+    assert re.search(r"data/book_train.bin: \d+ tokens\ndata/book_val.bin: \d+ tokens", output)
+
+
+def test_generate_continues_a_text_the_same_way_for_the_same_seed(tmp_path):
+    from gpt2_jax.initialize import initialize_parameters
+
+    config = ModelConfig(max_sequence_length=16, vocab_size=50257, num_layers=1, num_heads=1, channels=8)
+    path = tmp_path / "model.bin"
+    write_model_file(path, config, initialize_parameters(config))
+    flags = [path, "--prompt", "In the beginning", "--max-tokens", "5", "--top-k", "40"]
+    texts = [run("generate.py", *flags)[0] for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("In the beginning")
+    assert len(texts[0]) > len("In the beginning\n")
+    _, error = run("generate.py", path, "--temperature", "-1", status=2)
+    assert "error: expected" in error
+
+
+def test_the_starter_pack_has_llmcs_names_and_sizes(tiny_params, tiny_shards, tmp_path):
+    write_model_file(tmp_path / "tiny.bin", TINY, tiny_params)
+    flags = ["--init", tmp_path / "tiny.bin", "--batch-size", "2", "--sequence-length", "8", "--tokens", tiny_shards[1]]
+    run("write_starter_pack.py", *flags, "--output-dir", tmp_path / "pack")
+    n = ParameterLayout(TINY).num_parameters
+    assert {path.name: path.stat().st_size for path in (tmp_path / "pack").iterdir()} == {
+        "gpt2_tiny.bin": 1024 + 4 * n,
+        "gpt2_tiny_bf16.bin": 1024 + 2 * n,
+        "gpt2_tiny_debug_state.bin": 1024 + 4 * (2 * 16 + 16 * TINY.vocab_size + 1 + n),
+        "gpt2_tokenizer.bin": 372_108,
+    }
+    assert (tmp_path / "pack" / "gpt2_tiny.bin").read_bytes() == (tmp_path / "tiny.bin").read_bytes()
+    assert read_tokenizer_file(tmp_path / "pack" / "gpt2_tokenizer.bin").end_of_text == 50256
+
+
+def test_check_gradients_prints_every_tensor_and_its_status_can_be_trusted(tiny_params, tmp_path):
+    write_model_file(tmp_path / "tiny.bin", TINY, tiny_params)
+    output, _ = run("check_gradients.py", "--checkpoint", tmp_path / "tiny.bin", "--sequence-length", "16")
+    for tensor in ParameterLayout(TINY).tensors:
+        assert re.search(rf"^grad {tensor.name} .* ok$", output, re.MULTILINE)
+    assert output.endswith("all within tolerance\n")
+
+    program = (
+        "import runpy, sys, gpt2_jax.model as model; model.LAYERNORM_EPSILON = 1e-3; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(REPOSITORY / "scripts" / "check_gradients.py")
+    command = [sys.executable, "-c", program, script, "--checkpoint", str(tmp_path / "tiny.bin"), "--sequence-length", "16"]
+    ended = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "FAILED: loss" in ended.stdout
+
+
+def test_a_damaged_file_is_one_clear_error(tmp_path):
+    path = tmp_path / "damaged.bin"
+    path.write_bytes(b"\0" * 2000)
+    for script, flags in (("generate.py", [path]), ("write_starter_pack.py", ["--init", path, "--output-dir", tmp_path / "x"])):
+        _, error = run(script, *flags, status=2)
+        assert error.startswith(f"error: {path}: expected a model file (magic 20240326), found magic 0")
+        assert "---> HINT: " in error
+    assert not (tmp_path / "x").exists()
