@@ -1,0 +1,59 @@
+"""README tells the truth: its flags, its file tree, its Python, its commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+from tests.test_config import FLAGS
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TREE = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)[1]
+
+
+def test_the_first_screen_has_both_commands():
+    first_screen = "\n".join(README.splitlines()[:25])
+    assert "make train" in first_screen
+    assert "make test" in first_screen
+
+
+def test_every_flag_of_train_is_in_the_table():
+    settings = README.partition("## Settings")[2].partition("## Formats")[0]
+    assert [flag for flag in sorted(FLAGS) if flag not in settings] == []
+
+
+def test_every_path_of_the_tree_exists():
+    paths = [line.split()[0] for line in TREE.splitlines() if line[0] != " "]
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+
+
+def test_every_module_preset_and_script_is_in_the_tree():
+    for path in (REPOSITORY / "gpt2_jax").glob("*.py"):
+        assert path.name == "__init__.py" or f"gpt2_jax/{path.name} " in TREE
+    for folder in ("llmc", "interop"):
+        for path in (REPOSITORY / "gpt2_jax" / folder).glob("*.py"):
+            assert path.name == "__init__.py" or re.search(rf"\b{path.stem}\b", TREE), path
+    for path in (REPOSITORY / "configs").glob("*.toml"):
+        assert f"configs/{path.name} " in TREE
+    for path in (REPOSITORY / "scripts").glob("*.py"):
+        assert re.search(rf"scripts/ .*\b{path.stem}\b", TREE), path
+
+
+def test_the_python_runs(tmp_path: Path):
+    program = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("(2, 192, 64)\n")
+    assert (tmp_path / "model.bin").stat().st_size > 1024
+
+
+def test_every_command_names_a_script_and_flags_that_exist():
+    commands = re.findall(r"python scripts/(\w+\.py)([^`\n]*)", README)
+    assert len(commands) > 8
+    for script, arguments in commands:
+        source = (REPOSITORY / "scripts" / script).read_text(encoding="utf-8")
+        for flag in re.findall(r"--[a-z-]+", arguments):
+            assert flag in FLAGS or flag.removeprefix("--").replace("-", "_") + ":" in source, (script, flag)
