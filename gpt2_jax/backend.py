@@ -63,6 +63,8 @@ def open_device(backend: Backend) -> str:
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         raise Gpt2JaxError(f"backend {backend.name}: expected a device, found: {first_line}", _ON_CPU) from None
+    if device.platform == "cpu" and backend.name != "cpu":
+        raise Gpt2JaxError(f"backend {backend.name}: expected its device, found that jax opened the CPU instead", _ON_CPU)
     return f"{device.device_kind} ({jax.device_count()} device(s), using 1)"
 
 

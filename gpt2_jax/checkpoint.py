@@ -57,7 +57,7 @@ def newest_step(folder: str | os.PathLike) -> int:
     raise Gpt2JaxError(
         f"{folder}: expected a run folder with a complete checkpoint "
         f"(model_*.bin, state_*.bin and DONE_* of one step), found none",
-        "start the run without --resume",
+        "start the run anew, without --resume and in another --out-dir",
     )
 
 

@@ -49,4 +49,5 @@ def description() -> dict[str, Any]:
 def num_threads() -> int:
     """Threads that a custom call may use: what XLA's own pool has, which NPROC sets and the process's CPUs bound."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, int(os.environ.get("NPROC", available)))
+    nproc = os.environ.get("NPROC", "")
+    return min(available, int(nproc)) if nproc.isdigit() and int(nproc) > 0 else available

@@ -31,11 +31,10 @@ def validation_loss(
     loss_function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     params_N: jax.Array,
     loader: TokenLoader,
-    max_batches: int,
+    num_batches: int,
 ) -> float:
-    """Mean loss over the first `max_batches` batches (-1: all there are, never more than that) of a sequential loader."""
+    """Mean loss over the first `num_batches` batches of a sequential loader, which starts over."""
     loader.reset()
-    num_batches = loader.num_batches if max_batches == -1 else min(max_batches, loader.num_batches)
     losses = [loss_function(params_N, *map(jnp.asarray, loader.next_batch())) for _ in range(num_batches)]
     return float(np.mean([np.float64(loss) for loss in losses]))
 

@@ -20,9 +20,8 @@ from gpt2_jax.errors import Gpt2JaxError
 class Display:
     """Progress for people: a live bar on a terminal; in a pipe one line a step, beginning 'step N/TOTAL'."""
 
-    def __init__(self, total_steps: int, console: Console | None = None):
+    def __init__(self, console: Console | None = None):
         self._console = console or Console(highlight=False, soft_wrap=True)
-        self._total_steps = total_steps
         self._progress: Progress | None = None
 
     def __enter__(self) -> Display:
@@ -43,22 +42,27 @@ class Display:
         for name, value in rows:
             self.line(f"  {name:<{width}}  {value}")
 
-    def sample(self, step: int, text: str) -> None:
-        self.line(f"sample at step {step}:\n---\n{text}\n---")
-
     def step(
-        self, step: int, *, loss: float, norm: float, learning_rate: float, seconds: float, tokens_per_second: float
+        self,
+        step: int,
+        total_steps: int,
+        *,
+        loss: float,
+        norm: float,
+        learning_rate: float,
+        seconds: float,
+        tokens_per_second: float,
     ) -> None:
         """One training step's figures."""
         rate = f"{seconds * 1000:.2f} ms | {tokens_per_second:.0f} tok/s"
         figures = f"loss {loss:.6f} | norm {norm:.4f} | lr {learning_rate:.2e} | {rate}"
         if not self._console.is_terminal:
-            self.line(f"step {step:>{len(str(self._total_steps))}}/{self._total_steps} | {figures}")
+            self.line(f"step {step:>{len(str(total_steps))}}/{total_steps} | {figures}")
             return
         if self._progress is None:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
             self._progress = Progress(*columns, TextColumn("{task.description}", markup=False), console=self._console)
-            self._progress.add_task("", total=self._total_steps)
+            self._progress.add_task("", total=total_steps, completed=step)
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=step, description=figures)
 
@@ -108,4 +112,7 @@ def plot_loss(log: RunLog, path: str | os.PathLike, *, baseline: float | None = 
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected to write the loss curve, found: {error.strerror or error}") from None

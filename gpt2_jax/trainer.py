@@ -40,17 +40,21 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     config.validate()
     if config.compute.matmul_precision == "highest":
         jax.config.update("jax_default_matmul_precision", "highest")
+    display = Display()
     device = open_device(backend)
     matmul = choose_implementation(config.compute.matmul, backend)
 
     resumed = None
     if config.run.resume:
         _check_resumable(config)
-        resumed = checkpoint.load_checkpoint(config.run.out_dir, checkpoint.newest_step(config.run.out_dir))
+        newest = checkpoint.newest_step(config.run.out_dir)
+        display.line(f"loading the checkpoint of step {newest} ...")
+        resumed = checkpoint.load_checkpoint(config.run.out_dir, newest)
         model, params = resumed.model, resumed.params
     else:
         if config.run.out_dir:
             _refuse_used_folder(Path(config.run.out_dir))
+        display.line(f"making the weights of {config.model.init} ...")
         model, params = load_weights(config.model)
     layout = ParameterLayout(model)
     train_loader, validation_loader = _open_loaders(config, model)
@@ -79,11 +83,11 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     del params, resumed
 
     folder = _open_folder(config, name)
-    run = _Run(config, folder, layout, steps, train_loader, validation_loader, matmul.name)
-    with run.display:
-        run.display.table(_start_table(config, backend, device, matmul, layout, steps, train_loader, validation_loader, folder))
+    run = _Run(config, folder, layout, steps, train_loader, validation_loader, matmul.name, display)
+    with display:
+        display.table(_start_table(config, backend, device, matmul, layout, steps, train_loader, validation_loader, folder))
         if first_step > steps:
-            run.display.line(f"nothing to do: {folder} is at step {first_step - 1} of {steps}; a larger --steps goes on")
+            display.line(f"nothing to do: {folder} is at step {first_step - 1} of {steps}; a larger --steps goes on")
             return folder
         step_function = make_train_step(
             layout,
@@ -109,11 +113,12 @@ class _Run:
         train_loader: TokenLoader,
         validation_loader: TokenLoader | None,
         matmul: str,
+        display: Display,
     ):
         self.config, self.folder, self.layout, self.steps = config, folder, layout, steps
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.dtype, self.matmul = jnp.dtype(config.compute.dtype), matmul
-        self.display = Display(steps)
+        self.display = display
         self.log = RunLog(folder / "log.jsonl")
         self.loss_function = make_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
         self.baseline: float | None = None
@@ -171,7 +176,13 @@ class _Run:
         seconds = clock.step_done()
         tokens_per_second = self.config.tokens_per_step / seconds
         self.display.step(
-            step, loss=loss, norm=norm, learning_rate=learning_rate, seconds=seconds, tokens_per_second=tokens_per_second
+            step,
+            self.steps,
+            loss=loss,
+            norm=norm,
+            learning_rate=learning_rate,
+            seconds=seconds,
+            tokens_per_second=tokens_per_second,
         )
         self.log.write(
             "train", step, loss=loss, norm=norm, lr=learning_rate, seconds=seconds, tokens_per_second=tokens_per_second
@@ -185,9 +196,11 @@ class _Run:
     def validate(self, step: int, state: TrainState) -> None:
         if self.validation_loader is None:
             return
-        loss = validation_loss(
-            self.loss_function, state.params, self.validation_loader, self.config.evaluation.validation_batches
-        )
+        batches = self.validation_loader.num_batches
+        if self.config.evaluation.validation_batches != -1:
+            batches = min(batches, self.config.evaluation.validation_batches)
+        self.display.line(f"validating on {batches} batches ...")
+        loss = validation_loss(self.loss_function, state.params, self.validation_loader, batches)
         self.display.line(f"validation loss at step {step}: {loss:.6f}")
         self.log.write("validation", step, loss=loss)
 
@@ -205,9 +218,10 @@ class _Run:
             dtype=self.dtype,
             matmul=self.matmul,
         )
+        self.display.line(f"sample at step {step}:\n---")
         # Of a vocabulary that is not GPT-2's only the ids can be shown.
         text = prompt + tokenizer.decode(list(tokens)) if speaks_gpt2 else " ".join(map(str, tokens))
-        self.display.sample(step, text)
+        self.display.line(f"{text}\n---")
         self.log.write("sample", step, text=text)
 
     def save(self, step: int, state: TrainState) -> None:

@@ -115,5 +115,7 @@ def test_jax_platforms_of_the_user_is_respected(machine, monkeypatch):
     assert (chosen.name, chosen.reason) == ("cpu", "JAX_PLATFORMS=cpu is set")
 
 
-def test_the_device_of_the_cpu_opens():
+def test_the_device_of_the_cpu_opens_and_is_no_substitute_for_another():
     assert "cpu" in backend.open_device(backend.Backend("cpu", "cpu", "test"))
+    with pytest.raises(Gpt2JaxError, match="backend cuda: expected its device, found that jax opened the CPU instead"):
+        backend.open_device(backend.Backend("cuda", "cuda", "test"))

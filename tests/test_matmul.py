@@ -111,3 +111,12 @@ def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch):
 def test_the_library_is_in_the_installed_package():
     """A compile error must not be swallowed by the fallback."""
     assert {row["name"] for row in custom_calls.description()["implementations"]} >= set(RUNGS)
+
+
+@pytest.mark.parametrize(("nproc", "threads"), [("1", 1), ("100000", None), ("many", None), ("0", None), (None, None)])
+def test_threads_are_xlas(monkeypatch, nproc, threads):
+    monkeypatch.delenv("NPROC", raising=False)
+    everything = custom_calls.num_threads()
+    if nproc is not None:
+        monkeypatch.setenv("NPROC", nproc)
+    assert custom_calls.num_threads() == (threads or everything) >= 1

@@ -20,9 +20,9 @@ def console(terminal):
 
 def test_a_pipe_gets_one_line_a_step():
     output = console(terminal=False)
-    with Display(20, output) as display:
+    with Display(output) as display:
         for step in (1, 12):
-            display.step(step, **FIGURES)
+            display.step(step, 20, **FIGURES)
     lines = output.file.getvalue().splitlines()
     assert lines[0] == "step  1/20 | loss 4.500000 | norm 0.2500 | lr 3.00e-04 | 500.00 ms | 512 tok/s"
     assert lines[1].startswith("step 12/20 | ")
@@ -31,10 +31,10 @@ def test_a_pipe_gets_one_line_a_step():
 
 def test_a_terminal_gets_a_live_bar_and_lines_above_it():
     output = console(terminal=True)
-    with Display(20, output) as display:
-        display.step(5, **FIGURES)
+    with Display(output) as display:
+        display.step(5, 20, **FIGURES)
         display.line("validation loss at step 5: 4.0")
-        display.step(6, **FIGURES)
+        display.step(6, 20, **FIGURES)
     text = output.file.getvalue()
     assert re.search(r"6/20", text)
     assert "validation loss at step 5: 4.0" in text
@@ -43,8 +43,8 @@ def test_a_terminal_gets_a_live_bar_and_lines_above_it():
 
 def test_square_brackets_are_text_not_markup():
     output = console(terminal=False)
-    with Display(1, output) as display:
-        display.sample(3, "[bold] of [/nothing]")
+    with Display(output) as display:
+        display.line("[bold] of [/nothing]")
         display.table([("path", "runs/[x]"), ("longer name", 1)])
     text = output.file.getvalue()
     assert "[bold] of [/nothing]" in text
@@ -76,3 +76,10 @@ def test_the_plot_is_a_png_also_of_a_run_with_a_loss_that_is_not_finite(tmp_path
     plot_loss(log, path, baseline=6.0)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
+
+
+def test_a_plot_that_cannot_be_written_is_an_error(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl")
+    log.write("train", 1, loss=1.0)
+    with pytest.raises(Gpt2JaxError, match="expected to write the loss curve"):
+        plot_loss(log, tmp_path / "none" / "loss.png")

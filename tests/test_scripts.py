@@ -53,6 +53,15 @@ def test_train_resume_and_generate(tiny_shards, tmp_path):
     assert "---> HINT: --resume" in error
 
 
+def test_a_reader_that_stops_early_is_no_crash():
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train.py"), "--print-config"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 def test_train_runs_into_a_new_folder_by_default(tiny_shards, tmp_path):
     run("train.py", *TINY_FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--steps", 1, cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()

@@ -61,6 +61,7 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     steps = [line for line in output.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == [f"{step}/8" for step in range(1, 9)]
     assert "unigram cross-entropy of the validation tokens" in output
+    assert "validating on 9 batches" in output
     assert f"validation loss at step 8: {losses['validation'][-1][1]:.6f}" in output
 
 
