@@ -34,7 +34,7 @@ def choose_implementation(requested: str, backend: Backend) -> Choice:
     """Resolve 'auto' or a name for a run on `backend`; Gpt2JaxError with the reason for a name that cannot serve it."""
     refusals = {name: reason for name in RUNGS if (reason := _refusal(name, backend))}
     if requested == "auto":
-        return Choice("xla", "works on every device, and is the fastest measured so far", refusals)
+        return Choice("xla", "the reference, on every device; the others are taken by name", refusals)
     if requested in refusals:
         raise Gpt2JaxError(f"--matmul {requested}: expected to use it, found: {refusals[requested]}", "--matmul auto")
     return Choice(requested, f"asked for with --matmul {requested}", refusals)

@@ -351,18 +351,23 @@ def _start_table(
         ("device", device),
         ("compute", f"{config.compute.dtype}, matmul precision {config.compute.matmul_precision}, jax {jax.__version__}"),
         ("matmul", f"{matmul.name}: {matmul.reason}"),
+    ]
+    for reason in dict.fromkeys(matmul.refusals.values()):
+        refused = ", ".join(name for name, why in matmul.refusals.items() if why == reason)
+        rows.append(("", f"not {refused}: {reason}"))
+    order = "shuffled" if config.data.shuffle else "in order"
+    rows += [
         ("weights", config.model.init if not config.run.resume else f"resumed from {folder}"),
         ("model", sizes),
         ("parameters", f"{layout.num_parameters:,} with padding, {layout.num_true_parameters:,} without"),
-        (
-            "training data",
-            f"{config.data.train}: {train_loader.num_tokens:,} tokens, {'shuffled' if config.data.shuffle else 'in order'}",
-        ),
+        ("training data", f"{config.data.train}: {train_loader.num_tokens:,} tokens, {order}"),
+    ]
+    if validation_loader is not None:
+        rows.append(("validation data", f"{config.data.validation}: {validation_loader.num_tokens:,} tokens"))
+    rows += [
         ("batch", batch),
         ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
         ("learning rate", rate),
+        ("run folder", folder),
     ]
-    if validation_loader is not None:
-        rows.insert(7, ("validation data", f"{config.data.validation}: {validation_loader.num_tokens:,} tokens"))
-    rows.append(("run folder", folder))
     return rows

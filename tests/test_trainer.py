@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gpt2_jax import checkpoint
+from gpt2_jax import checkpoint, custom_calls
 from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig, load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
@@ -124,6 +124,15 @@ def test_fine_tuning_starts_from_a_files_weights_and_a_fresh_optimizer(config, t
     saved = checkpoint.load_checkpoint(folder, 1)
     np.testing.assert_array_equal(saved.params, tiny_params)
     assert (saved.m != 0).any()
+
+
+def test_a_missing_library_of_custom_calls_is_said_and_trains_through_xla(config, capsys, monkeypatch):
+    def missing():
+        raise NotImplementedError("it was not built")
+
+    monkeypatch.setattr(custom_calls, "description", missing)
+    train(change(config, run={"steps": 1}, evaluation={"validate_every": 0, "sample_every": 0}), "tiny", CPU)
+    assert "not naive, blocked, simd, threaded: it was not built" in capsys.readouterr().out
 
 
 def test_an_epoch_is_the_default(config):
