@@ -101,7 +101,7 @@ def test_folder_without_a_complete_set_is_refused(tmp_path, folder):
     with pytest.raises(Gpt2JaxError) as raised:
         newest_step(tmp_path / folder)
     assert str(raised.value).startswith(f"{tmp_path / folder}: expected a run folder with a complete checkpoint")
-    assert "found none\n---> HINT: start the run without --resume" in str(raised.value)
+    assert "found none\n---> HINT: start the run anew, without --resume" in str(raised.value)
 
 
 def test_folder_whose_name_is_too_long_is_refused(tmp_path):
