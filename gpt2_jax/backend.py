@@ -22,8 +22,8 @@ _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # Import name of a plugin for the Apple GPU -> the platform name that jax knows it by, best first.
 _METAL_PLUGINS = {
     "jax_plugins.mps": "mps",
-    "jax_plugins.metaljax": "metal",
-    "jax_plugins.jax_graft": "mtl",
+    "metaljax": "metal",
+    "jax_graft": "mtl",
     "jax_plugins.metal_plugin": "METAL",
 }
 

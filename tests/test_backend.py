@@ -88,10 +88,15 @@ def test_apple_silicon_takes_the_best_plugin(machine):
     assert "jax_plugins.mps" in chosen.reason
 
 
-def test_apple_silicon_knows_jax_metal_by_its_upper_case_name(machine):
-    machine(system="darwin", processor="arm64", plugins=["jax_plugins.metal_plugin"])
-    assert backend.select_backend("metal").platform == "METAL"
-    assert os.environ["JAX_PLATFORMS"] == "METAL,cpu"
+@pytest.mark.parametrize(
+    ("module", "platform_name"),
+    # The modules and names of jax-mps, metaljax, jax-graft and jax-metal, as their wheels' entry points have them.
+    [("jax_plugins.mps", "mps"), ("metaljax", "metal"), ("jax_graft", "mtl"), ("jax_plugins.metal_plugin", "METAL")],
+)
+def test_apple_plugins_go_by_their_own_platform_names(machine, module, platform_name):
+    machine(system="darwin", processor="arm64", plugins=[module])
+    assert backend.select_backend("metal").platform == platform_name
+    assert os.environ["JAX_PLATFORMS"] == f"{platform_name},cpu"
 
 
 def test_apple_silicon_without_a_plugin(machine):
