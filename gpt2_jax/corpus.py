@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import http.client
 import importlib.util
 import os
 import urllib.request
@@ -71,7 +72,7 @@ def tinyshakespeare() -> Corpus:
     try:
         with urllib.request.urlopen(_TINYSHAKESPEARE_URL, timeout=30) as response:
             content = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise Gpt2JaxError(
             f"tinyshakespeare: expected to download {_TINYSHAKESPEARE_URL}, found no way to it: {error}",
             "python scripts/prepare_data.py   (the built-in text, no network needed)",

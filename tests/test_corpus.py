@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import urllib.error
 
 import numpy as np
@@ -68,12 +69,13 @@ def test_shards_hold_the_tokens(tmp_path):
     np.testing.assert_array_equal(open_token_shard(validation_path), made.validation)
 
 
-def test_tinyshakespeare_without_a_network_is_an_honest_error(monkeypatch):
+@pytest.mark.parametrize("error", [urllib.error.URLError("no network"), http.client.IncompleteRead(b"no network")])
+def test_tinyshakespeare_without_a_network_is_an_honest_error(monkeypatch, error):
     def refuse(*arguments, **options):
-        raise urllib.error.URLError("no network")
+        raise error
 
     monkeypatch.setattr(corpus.urllib.request, "urlopen", refuse)
-    with pytest.raises(Gpt2JaxError, match=r"no network(.|\n)*python scripts/prepare_data.py"):
+    with pytest.raises(Gpt2JaxError, match=r"found no way to it(.|\n)*python scripts/prepare_data.py"):
         corpus.tinyshakespeare()
 
 
