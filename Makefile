@@ -1,7 +1,7 @@
 # make train               install, prepare the built-in text, train the demo model
 # make test                install with the test extra, run the tests
 # make test-oldest-jax     the same tests with jax 0.4.34, the oldest that is supported
-# make test-custom-calls   the C++ tests, plain and under two sanitizers
+# make test-custom-calls   the C++ tests, plain and under three sanitizers
 # make lint                ruff and mypy
 # Every target is a plain command or two; see README.md for them without make.
 
@@ -27,7 +27,7 @@ test-oldest-jax:
 # The headers that the wheel is built with; jaxlib is installed without what it needs, as only its headers are used.
 test-custom-calls:
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/jaxlib jaxlib==0.5.0
-	for sanitizer in '' address undefined; do \
+	for sanitizer in '' address undefined thread; do \
 		folder=build/custom-calls$${sanitizer:+-$$sanitizer}; \
 		cmake -S custom_calls -B $$folder -DGPT2_JAX_REQUIRE_CUSTOM_CALLS=ON -DGPT2_JAX_SANITIZE=$$sanitizer \
 			-DGPT2_JAX_XLA_FFI_INCLUDE_DIR=$(CURDIR)/build/jaxlib/jaxlib/include && \
