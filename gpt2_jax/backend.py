@@ -17,7 +17,6 @@ from pathlib import Path
 
 from gpt2_jax.errors import Gpt2JaxError
 
-BACKENDS = ("auto", "cpu", "cuda", "metal")
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # Import name of a plugin for the Apple GPU -> the platform name that jax knows it by, best first.
 _METAL_PLUGINS = {

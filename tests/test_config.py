@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import pytest
 
 from gpt2_jax.config import (
+    ComputeSettings,
     ModelSettings,
     RunConfig,
     format_config,
@@ -17,6 +19,7 @@ from gpt2_jax.config import (
 )
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import model_config_from_descriptor
+from gpt2_jax.matmul import IMPLEMENTATIONS
 from tests.conftest import REPOSITORY
 
 # Every flag of train.py. A change here is a change of the public interface: README, presets and users' scripts.
@@ -63,6 +66,13 @@ def test_command_line_over_file_over_defaults(tmp_path):
 def test_printed_settings_load_back(tmp_path):
     config, _, _ = parse("--init", 'odd "name".bin', "--no-shuffle", "--learning-rate", "1e-9", "--steps", "3")
     assert load_config(write(tmp_path / "printed.toml", format_config(config))) == config
+
+
+def test_the_choices_of_matmul_are_the_implementations():
+    """The settings are read before jax may be imported, so they name the choices a second time."""
+    choices = typing.get_args(typing.get_type_hints(ComputeSettings)["matmul"])
+    assert choices[0] == "auto"
+    assert set(choices[1:]) == set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.stem)
