@@ -10,7 +10,9 @@
 struct XLA_FFI_Error;
 struct XLA_FFI_CallFrame;
 
-// XLA FFI handler (CPU), to be registered as a target of any name:
+// XLA FFI handlers (CPU), to be registered as targets of any name.
+//
+// The product:
 //
 //   out (m x n) = op(a) (m x k) . op(b) (k x n)
 //
@@ -28,6 +30,25 @@ struct XLA_FFI_CallFrame;
 // Anything else is INVALID_ARGUMENT with what was expected and what was found; a rung that refuses
 // is UNIMPLEMENTED with its reason.
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul(XLA_FFI_CallFrame* call_frame);
+
+// The product plus a bias, out = op(a) . op(b) + bias, the bias added to every row's float32 sums
+// before they are rounded. As gpt2_jax_matmul, and
+//
+//   argument    bias: f32 of rank 1, after a and b; n elements from element bias_offset on. One
+//   flat
+//               parameter buffer can be b and bias at once
+//   attribute   bias_offset               int64, elements
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_bias(XLA_FFI_CallFrame* call_frame);
+
+// The product written into, or added to, a part of a flat buffer, all else of which is kept:
+// out = target, then out[out_offset ... + m * n] = or += op(a) . op(b). As gpt2_jax_matmul, and
+//
+//   argument    target: f32 of rank 1, after a and b. Where XLA aliases it to out, which it should,
+//               nothing is copied; otherwise target is copied to out first, whole
+//   result      out: of target's type and shape. Neither a nor b may lie in the part written
+//   attributes  out_offset                int64, elements
+//               accumulate                int64, 0 or 1: written, or added
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_into(XLA_FFI_CallFrame* call_frame);
 
 // What this library is and what it can do on this machine, as one JSON object:
 //

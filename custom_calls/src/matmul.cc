@@ -48,7 +48,7 @@ std::string to_string(const Matmul& matmul) {
   print(stream, matmul.a.dtype, matmul.m, matmul.k, matmul.a.transposed);
   stream << " . ";
   print(stream, matmul.b.dtype, matmul.k, matmul.n, matmul.b.transposed);
-  stream << " -> ";
+  stream << (matmul.bias ? " + bias" : "") << (matmul.accumulate ? " + out" : "") << " -> ";
   print(stream, matmul.out_dtype, matmul.m, matmul.n, false);
   stream << ", " << name(matmul.precision);
   return stream.str();

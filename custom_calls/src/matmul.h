@@ -29,7 +29,7 @@ struct Operand {
   bool transposed = false;  // op(X) is the transpose of what is stored
 };
 
-// `out` must not overlap an operand. m, n, k >= 0; k == 0 fills `out` with zeros.
+// `out` must not overlap an operand or the bias. m, n, k >= 0; with k == 0 the product is zeros.
 struct Matmul {
   int64_t m = 0, n = 0, k = 0;
   Operand a;  // stored m x k, or k x m when transposed
@@ -37,6 +37,8 @@ struct Matmul {
   void* out = nullptr;
   int64_t out_leading_dimension = 0;
   DType out_dtype = DType::kFloat32;  // bfloat16: each float32 sum is rounded once, at the end
+  bool accumulate = false;            // out += product; out is float32 and there is no bias
+  const float* bias = nullptr;        // n elements added to every row's float32 sums
   Precision precision = Precision::kF32_F32_F32;
 };
 
@@ -45,7 +47,7 @@ const char* name(Precision precision);  // "F32_F32_F32", ...
 // False, and `precision` untouched, when there is no such name.
 bool parse_precision(std::string_view text, Precision* precision);
 
-// "f32[256,768] . bf16[2304,768]^T -> f32[256,2304], BF16_BF16_F32", for messages.
+// "f32[256,768] . bf16[2304,768]^T + bias -> f32[256,2304], BF16_BF16_F32", for messages.
 std::string to_string(const Matmul& matmul);
 
 }  // namespace gpt2_jax

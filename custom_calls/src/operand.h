@@ -57,14 +57,16 @@ void visit_operand(const Operand& operand, Precision precision, const Visitor& v
   }
 }
 
-// Writes one finished float32 sum to out(row, column).
+// Ends one float32 sum: adds the bias, or what out(row, column) holds, and stores it there.
 inline void store_result(const Matmul& matmul, int64_t row, int64_t column, float value) {
   const int64_t index = row * matmul.out_leading_dimension + column;
-  if (matmul.out_dtype == DType::kFloat32) {
-    static_cast<float*>(matmul.out)[index] = value;
-  } else {
+  if (matmul.bias != nullptr) value += matmul.bias[column];
+  if (matmul.out_dtype == DType::kBFloat16) {
     static_cast<uint16_t*>(matmul.out)[index] = float_to_bfloat16(value);
+    return;
   }
+  float& element = static_cast<float*>(matmul.out)[index];
+  element = matmul.accumulate ? element + value : value;
 }
 
 }  // namespace gpt2_jax

@@ -35,7 +35,7 @@ struct Pass {
   const float* a;  // panels of mr rows
   const float* b;  // panels of nr columns
   int64_t depth;
-  bool accumulate;  // not the first pass
+  bool accumulate;  // not the first pass, or the product is added to what out holds
 };
 
 // Rows [i, i_end) and columns [j, j_end) of the block, i and j multiples of the tile's sides.
@@ -143,14 +143,14 @@ void packed_matmul(const Matmul& matmul, const Kernel& kernel, Executor& executo
           }
         });
 
-        const Pass pass = {packed_a, packed_b, depth, kb > 0};
+        const Pass pass = {packed_a, packed_b, depth, kb > 0 || matmul.accumulate};
         const bool last_pass = kb + 1 == k_cut.count();
         parallel_for(executor, m_items.count() * n_items.count(), [&](int64_t index) {
           const int64_t im = index / n_items.count(), in = index % n_items.count();
           const int64_t i_begin = im * item.m, i_end = i_begin + m_items.size(im);
           const int64_t j_begin = in * item.n, j_end = j_begin + n_items.size(in);
           compute_item(kernel, pass, sums, i_begin, i_end, j_begin, j_end);
-          if (!narrow_output || !last_pass) return;
+          if (!last_pass || (!narrow_output && matmul.bias == nullptr)) return;
           for (int64_t i = i_begin; i < i_end; ++i) {
             for (int64_t j = j_begin; j < j_end; ++j) {
               store_result(matmul, i0 + i, j0 + j, sums.data[i * sums.stride + j]);

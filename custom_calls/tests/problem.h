@@ -71,6 +71,9 @@ struct Types {
   Precision precision = Precision::kF32_F32_F32;
 };
 
+// What becomes of the sums.
+enum class Epilogue { kStore, kBias, kAccumulate };
+
 // Operands lie at random offsets, with random gaps between rows; everything around them, and around
 // the output, holds a canary: NaN in the operands (read by mistake, it would spread), kCanary in
 // the output.
@@ -79,14 +82,15 @@ class Problem {
   static constexpr float kCanary = -512;  // a bfloat16, too
 
   Problem(const Shape& shape, bool transpose_a, bool transpose_b, const Types& types,
-          Random& random)
+          Random& random, Epilogue epilogue = Epilogue::kStore)
       : shape_(shape),
         a_(make_operand(transpose_a ? shape.k : shape.m, transpose_a ? shape.m : shape.k, types.a,
                         transpose_a, random, &matmul_.a)),
         b_(make_operand(transpose_b ? shape.n : shape.k, transpose_b ? shape.k : shape.n, types.b,
                         transpose_b, random, &matmul_.b)),
         out_offset_(random.below(8)),
-        out_(out_offset_ + shape.m * (shape.n + 3) + 8, types.out) {
+        out_(out_offset_ + shape.m * (shape.n + 3) + 8, types.out),
+        bias_(epilogue == Epilogue::kBias ? shape.n + 1 : 0) {
     matmul_.m = shape.m;
     matmul_.n = shape.n;
     matmul_.k = shape.k;
@@ -97,32 +101,47 @@ class Problem {
     matmul_.out =
         static_cast<char*>(out_.data()) + out_offset_ * (types.out == DType::kFloat32 ? 4 : 2);
     matmul_.precision = types.precision;
+    matmul_.accumulate = epilogue == Epilogue::kAccumulate;
+    for (float& value : bias_) value = random.uniform();
+    if (!bias_.empty()) matmul_.bias = bias_.data() + 1;
+    if (matmul_.accumulate) {
+      for (int64_t i = 0; i < shape.m * shape.n; ++i) target_.push_back(random.uniform());
+    }
     clear();
   }
   Problem(const Problem&) = delete;
 
   const Matmul& matmul() const { return matmul_; }
   const Elements& out() const { return out_; }
-  float result(int64_t i, int64_t j) const {
-    return out_.get(out_offset_ + i * matmul_.out_leading_dimension + j);
-  }
+  float result(int64_t i, int64_t j) const { return out_.get(out_index(i, j)); }
   void set_a(int64_t i, int64_t p, float value) { a_.set(index(matmul_.a, i, p), value); }
   void set_b(int64_t p, int64_t j, float value) { b_.set(index(matmul_.b, p, j), value); }
 
+  // Canaries, and where the product is to be added to something, that.
   void clear() {
     for (int64_t i = 0; i < out_.size(); ++i) out_.set(i, kCanary);
+    if (target_.empty()) return;
+    for (int64_t i = 0; i < shape_.m; ++i) {
+      for (int64_t j = 0; j < shape_.n; ++j) out_.set(out_index(i, j), target_[i * shape_.n + j]);
+    }
   }
 
-  // |out - reference| <= (c + k 2^-24) |op(a)| |op(b)|, element by element; nothing else written.
+  // |out - reference| <= (c + k 2^-24) (|op(a)| |op(b)| + |added|), element by element; nothing
+  // else written.
   void check(const std::string& who) const {
-    const double epsilon = std::ldexp(2.0 + static_cast<double>(shape_.k), -24);
+    // One more addition than products, at most.
+    const double epsilon = std::ldexp(3.0 + static_cast<double>(shape_.k), -24);
     const bool rounded = matmul_.precision == Precision::kBF16_BF16_F32;
     const auto a = converted(a_, matmul_.a, shape_.m, shape_.k, rounded);
     const auto b = converted(b_, matmul_.b, shape_.k, shape_.n, rounded);
     std::vector<double> sum(shape_.n), bound(shape_.n);
     for (int64_t i = 0; i < shape_.m; ++i) {
-      sum.assign(shape_.n, 0);
-      bound.assign(shape_.n, 0);
+      for (int64_t j = 0; j < shape_.n; ++j) {
+        sum[j] = matmul_.bias         ? matmul_.bias[j]
+                 : matmul_.accumulate ? target_[i * shape_.n + j]
+                                      : 0;
+        bound[j] = std::fabs(sum[j]);
+      }
       for (int64_t p = 0; p < shape_.k; ++p) {
         for (int64_t j = 0; j < shape_.n; ++j) {
           const double product = a[i * shape_.k + p] * b[p * shape_.n + j];
@@ -169,6 +188,10 @@ class Problem {
     return elements;
   }
 
+  int64_t out_index(int64_t i, int64_t j) const {
+    return out_offset_ + i * matmul_.out_leading_dimension + j;
+  }
+
   static int64_t index(const Operand& operand, int64_t row, int64_t column) {
     return operand.offset + (operand.transposed ? column * operand.leading_dimension + row
                                                 : row * operand.leading_dimension + column);
@@ -192,6 +215,8 @@ class Problem {
   Elements a_, b_;
   int64_t out_offset_;
   Elements out_;
+  std::vector<float> bias_;    // one element too many, so that the pointer is not aligned
+  std::vector<float> target_;  // what out holds at first, where the product is added to it
 };
 
 }  // namespace gpt2_jax

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "bfloat16.h"
 #include "check.h"
 #include "custom_calls.h"
 #include "thread_pool.h"
@@ -47,12 +48,25 @@ struct Buffer {
     for (const int64_t dimension : dimensions) count *= dimension;
     for (int64_t i = 0; i < count; ++i) values.push_back(static_cast<float>(i % 7) - 3);
   }
+
+  float element(int64_t i) const {
+    if (dtype == XLA_FFI_DataType_F32) return values[i];
+    uint16_t narrow;
+    std::memcpy(&narrow, reinterpret_cast<const char*>(values.data()) + 2 * i, 2);
+    return bfloat16_to_float(narrow);
+  }
 };
+
+using Handler = XLA_FFI_Error* (*)(XLA_FFI_CallFrame*);
 
 // One call as jax makes it; change what a test is about, then call().
 struct Call {
+  Handler handler = gpt2_jax_matmul;
   Buffer a{{2, 3}};
   Buffer b{{3, 4}};
+  std::vector<Buffer> more;  // arguments after a and b
+  bool alias = false;        // the last of them lies where out lies
+  bool b_is_out = false;     // and so does b
   Buffer out{{2, 4}};
   std::map<std::string, int64_t> integers = {
       {"m", 2},           {"n", 4},        {"k", 3},        {"transpose_a", 0},
@@ -81,9 +95,12 @@ struct Call {
       to.dims = from.dimensions.data();
       return &to;
     };
-    void* args[] = {buffer(a), buffer(b)};
+    std::vector<void*> args = {buffer(a), buffer(b)};
+    for (Buffer& argument : more) args.push_back(buffer(argument));
     void* rets[] = {buffer(out)};
-    XLA_FFI_ArgType arg_types[] = {XLA_FFI_ArgType_BUFFER, XLA_FFI_ArgType_BUFFER};
+    if (alias) static_cast<XLA_FFI_Buffer*>(args.back())->data = out.values.data();
+    if (b_is_out) static_cast<XLA_FFI_Buffer*>(args[1])->data = out.values.data();
+    std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
     XLA_FFI_RetType ret_types[] = {XLA_FFI_RetType_BUFFER};
 
     // Attributes come sorted by name, as a map iterates.
@@ -114,7 +131,8 @@ struct Call {
     frame.api = &api;
     frame.ctx = &context;
     frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
-    frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, 2, arg_types, args};
+    frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()),
+                  arg_types.data(), args.data()};
     frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, ret_types, rets};
     frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE,
                    nullptr,
@@ -122,7 +140,7 @@ struct Call {
                    types.data(),
                    names.data(),
                    values.data()};
-    XLA_FFI_Error* error = gpt2_jax_matmul(&frame);
+    XLA_FFI_Error* error = handler(&frame);
     if (error == nullptr) return {XLA_FFI_Error_Code_OK, ""};
     const XLA_FFI_Error result = *error;
     delete error;
@@ -177,6 +195,129 @@ void test_flat_buffer_and_leading_dimensions() {
       CHECK(call.out.values[i * 4 + j] == sum, call.out.values[i * 4 + j]);
     }
   }
+}
+
+// Weight and bias in one flat buffer; float32 and, rounded once, bfloat16 out.
+void test_bias() {
+  for (const XLA_FFI_DataType dtype : {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16}) {
+    Call call;
+    call.handler = gpt2_jax_matmul_bias;
+    call.b = Buffer({100});
+    call.more = {Buffer({100})};
+    call.out = Buffer({2, 4}, dtype);
+    call.integers["b_offset"] = 41;
+    call.integers["bias_offset"] = 96;
+    const XLA_FFI_Error error = call.call();
+    CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 4; ++j) {
+        float sum = call.more[0].values[96 + j];
+        for (int p = 0; p < 3; ++p) {
+          sum += call.a.values[i * 3 + p] * call.b.values[41 + p * 4 + j];
+        }
+        CHECK(call.out.element(i * 4 + j) == sum, call.out.element(i * 4 + j));
+      }
+    }
+  }
+}
+
+// A gradient written into, or added to, a part of a flat buffer: in place, and where XLA did not
+// alias target and out.
+void test_into() {
+  for (const bool alias : {false, true}) {
+    for (const int64_t accumulate : {0, 1}) {
+      Call call;
+      call.handler = gpt2_jax_matmul_into;
+      call.more = {Buffer({50})};
+      call.out = Buffer({50});
+      if (!alias) call.out.values.assign(50, -1000);
+      call.alias = alias;
+      call.integers["out_offset"] = 42;
+      call.integers["accumulate"] = accumulate;
+      const Buffer before({50});
+      const XLA_FFI_Error error = call.call();
+      CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
+      for (int at = 0; at < 50; ++at) {
+        float expected = before.values[at];
+        if (at >= 42) {
+          const int i = (at - 42) / 4, j = (at - 42) % 4;
+          if (!accumulate) expected = 0;
+          for (int p = 0; p < 3; ++p) {
+            expected += call.a.values[i * 3 + p] * call.b.values[p * 4 + j];
+          }
+        }
+        CHECK(call.out.values[at] == expected, "alias " << alias << " accumulate " << accumulate
+                                                        << " at " << at << ": "
+                                                        << call.out.values[at]);
+      }
+    }
+  }
+}
+
+void test_invalid_bias() {
+  Call bias;
+  bias.handler = gpt2_jax_matmul_bias;
+  bias.more = {Buffer({6})};
+  bias.integers["bias_offset"] = 0;
+  for (const int64_t offset : {int64_t{3}, int64_t{-1}, INT64_MAX, INT64_MIN}) {
+    Call call = bias;
+    call.integers["bias_offset"] = offset;
+    expect_invalid(call, {"gpt2_jax_matmul_bias: expected bias of dtype f32 and rank 1 to hold 4",
+                          "a f32[2,3], b f32[3,4], bias f32[6], out f32[2,4]"});
+  }
+  Call call = bias;
+  call.more = {Buffer({1, 4})};
+  expect_invalid(call, {"expected bias", "rank 1", "bias f32[1,4]"});
+  call = bias;
+  call.more = {Buffer({4}, XLA_FFI_DataType_BF16)};
+  expect_invalid(call, {"expected bias of dtype f32", "bias bf16[4]"});
+  call = bias;
+  call.integers["out_offset"] = 0;
+  expect_invalid(call, {"expected 11 attributes, got 12"});
+  call = bias;
+  call.integers.erase("bias_offset");
+  expect_invalid(call, {"expected an attribute bias_offset of type int64"});
+  call = bias;
+  call.strings["precision"] = "BF16_BF16_F32_X3";
+  expect_error(call, XLA_FFI_Error_Code_UNIMPLEMENTED,
+               {"gpt2_jax_matmul_bias: threaded refuses", "+ bias -> f32[2,4]"});
+}
+
+void test_invalid_target() {
+  Call into;
+  into.handler = gpt2_jax_matmul_into;
+  into.more = {Buffer({50})};
+  into.out = Buffer({50});
+  into.integers["out_offset"] = 0;
+  into.integers["accumulate"] = 0;
+  for (const int64_t offset : {int64_t{43}, int64_t{-1}, INT64_MAX, INT64_MIN}) {
+    Call call = into;
+    call.integers["out_offset"] = offset;
+    expect_invalid(call, {"gpt2_jax_matmul_into: expected out to hold a matrix [2,4] from element",
+                          "a f32[2,3], b f32[3,4], target f32[50], out f32[50]"});
+  }
+  Call call = into;
+  call.integers["accumulate"] = 2;
+  expect_invalid(call, {"accumulate 0 or 1, got 2"});
+  call = into;
+  call.more = {Buffer({51})};
+  expect_invalid(call, {"expected out of dtype f32 and rank 1 to hold 51", "target f32[51]"});
+  call = into;
+  call.out = Buffer({51});
+  expect_invalid(call, {"expected target of dtype f32 and rank 1 to hold 51", "out f32[51]"});
+  call = into;
+  call.more = {Buffer({5, 10})};
+  call.out = Buffer({5, 10});
+  expect_invalid(call, {"rank 1", "target f32[5,10]"});
+  // b lies in out's memory: right beside the part that is written, then one element into it.
+  call = into;
+  call.b = Buffer({50});
+  call.b_is_out = true;
+  call.integers["b_offset"] = 8;
+  const XLA_FFI_Error beside = call.call();
+  CHECK(beside.code == XLA_FFI_Error_Code_OK, beside.message);
+  call.integers["b_offset"] = 7;
+  expect_invalid(call, {"expected a and b outside the part of out that is written"});
 }
 
 void test_invalid_arguments() {
@@ -256,7 +397,11 @@ int main() {
   using namespace gpt2_jax;
   test_product();
   test_flat_buffer_and_leading_dimensions();
+  test_bias();
+  test_into();
   test_invalid_arguments();
+  test_invalid_bias();
+  test_invalid_target();
   test_empty();
   test_describe();
   return report("test_ffi");

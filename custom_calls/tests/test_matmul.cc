@@ -72,8 +72,14 @@ void test_against_float64(const Candidate& candidate) {
   ThreadPool pool(2);
   PoolExecutor executor(pool, 3);
   Random random(1);
+  int runs = 0;
   const auto run = [&](const Shape& shape, int transposes, const Types& types) {
-    Problem problem(shape, transposes & 1, transposes & 2, types, random);
+    // In turn: with four transpositions in turn, too, every pair comes up.
+    Epilogue epilogue = static_cast<Epilogue>(runs++ % 3);
+    if (types.out != DType::kFloat32 && epilogue == Epilogue::kAccumulate) {
+      epilogue = Epilogue::kStore;
+    }
+    Problem problem(shape, transposes & 1, transposes & 2, types, random, epilogue);
     candidate.run(problem.matmul(), executor);
     problem.check(candidate.name);
   };
@@ -122,9 +128,11 @@ void test_same_bits(const Candidate& candidate) {
   ThreadPool pool(3);
   const Types narrow = {DType::kBFloat16, DType::kFloat32, DType::kBFloat16,
                         Precision::kBF16_BF16_F32};
-  for (const Types& types : {Types(), narrow}) {
+  const std::pair<Types, Epilogue> cases[] = {
+      {Types(), Epilogue::kStore}, {Types(), Epilogue::kAccumulate}, {narrow, Epilogue::kBias}};
+  for (const auto& [types, epilogue] : cases) {
     Random random(5);
-    Problem problem({131, 517, 901}, true, true, types, random);
+    Problem problem({131, 517, 901}, true, true, types, random, epilogue);
     InlineExecutor inline_executor;
     candidate.run(problem.matmul(), inline_executor);
     const Elements expected = problem.out();
