@@ -13,7 +13,15 @@ from typing import Any
 import gpt2_jax
 from gpt2_jax import jax_compat
 
-MATMUL_TARGET = "gpt2_jax_matmul"
+# The library's XLA FFI handlers; custom_calls/src/custom_calls.h has their arguments.
+MATMUL = "gpt2_jax_matmul"
+MATMUL_BIAS = "gpt2_jax_matmul_bias"
+MATMUL_INTO = "gpt2_jax_matmul_into"
+WRITE_INTO = "gpt2_jax_write_into"
+ADD_ROWS_INTO = "gpt2_jax_add_rows_into"
+SUM_OF_SQUARES = "gpt2_jax_sum_of_squares"
+ADAMW = "gpt2_jax_adamw"
+_TARGETS = (MATMUL, MATMUL_BIAS, MATMUL_INTO, WRITE_INTO, ADD_ROWS_INTO, SUM_OF_SQUARES, ADAMW)
 _FILE_NAME = f"libgpt2_jax_custom_calls.{'dylib' if sys.platform == 'darwin' else 'so'}"
 
 
@@ -29,11 +37,12 @@ def load() -> ctypes.CDLL:
         )
     try:
         library = ctypes.CDLL(str(path))
-        handler = library.gpt2_jax_matmul
+        handlers = {target: getattr(library, target) for target in _TARGETS}
     except (OSError, AttributeError) as error:
         raise NotImplementedError(f"{path} cannot be loaded: {error}") from None
     ffi = jax_compat.ffi_module()
-    ffi.register_ffi_target(MATMUL_TARGET, ffi.pycapsule(handler), platform="cpu")
+    for target, handler in handlers.items():
+        ffi.register_ffi_target(target, ffi.pycapsule(handler), platform="cpu")
     return library
 
 
@@ -44,6 +53,11 @@ def description() -> dict[str, Any]:
     describe.restype = ctypes.c_char_p
     result: dict[str, Any] = json.loads(describe())
     return result
+
+
+def implementations() -> dict[str, dict[str, Any]]:
+    """The rungs by name: whether each is available here, why not, and in which precisions it multiplies float32."""
+    return {row["name"]: row for row in description()["implementations"]}
 
 
 def num_threads() -> int:

@@ -96,7 +96,7 @@ def _training_losses(
     layout: ParameterLayout, params: np.ndarray, x_BT: jax.Array, y_BT: jax.Array, dtype: jnp.dtype, matmul: str
 ) -> list[float]:
     schedule = learning_rate_schedule("constant", LEARNING_RATE, steps=STEPS)
-    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY)
+    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=matmul != "xla")
     step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul)
     state = create_state(params, optimizer)
     losses = []

@@ -51,10 +51,21 @@ def ffi_module() -> Any:
     return jax.extend.ffi
 
 
-def ffi_call(target: str, result: Any, *args: Any, **attributes: Any) -> Any:
-    """Call a registered FFI target; under vmap it is called once for each element of the batch."""
+def ffi_call_can_alias() -> bool:
+    """Whether `ffi_call` heeds aliases."""
     import jax
 
+    return jax.__version_info__ >= (0, 4, 38)
+
+
+def ffi_call(target: str, result: Any, *args: Any, aliases: dict[int, int] | None = None, **attributes: Any) -> Any:
+    """Call a registered FFI target; under vmap it is called once for each element of the batch.
+
+    `aliases` maps arguments to the results that may be written into their memory, where jax can say so.
+    """
+    import jax
+
+    options: dict[str, Any] = {"input_output_aliases": aliases} if aliases and ffi_call_can_alias() else {}
     if jax.__version_info__ >= (0, 4, 35):
-        return ffi_module().ffi_call(target, result, vmap_method="sequential")(*args, **attributes)
+        return ffi_module().ffi_call(target, result, vmap_method="sequential", **options)(*args, **attributes)
     return ffi_module().ffi_call(target, result, *args, **attributes)

@@ -1,4 +1,5 @@
-"""AdamW over the flat buffer with llm.c's semantics, as an optax GradientTransformation; learning-rate schedules.
+"""AdamW over the flat buffer with llm.c's semantics, as an optax GradientTransformation, and as one pass over the
+buffers by a custom call; learning-rate schedules.
 
 Both run inside the compiled step. Formulas: llm.c llmc/adamw.cuh, llmc/schedulers.h, train_gpt2.cu.
 """
@@ -11,9 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax import lax
 
+from gpt2_jax import custom_calls, jax_compat
 from gpt2_jax.layout import ParameterLayout
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
@@ -28,9 +30,23 @@ class AdamWState(NamedTuple):
     v: jax.Array  # (num_parameters,) float32, second moment
 
 
-def global_norm(grads_N: jax.Array) -> jax.Array:
-    """L2 norm of the whole gradient buffer, a float32 scalar."""
-    return jnp.sqrt(jnp.sum(jnp.square(grads_N)))
+class Optimizer(NamedTuple):
+    """An optax.GradientTransformation that can also apply its own updates."""
+
+    init: Callable[[jax.Array], AdamWState]
+    update: Callable[..., tuple[jax.Array, AdamWState]]
+    # (grads, norm of grads, state, params) -> (new params, new state)
+    apply: Callable[[jax.Array, jax.Array, AdamWState, jax.Array], tuple[jax.Array, AdamWState]]
+
+
+def global_norm(grads_N: jax.Array, *, custom_call: bool = False) -> jax.Array:
+    """L2 norm of the whole gradient buffer, a float32 scalar; with `custom_call` summed by all threads, in float64."""
+    if not custom_call:
+        return jnp.sqrt(jnp.sum(jnp.square(grads_N)))
+    custom_calls.load()
+    result = jax.ShapeDtypeStruct((), jnp.float32)
+    threads = np.int64(custom_calls.num_threads())
+    return jnp.sqrt(jax_compat.ffi_call(custom_calls.SUM_OF_SQUARES, result, grads_N, num_threads=threads))
 
 
 def clip_scale(norm: jax.Array, max_norm: float = GRADIENT_CLIP) -> jax.Array:
@@ -50,12 +66,14 @@ def adamw(
     beta2: float = BETA2,
     epsilon: float = EPSILON,
     max_norm: float = GRADIENT_CLIP,
-) -> optax.GradientTransformation:
+    custom_call: bool = False,
+) -> Optimizer:
     """AdamW on (num_parameters,) float32 buffers: clip by the global norm, moments, bias correction from step + 1,
     and decoupled decay of the layout's decayed tensors (1-D and stacked bias tensors never decay).
 
     update(grads, state, params) returns -lr * (m_hat / (sqrt(v_hat) + epsilon) + weight_decay * params), to be added
-    by optax.apply_updates. `params` is required.
+    by optax.apply_updates. `params` is required. `apply` does both; with `custom_call` (on the CPU) in one pass over
+    the four buffers, written in place inside jit.
     """
 
     def init(params_N: jax.Array) -> AdamWState:
@@ -76,7 +94,37 @@ def adamw(
             direction_N += jnp.where(_decays(layout), weight_decay, 0.0) * params_N
         return -schedule(state.step) * direction_N, AdamWState(state.step + 1, m_N, v_N)
 
-    return optax.GradientTransformation(init, update)
+    def apply(grads_N: jax.Array, _: jax.Array, state: AdamWState, params_N: jax.Array) -> tuple[jax.Array, AdamWState]:
+        updates_N, state = update(grads_N, state, params_N)
+        return params_N + updates_N, state
+
+    def apply_by_custom_call(
+        grads_N: jax.Array, norm: jax.Array, state: AdamWState, params_N: jax.Array
+    ) -> tuple[jax.Array, AdamWState]:
+        custom_calls.load()
+        updates_done = (state.step + 1).astype(jnp.float32)
+        corrections = [1.0 / (1.0 - jnp.power(beta, updates_done)) for beta in (beta1, beta2)]
+        scalars = jnp.stack([clip_scale(norm, max_norm), schedule(state.step), *corrections])
+        buffer = jax.ShapeDtypeStruct(params_N.shape, params_N.dtype)
+        params_N, m_N, v_N = jax_compat.ffi_call(
+            custom_calls.ADAMW,
+            (buffer, buffer, buffer),
+            grads_N,
+            params_N,
+            state.m,
+            state.v,
+            scalars,
+            aliases={1: 0, 2: 1, 3: 2},
+            decay_spans=np.array(layout.decay_spans, dtype=np.int64).reshape(-1),
+            weight_decay=np.float32(weight_decay),
+            beta1=np.float32(beta1),
+            beta2=np.float32(beta2),
+            epsilon=np.float32(epsilon),
+            num_threads=np.int64(custom_calls.num_threads()),
+        )
+        return params_N, AdamWState(state.step + 1, m_N, v_N)
+
+    return Optimizer(init, update, apply_by_custom_call if custom_call else apply)
 
 
 def _decays(layout: ParameterLayout) -> jax.Array:

@@ -24,7 +24,7 @@ from gpt2_jax.generate import generate, prompt_tokens
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.header import atomic_write
 from gpt2_jax.llmc.loader import TokenLoader
-from gpt2_jax.matmul import Choice, choose_implementation
+from gpt2_jax.matmul import Choice, choose_implementation, precision_of
 from gpt2_jax.optimizer import AdamWState, adamw, learning_rate_schedule
 from gpt2_jax.report import Display, RunLog, plot_loss
 from gpt2_jax.tokenizer import gpt2_tokenizer
@@ -42,7 +42,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         jax.config.update("jax_default_matmul_precision", "highest")
     display = Display()
     device = open_device(backend)
-    matmul = choose_implementation(config.compute.matmul, backend)
+    matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype)
 
     resumed = None
     if config.run.resume:
@@ -72,7 +72,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         warmup_steps=config.optimizer.warmup_steps,
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
-    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay)
+    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=matmul.name != "xla")
     if resumed is None:
         state = create_state(params, optimizer)
     else:
@@ -350,7 +350,7 @@ def _start_table(
         ("backend", f"{backend.name}: {backend.reason}"),
         ("device", device),
         ("compute", f"{config.compute.dtype}, matmul precision {config.compute.matmul_precision}, jax {jax.__version__}"),
-        ("matmul", f"{matmul.name}: {matmul.reason}"),
+        ("matmul", f"{matmul.name} in {precision_of(matmul.name, jnp.dtype(config.compute.dtype))}: {matmul.reason}"),
     ]
     for reason in dict.fromkeys(matmul.refusals.values()):
         refused = ", ".join(name for name, why in matmul.refusals.items() if why == reason)

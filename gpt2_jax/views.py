@@ -7,13 +7,33 @@ order gives the same gradient buffer.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
+from flax import struct
 from jax import lax
 
 from gpt2_jax.layout import ParameterLayout
+
+
+@struct.dataclass
+class WeightView:
+    """A tensor by its place in a flat buffer: what a custom call needs to read or write it there, without a copy."""
+
+    buffer: jax.Array  # (N,)
+    offset: int = struct.field(pytree_node=False)  # elements
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def array(self) -> jax.Array:
+        """The tensor as an array of its own: outside a fusion of XLA's, a copy."""
+        return lax.slice(self.buffer, (self.offset,), (self.offset + math.prod(self.shape),)).reshape(self.shape)
+
+
+def weight_view(buffer_N: jax.Array, layout: ParameterLayout, name: str, layer: int = 0) -> WeightView:
+    """One tensor of a buffer, or one layer's part of a stacked one."""
+    return WeightView(buffer_N, layout[name].layer_offset(layer), layout[name].layer_shape)
 
 
 class Layer(NamedTuple):
@@ -48,12 +68,7 @@ def views(params: jax.Array, layout: ParameterLayout) -> Parameters:
     """The views over `params` (num_parameters,) float32. The derivative is one buffer of the same shape."""
 
     def view(name: str, layer: int = 0) -> jax.Array:
-        tensor = layout[name]
-        start = tensor.layer_offset(layer)
-        size = 1
-        for dimension in tensor.layer_shape:
-            size *= dimension
-        return lax.slice(params, (start,), (start + size,)).reshape(tensor.layer_shape)
+        return weight_view(params, layout, name, layer).array()
 
     return Parameters(
         wte=view("wte"),

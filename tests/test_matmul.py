@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from gpt2_jax import custom_calls, matmul
 from gpt2_jax.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.matmul import IMPLEMENTATIONS, RUNGS, choose_implementation, linear
+from gpt2_jax.views import WeightView
 
 CPU = Backend("cpu", "cpu", "test")
 FLOAT32_ROUNDING, BFLOAT16_ROUNDING = 2.0**-24, 2.0**-9
@@ -64,6 +67,41 @@ def test_linear_and_its_derivatives(implementation, dtype):
         assert (np.abs(np.asarray(found).astype(np.float32) - expected) <= bound).all()
 
 
+@implementations
+@dtypes
+def test_views_into_a_flat_buffer_are_read_and_differentiated_in_place(implementation, dtype):
+    O, I, at, bias_at = 5, 6, 11, 47
+    x, buffer = jnp.asarray(random(0, 4, I)).astype(dtype), jnp.asarray(random(1, 60))
+
+    def of_views(x, buffer):
+        return linear(x, WeightView(buffer, at, (O, I)), WeightView(buffer, bias_at, (O,)), implementation=implementation)
+
+    def of_arrays(x, buffer):
+        w, b = buffer[at : at + O * I].reshape(O, I), buffer[bias_at : bias_at + O]
+        return linear(x, w, b, implementation=implementation)
+
+    for found, expected in zip(jax.vjp(of_views, x, buffer), jax.vjp(of_arrays, x, buffer), strict=True):
+        if callable(found):
+            found, expected = (pull_back(jnp.ones((4, O), dtype)) for pull_back in (found, expected))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("implementation", RUNGS)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_product_into_a_buffer_touches_its_place_alone(implementation, accumulate):
+    a, b, buffer = random(0, 7, 3), random(1, 7, 4), random(2, 30)
+    expected = buffer.copy()
+    expected[9:21] = (buffer[9:21] if accumulate else 0) + (a.T @ b).reshape(-1)
+    options = {"transpose_a": True, "accumulate": accumulate, "implementation": implementation}
+    found = jax.jit(lambda buffer: matmul.matmul_into(WeightView(buffer, 9, (3, 4)), a, b, **options))(buffer)
+    # Seven products and the addition.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=8 * FLOAT32_ROUNDING * 8 * np.abs(a).max() * np.abs(b).max())
+    np.testing.assert_array_equal(found[:9], buffer[:9])
+    np.testing.assert_array_equal(found[21:], buffer[21:])
+    with pytest.raises(ValueError, match=r"expected a product of shape \(4, 3\), found \(7, 3\) and \(7, 4\)"):
+        matmul.matmul_into(WeightView(buffer, 9, (4, 3)), a, b, **options)
+
+
 @pytest.mark.parametrize("implementation", RUNGS)
 def test_custom_calls_work_under_vmap_scan_and_without_jit(implementation):
     x, w = random(0, 3, 4, 6), random(1, 5, 6)
@@ -82,6 +120,45 @@ def test_custom_calls_work_under_vmap_scan_and_without_jit(implementation):
 def test_linear_refuses_a_weight_of_another_width():
     with pytest.raises(ValueError, match=r"expected w of shape \(5, 6\) for x \(2, 6\), found \(5, 7\)"):
         linear(jnp.zeros((2, 6)), jnp.zeros((5, 7)))
+
+
+def test_what_custom_calls_cannot_compute_is_an_error_with_both_shapes():
+    library_call = partial(matmul.matmul, out_dtype=jnp.dtype("float32"), implementation="simd")
+    for a, b, message in (
+        (jnp.zeros((4, 6)), jnp.zeros((5, 7)), r"f32\[4,6\].*f32\[5,7\]"),
+        (jnp.zeros((4, 6), jnp.int32), jnp.zeros((6, 7)), r"dtype f32 or bf16.*s32\[4,6\].*f32\[6,7\]"),
+        (jnp.zeros((4, 6)), jnp.zeros((6, 1, 7)), r"f32\[4,6\].*f32\[6,1,7\]"),
+    ):
+        with pytest.raises(Exception, match=rf"(?is)INVALID_ARGUMENT.*{message}"):
+            jax.block_until_ready(library_call(a, b))
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [(None, "F32_F32_F32"), ("highest", "F32_F32_F32"), ("float32", "F32_F32_F32"), ("bfloat16", "BF16_BF16_F32")],
+)
+def test_the_precision_of_float32_is_jaxs_setting(setting, expected):
+    with jax.default_matmul_precision(setting):
+        assert matmul.precision_of("threaded", jnp.dtype("float32")) == expected
+        assert matmul.precision_of("threaded", jnp.dtype("bfloat16")) == "BF16_BF16_F32"
+
+
+def test_a_precision_that_a_rung_lacks_is_refused_with_what_it_has():
+    with (
+        jax.default_matmul_precision("tensorfloat32"),
+        pytest.raises(NotImplementedError, match=r"simd: expected to multiply in tensorfloat32, found that it offers F32"),
+    ):
+        matmul.matmul(jnp.zeros((2, 3)), jnp.zeros((3, 4)), out_dtype=jnp.dtype("float32"), implementation="simd")
+
+
+def test_rungs_can_be_switched_off_by_name(monkeypatch):
+    monkeypatch.setenv("GPT2_JAX_DISABLE", "threaded, simd")
+    choice = choose_implementation("auto", CPU)
+    assert choice.name != "threaded"
+    assert choice.refusals["simd"] == choice.refusals["threaded"] == "switched off by GPT2_JAX_DISABLE"
+    monkeypatch.setenv("GPT2_JAX_DISABLE", "simd,tilez")
+    with pytest.raises(Gpt2JaxError, match=r"GPT2_JAX_DISABLE: expected names of naive, .*, found tilez"):
+        choose_implementation("auto", CPU)
 
 
 def test_auto_chooses_something_and_says_why():

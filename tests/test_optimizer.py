@@ -159,3 +159,27 @@ def test_tiny_has_both_kinds_of_two_dimensional_tensors(tiny_layout):
         decays[len(tensor.shape)].add(tensor.decays)
     assert decays[2] == {True, False}
     assert TINY.num_layers > 1
+
+
+def test_the_custom_call_equals_the_reference(tiny_layout, tiny_params, gradients, trained):
+    optimizer = adamw(lambda count: jnp.float32(LEARNING_RATE), tiny_layout, weight_decay=WEIGHT_DECAY, custom_call=True)
+    params = jnp.array(tiny_params)
+    state = optimizer.init(params)
+    apply = jax.jit(
+        lambda grads, state, params: optimizer.apply(grads, global_norm(grads, custom_call=True), state, params),
+        donate_argnums=(1, 2),
+    )
+    for grads in gradients:
+        params, state = apply(grads, state, params)
+    np.testing.assert_allclose(params, trained[0], rtol=0, atol=TOLERANCE)
+    for found, expected in ((state.m, trained[1].m), (state.v, trained[1].v)):
+        atol = STEPS * 8 * 2.0**-24 * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    assert int(state.step) == STEPS
+    start, stop = tiny_layout.padding_span
+    assert (np.asarray(params)[start:stop] == 0).all()
+
+
+def test_the_custom_calls_norm_is_exact_to_a_rounding(gradients):
+    expected = np.linalg.norm(gradients[0].astype(np.float64))
+    assert abs(float(global_norm(jnp.asarray(gradients[0]), custom_call=True)) - expected) <= 2.0**-22 * expected

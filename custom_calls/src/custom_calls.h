@@ -50,10 +50,44 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_bias(XLA_FFI_CallFrame* call_fram
 //               accumulate                int64, 0 or 1: written, or added
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_into(XLA_FFI_CallFrame* call_frame);
 
+// Small pieces written into, or added to, their places in a flat buffer.
+//
+//   arguments   target: f32 of rank 1; then any number of f32 pieces
+//   result      out: target's new content; aliased to target, which it should be, nothing is copied
+//   attributes  offsets                   int64 array, elements: where each piece begins
+//               accumulate                int64, 0 or 1: written, or added
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_write_into(XLA_FFI_CallFrame* call_frame);
+
+// Rows added, one after another, to the rows of a matrix in a flat buffer that indices name.
+//
+//   arguments   target: f32 of rank 1; indices: s32; rows: f32 or bf16, one for each index
+//   result      out: target's new content, as above
+//   attribute   out_offset                int64, elements: where the matrix begins
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_frame);
+
+// The sum of the squares of f32 values, in double over blocks of a fixed size.
+//
+//   argument    values: f32 of any rank
+//   result      f32, one element
+//   attribute   num_threads               int64
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sum_of_squares(XLA_FFI_CallFrame* call_frame);
+
+// One AdamW update of flat buffers in one pass; adamw/adamw.h has the formula.
+//
+//   arguments   gradients, params, m, v: f32, of one length; scalars: f32, 4 elements: gradient
+//               scale, learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t)
+//   results     params, m, v. Where XLA aliases them to the arguments, which it should, nothing is
+//               copied
+//   attributes  decay_spans               int64 array: start and stop of each span that decays
+//               weight_decay, beta1, beta2, epsilon  float
+//               num_threads               int64
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_adamw(XLA_FFI_CallFrame* call_frame);
+
 // What this library is and what it can do on this machine, as one JSON object:
 //
 //   {"version": "0.1.0", "xla_ffi_api": "0.1",
-//    "implementations": [{"name": "naive", "available": true, "reason": ""}, ...],
+//    "implementations": [{"name": "naive", "available": true, "reason": "",
+//                         "precisions": ["F32_F32_F32", ... of f32 operands]}, ...],
 //    "cpu_features": {"seen": ["avx2", ...], "allowed": [...], "mask": "avx2" or null,
 //                     "unknown": ["names in the mask that are no feature"]},
 //    "kernel": "f32_6x16_avx2"}

@@ -32,6 +32,20 @@ std::string json_list(std::string_view names) {
   return result + "]";
 }
 
+// The precisions in which an implementation multiplies f32 operands, as a comma list.
+std::string precisions(const Implementation& implementation) {
+  std::string names;
+  for (const Precision precision : {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
+                                    Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6}) {
+    Matmul matmul;
+    matmul.precision = precision;
+    if (!implementation.refuse(matmul).empty()) continue;
+    if (!names.empty()) names += ",";
+    names += name(precision);
+  }
+  return names;
+}
+
 std::string describe() {
   std::string json = "{\"version\": " + quoted(GPT2_JAX_VERSION) + ", \"xla_ffi_api\": \"" +
                      std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR) +
@@ -43,7 +57,8 @@ std::string describe() {
     first = false;
     json += "{\"name\": " + quoted(implementation.name) +
             ", \"available\": " + (reason.empty() ? "true" : "false") +
-            ", \"reason\": " + quoted(reason) + "}";
+            ", \"reason\": " + quoted(reason) +
+            ", \"precisions\": " + json_list(precisions(implementation)) + "}";
   }
   const char* mask = std::getenv("GPT2_JAX_CPU_FEATURES");
   std::string unknown;

@@ -14,26 +14,14 @@
 #include <vector>
 
 #include "custom_calls.h"
-#include "executor.h"
 #include "matmul.h"
 #include "registry.h"
+#include "xla_ffi.h"
 
 namespace gpt2_jax {
 namespace {
 
 namespace ffi = xla::ffi;
-
-class XlaExecutor final : public Executor {
- public:
-  XlaExecutor(const ffi::ThreadPool& pool, int num_threads)
-      : pool_(pool), num_threads_(num_threads) {}
-  int num_threads() const override { return num_threads_; }
-  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
-
- private:
-  ffi::ThreadPool pool_;
-  int num_threads_;
-};
 
 // What a message needs to know of a buffer: "f32[256,768]".
 std::string shape_of(const ffi::AnyBuffer& buffer) {

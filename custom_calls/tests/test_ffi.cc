@@ -384,7 +384,8 @@ void test_describe() {
   const std::string text = gpt2_jax_custom_calls_describe();
   for (const char* part : {"\"version\": ", "\"xla_ffi_api\": \"0.",
                            "{\"name\": \"naive\", "
-                           "\"available\": true, \"reason\": \"\"}",
+                           "\"available\": true, \"reason\": \"\", \"precisions\": "
+                           "[\"F32_F32_F32\", \"BF16_BF16_F32\"]}",
                            "\"cpu_features\": {\"seen\": [", "\"kernel\": \"f32_"}) {
     CHECK(text.find(part) != std::string::npos, part << " is missing in " << text);
   }

@@ -1,0 +1,55 @@
+// AdamW over flat buffers in one pass: what one update is, and who computes it.
+//
+// The reference is gpt2_jax/optimizer.py; the formula is llm.c's, llmc/adamw.cuh.
+#pragma once
+
+#include <cstdint>
+
+namespace gpt2_jax {
+
+class Executor;  // only declared: kernel files must include nothing that defines inline functions
+
+// What every element's update shares.
+struct AdamWConstants {
+  float gradient_scale;  // of clipping
+  float learning_rate;
+  float beta1, beta2;
+  float correction1, correction2;  // 1 / (1 - beta^t)
+  float epsilon;
+};
+
+// Elements [start, stop) of the buffers, all of one weight decay.
+struct DecaySpan {
+  int64_t start, stop;
+  float weight_decay;
+};
+
+// For each of `count` elements, in float32:
+//
+//   g = gradient * gradient_scale
+//   m = beta1 m + (1 - beta1) g
+//   v = beta2 v + (1 - beta2) g^2
+//   p = p - learning_rate (m correction1 / (sqrt(v correction2) + epsilon) + weight_decay p)
+using AdamWKernel = void (*)(int64_t count, const AdamWConstants& constants, float weight_decay,
+                             const float* gradients, float* params, float* m, float* v);
+
+// The buffers' own memory is updated. Spans in order, together covering [0, count).
+struct AdamWUpdate {
+  int64_t count;
+  const float* gradients;
+  float *params, *m, *v;
+  const DecaySpan* spans;
+  int64_t num_spans;
+};
+void adamw_update(const AdamWUpdate& update, const AdamWConstants& constants, Executor& executor);
+
+// The sum of squares, in double over blocks of a fixed size: the same bits for any number of
+// threads.
+double sum_of_squares(const float* values, int64_t count, Executor& executor);
+
+// Defined one a file, each compiled for its instruction set from adamw_kernel.inc.
+void adamw_generic(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);
+void adamw_avx2(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);
+void adamw_avx512(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);
+
+}  // namespace gpt2_jax

@@ -1,0 +1,39 @@
+// What the FFI handlers share.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <utility>
+
+#include "executor.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace gpt2_jax {
+
+// XLA's own pool as an Executor.
+class XlaExecutor final : public Executor {
+ public:
+  XlaExecutor(const xla::ffi::ThreadPool& pool, int64_t num_threads)
+      : pool_(pool), num_threads_(static_cast<int>(std::clamp<int64_t>(num_threads, 1, 1024))) {}
+  int num_threads() const override { return num_threads_; }
+  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
+
+ private:
+  xla::ffi::ThreadPool pool_;
+  int num_threads_;
+};
+
+// The memory of a result that is an argument's new content. XLA gives both the same memory where it
+// may; where not, the argument is copied to the result first, whole.
+inline float* updated(const xla::ffi::Buffer<xla::ffi::F32>& argument,
+                      xla::ffi::Result<xla::ffi::Buffer<xla::ffi::F32>>& result) {
+  float* const data = result->typed_data();
+  if (data != argument.typed_data() && argument.element_count() > 0) {
+    std::memcpy(data, argument.typed_data(), argument.element_count() * sizeof(float));
+  }
+  return data;
+}
+
+}  // namespace gpt2_jax

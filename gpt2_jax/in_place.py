@@ -1,0 +1,230 @@
+"""Loss and gradient with every gradient written straight to its place in the flat buffer.
+
+The same mathematics as differentiating model.loss, which it is tested against, for the CPU's custom calls: weights are
+read where they lie in the parameter buffer, and a weight's gradient is written there by the product that makes it.
+Each function of the forward pass returns its value and its backward: from the cotangent of the value to that of the
+input, with the gradients of its parameters given to the _Gradient on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gpt2_jax import custom_calls, jax_compat
+from gpt2_jax.attention import causal_attention
+from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.matmul import matmul, matmul_into
+from gpt2_jax.model import gelu, layer_norm
+from gpt2_jax.views import WeightView, weight_view
+
+_Backward = Callable[[jax.Array], jax.Array]
+
+
+class _Gradient:
+    """The gradient buffer while the backward pass fills it: whoever writes to it takes it and leaves a new one.
+
+    That makes one chain of custom calls in one memory. XLA's own updates of a slice stay out of it, since it may fuse
+    them into loops over the whole buffer; small gradients wait and are written by one call at the end.
+    """
+
+    def __init__(self, buffer_N: jax.Array, layout: ParameterLayout, implementation: str, accumulate: bool):
+        self._buffer_N, self._layout = buffer_N, layout
+        self._implementation, self._accumulate = implementation, accumulate
+        self._pieces: list[tuple[int, jax.Array]] = []
+
+    def write_product(self, name: str, layer: int, dy_MO: jax.Array, x_MI: jax.Array) -> None:
+        """dyᵀ x, the gradient of a weight (O, I)."""
+        self._buffer_N = matmul_into(
+            weight_view(self._buffer_N, self._layout, name, layer),
+            dy_MO,
+            x_MI,
+            transpose_a=True,
+            accumulate=self._accumulate,
+            implementation=self._implementation,
+        )
+
+    def add_rows(self, name: str, indices: jax.Array, rows: jax.Array) -> None:
+        """Add rows (..., C) to those of a matrix that `indices` (...) name, after its product was written."""
+        buffer_N = self._buffer_N
+        self._buffer_N = jax_compat.ffi_call(
+            custom_calls.ADD_ROWS_INTO,
+            jax.ShapeDtypeStruct(buffer_N.shape, buffer_N.dtype),
+            buffer_N,
+            indices,
+            rows,
+            aliases={0: 0},
+            out_offset=np.int64(self._layout[name].offset),
+        )
+
+    def write(self, name: str, layer: int, gradient: jax.Array) -> None:
+        """The float32 gradient of a small tensor."""
+        self._pieces.append((self._layout[name].layer_offset(layer), gradient))
+
+    def finish(self) -> jax.Array:
+        """The buffer with everything in its place."""
+        offsets, pieces = zip(*self._pieces, strict=True)
+        return jax_compat.ffi_call(
+            custom_calls.WRITE_INTO,
+            jax.ShapeDtypeStruct(self._buffer_N.shape, self._buffer_N.dtype),
+            self._buffer_N,
+            *pieces,
+            aliases={0: 0},
+            offsets=np.array(offsets, dtype=np.int64),
+            accumulate=np.int64(self._accumulate),
+        )
+
+
+class _Pass(NamedTuple):
+    """What the functions of one forward and backward pass share."""
+
+    params_N: jax.Array
+    layout: ParameterLayout
+    implementation: str  # of the matrix products
+    gradient: _Gradient
+
+    def view(self, name: str, layer: int = 0) -> WeightView:
+        return weight_view(self.params_N, self.layout, name, layer)
+
+
+def loss_and_gradient(
+    params_N: jax.Array,
+    grads_N: jax.Array,
+    x_BT: jax.Array,
+    y_BT: jax.Array,
+    layout: ParameterLayout,
+    *,
+    dtype: jnp.dtype,
+    matmul: str,
+    scale: float = 1.0,
+    accumulate: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`scale` times the mean loss, float32, and `grads_N` (num_parameters,) float32 overwritten by its gradient, or with
+    `accumulate` that added to it. Arguments and loss as model.loss's; `matmul` is one of the custom calls."""
+    custom_calls.load()
+    gradient = _Gradient(grads_N, layout, matmul, accumulate)
+    this = _Pass(params_N, layout, matmul, gradient)
+    residual_BTC, backward = _embed(this, x_BT, dtype)
+    backwards = [backward]
+    for layer in range(layout.config.num_layers):
+        for half in (_attention_half, _mlp_half):
+            residual_BTC, backward = half(this, layer, residual_BTC)
+            backwards.append(backward)
+    h_BTC, backward = _layer_norm(this, "lnf", 0, residual_BTC)
+    backwards.append(backward)
+    loss, dresidual_BTC = _classify(this, h_BTC, y_BT, scale)
+    for backward in reversed(backwards):
+        dresidual_BTC = backward(dresidual_BTC)
+    return loss, gradient.finish()
+
+
+def _embed(this: _Pass, x_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, _Backward]:
+    T, C = x_BT.shape[1], this.layout.config.channels
+    wpe = this.view("wpe")
+    # Rows of wte are gathered from the buffer itself, which begins with it: no copy of the whole matrix.
+    tokens_BTC = lax.gather(
+        this.params_N,
+        (x_BT * C)[..., None],
+        lax.GatherDimensionNumbers(offset_dims=(2,), collapsed_slice_dims=(), start_index_map=(0,)),
+        (C,),
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+    residual_BTC = (tokens_BTC + dataclasses.replace(wpe, shape=(T, C)).array()[None]).astype(dtype)
+
+    def backward(dresidual_BTC: jax.Array) -> jax.Array:
+        this.gradient.add_rows("wte", x_BT, dresidual_BTC)
+        dpositions_TC = jnp.sum(dresidual_BTC.astype(jnp.float32), axis=0)
+        unused_positions = jnp.zeros((wpe.shape[0] - T, C), jnp.float32)
+        this.gradient.write("wpe", 0, jnp.concatenate([dpositions_TC, unused_positions]))
+        return dresidual_BTC
+
+    return residual_BTC, backward
+
+
+def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
+    B, T, C = residual_BTC.shape
+    H = this.layout.config.num_heads
+
+    def attend(qkv: jax.Array) -> jax.Array:
+        q_BTHD, k_BTHD, v_BTHD = (part.reshape(B, T, H, C // H) for part in jnp.split(qkv, 3, axis=-1))
+        return causal_attention(q_BTHD, k_BTHD, v_BTHD).reshape(B, T, C)
+
+    h_BTC, norm_backward = _layer_norm(this, "ln1", layer, residual_BTC)
+    qkv, qkv_backward = _linear(this, "qkv", layer, h_BTC)
+    attention_BTC, attend_backward = jax.vjp(attend, qkv)
+    out_BTC, projection_backward = _linear(this, "attproj", layer, attention_BTC)
+
+    def backward(dresidual_BTC: jax.Array) -> jax.Array:
+        (dqkv,) = attend_backward(projection_backward(dresidual_BTC))
+        return dresidual_BTC + norm_backward(qkv_backward(dqkv))
+
+    return residual_BTC + out_BTC, backward
+
+
+def _mlp_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
+    h_BTC, norm_backward = _layer_norm(this, "ln2", layer, residual_BTC)
+    hidden, fc_backward = _linear(this, "fc", layer, h_BTC)
+    active, gelu_backward = jax.vjp(gelu, hidden)
+    out_BTC, projection_backward = _linear(this, "fcproj", layer, active)
+
+    def backward(dresidual_BTC: jax.Array) -> jax.Array:
+        (dhidden,) = gelu_backward(projection_backward(dresidual_BTC))
+        return dresidual_BTC + norm_backward(fc_backward(dhidden))
+
+    return residual_BTC + out_BTC, backward
+
+
+def _layer_norm(this: _Pass, name: str, layer: int, x_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
+    h_BTC, pull_back = jax.vjp(layer_norm, x_BTC, this.view(name + "w", layer).array(), this.view(name + "b", layer).array())
+
+    def backward(dh_BTC: jax.Array) -> jax.Array:
+        dx_BTC, dgain_C, dbias_C = pull_back(dh_BTC)
+        this.gradient.write(name + "w", layer, dgain_C)
+        this.gradient.write(name + "b", layer, dbias_C)
+        return dx_BTC
+
+    return h_BTC, backward
+
+
+def _linear(this: _Pass, name: str, layer: int, x: jax.Array) -> tuple[jax.Array, _Backward]:
+    w_OI, b_O = this.view(name + "w", layer), this.view(name + "b", layer)
+    x_MI = x.reshape(-1, x.shape[-1])
+    y_MO = matmul(x_MI, w_OI, transpose_b=True, bias=b_O, out_dtype=x.dtype, implementation=this.implementation)
+
+    def backward(dy: jax.Array) -> jax.Array:
+        dy_MO = dy.reshape(y_MO.shape)
+        this.gradient.write_product(name + "w", layer, dy_MO, x_MI)
+        this.gradient.write(name + "b", layer, jnp.sum(dy_MO.astype(jnp.float32), axis=0))
+        return matmul(dy_MO, w_OI, out_dtype=x.dtype, implementation=this.implementation).reshape(x.shape)
+
+    return y_MO.reshape(*x.shape[:-1], -1), backward
+
+
+def _classify(this: _Pass, h_BTC: jax.Array, y_BT: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """The loss and its cotangent of h; the classifier's gradient of wte is the first to be written."""
+    wte_VC = this.view("wte")
+    h_MC, y_M = h_BTC.reshape(-1, h_BTC.shape[-1]), y_BT.reshape(-1)
+    logits_MV = matmul(h_MC, wte_VC, transpose_b=True, out_dtype=jnp.dtype(jnp.float32), implementation=this.implementation)
+    scale /= y_M.shape[0]
+    loss, dlogits_MV = _softmax_cross_entropy(logits_MV, y_M, this.layout.config.vocab_size, scale, h_MC.dtype)
+    this.gradient.write_product("wte", 0, dlogits_MV, h_MC)
+    return loss, matmul(dlogits_MV, wte_VC, out_dtype=h_MC.dtype, implementation=this.implementation).reshape(h_BTC.shape)
+
+
+def _softmax_cross_entropy(
+    logits_MV: jax.Array, y_M: jax.Array, vocab_size: int, scale: float, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """`scale` times the sum of the losses, and its gradient (M, V) in `dtype`, zero in the columns of the padding."""
+    columns = lax.broadcasted_iota(jnp.int32, logits_MV.shape, 1)
+    logits_MV = jnp.where(columns < vocab_size, logits_MV, -jnp.inf)
+    log_sum_M = jax.nn.logsumexp(logits_MV, axis=-1)
+    is_target_MV = columns == y_M[:, None]
+    target_M = jnp.sum(jnp.where(is_target_MV, logits_MV, 0.0), axis=-1)
+    dlogits_MV = jnp.exp(logits_MV - log_sum_M[:, None]) - is_target_MV.astype(jnp.float32)
+    return scale * jnp.sum(log_sum_M - target_M), (scale * dlogits_MV).astype(dtype)

@@ -1,0 +1,60 @@
+"""The in-place gradient against differentiating model.loss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax import in_place, model
+from gpt2_jax.train_step import loss_and_gradient
+
+# A dozen tensors deep, each rounding differs by a few units of its dtype, relative to the largest gradient.
+TOLERANCE = {"float32": 64 * 2.0**-24, "bfloat16": 8 * 2.0**-9}
+
+dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
+implementations = pytest.mark.parametrize("implementation", ["naive", "threaded"])
+
+
+def autodiff(params, x, y, layout, dtype):
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(lambda p: jax.value_and_grad(model.loss)(p, x, y, layout, dtype=jnp.dtype(dtype)))(params)
+
+
+def assert_close(found, expected, dtype):
+    np.testing.assert_allclose(found[0], expected[0], rtol=TOLERANCE[dtype])
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=TOLERANCE[dtype] * float(jnp.abs(expected[1]).max()))
+
+
+@implementations
+@dtypes
+def test_overwrites_the_buffer_with_the_gradient(tiny_layout, tiny_params, tiny_batch, implementation, dtype):
+    params, (x, y) = jnp.asarray(tiny_params), tiny_batch
+    garbage = jnp.full_like(params, jnp.nan)
+    found = jax.jit(
+        lambda p, g: in_place.loss_and_gradient(p, g, x, y, tiny_layout, dtype=jnp.dtype(dtype), matmul=implementation)
+    )(params, garbage)
+    assert_close(found, autodiff(params, x, y, tiny_layout, dtype), dtype)
+    start, stop = tiny_layout.padding_span
+    assert (np.asarray(found[1])[start:stop] == 0).all()
+
+
+@implementations
+def test_accumulates_micro_batches(tiny_layout, tiny_params, tiny_batch, implementation):
+    params, (x, y) = jnp.asarray(tiny_params), tiny_batch
+    found = jax.jit(
+        lambda p: loss_and_gradient(p, x[:, None], y[:, None], tiny_layout, dtype=jnp.dtype("float32"), matmul=implementation)
+    )(params)
+    assert_close(found, autodiff(params, x, y, tiny_layout, "float32"), "float32")
+
+
+def test_the_buffer_is_never_copied(tiny_layout, tiny_params, tiny_batch):
+    """Memory that the compiled function needs beside its arguments: less than one more gradient buffer."""
+    params, (x, y) = jnp.asarray(tiny_params), (jnp.asarray(part[:1, :4]) for part in tiny_batch)
+    step = jax.jit(
+        lambda p, g: in_place.loss_and_gradient(p, g, x, y, tiny_layout, dtype=jnp.dtype("float32"), matmul="threaded"),
+        donate_argnums=1,
+    )
+    memory = step.lower(params, jnp.zeros_like(params)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < params.nbytes, memory
