@@ -22,4 +22,12 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
 }
 
+// The same as the CPU's bfloat16 instructions round: what is denormal counts as zero.
+inline uint16_t float_to_bfloat16_without_denormals(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7f800000) == 0) return static_cast<uint16_t>((bits >> 16) & 0x8000);
+  return float_to_bfloat16(value);
+}
+
 }  // namespace gpt2_jax

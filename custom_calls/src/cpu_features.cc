@@ -2,6 +2,10 @@
 
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace gpt2_jax {
 namespace {
 
@@ -15,6 +19,11 @@ constexpr NamedFeature kFeatures[] = {
     {kFma, "fma"},
     {kAvx512f, "avx512f"},
     {kNeon, "neon"},
+    {kAvx512bw, "avx512bw"},
+    {kAvx512vl, "avx512vl"},
+    {kAvx512bf16, "avx512bf16"},
+    {kAmxTile, "amx_tile"},
+    {kAmxBf16, "amx_bf16"},
 };
 
 void append(std::string* list, std::string_view name) {
@@ -28,6 +37,29 @@ std::string_view trim(std::string_view text) {
   return text.substr(first, text.find_last_not_of(" \t") - first + 1);
 }
 
+#if defined(__x86_64__)
+// What the compiler's support library does not tell, or only that of a late compiler.
+CpuFeatures tile_features_seen() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return 0;
+  unsigned saved, unused;  // XCR0: the registers that the operating system saves
+  __asm__("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
+  constexpr unsigned kAvx512State = 0xe6, kTileState = 0x60000;
+  CpuFeatures seen = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+  if ((saved & kTileState) == kTileState) {
+    if (edx & (1u << 22)) seen |= kAmxBf16;
+    if (edx & (1u << 24)) seen |= kAmxTile;
+  }
+  const unsigned last_subleaf = eax;
+  if ((saved & kAvx512State) == kAvx512State && last_subleaf >= 1 &&
+      __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5))) {
+    seen |= kAvx512bf16;
+  }
+  return seen;
+}
+#endif
+
 }  // namespace
 
 CpuFeatures cpu_features_seen() {
@@ -38,6 +70,9 @@ CpuFeatures cpu_features_seen() {
   if (__builtin_cpu_supports("avx2")) seen |= kAvx2;
   if (__builtin_cpu_supports("fma")) seen |= kFma;
   if (__builtin_cpu_supports("avx512f")) seen |= kAvx512f;
+  if (__builtin_cpu_supports("avx512bw")) seen |= kAvx512bw;
+  if (__builtin_cpu_supports("avx512vl")) seen |= kAvx512vl;
+  seen |= tile_features_seen();
 #elif defined(__aarch64__)
   seen |= kNeon;  // part of the base architecture
 #endif

@@ -15,6 +15,11 @@ enum CpuFeature : CpuFeatures {
   kFma = 1u << 1,
   kAvx512f = 1u << 2,
   kNeon = 1u << 3,
+  kAvx512bw = 1u << 4,
+  kAvx512vl = 1u << 5,
+  kAvx512bf16 = 1u << 6,
+  kAmxTile = 1u << 7,
+  kAmxBf16 = 1u << 8,
 };
 
 // What CPU and operating system offer, whatever the mask says.

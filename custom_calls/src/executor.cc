@@ -12,20 +12,22 @@ namespace {
 // Shared between the caller and its tasks; outlives the call for as long as a late task holds it.
 class Job {
  public:
-  Job(int64_t count, const std::function<void(int64_t)>& item) : count_(count), item_(item) {}
+  Job(int64_t count, const std::function<void(int64_t, int)>& item) : count_(count), item_(item) {}
 
-  void take_items() {
-    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) item_(i);
+  void take_items(int worker) {
+    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) item_(i, worker);
   }
 
   // A helper's whole life. item_ is the caller's: it may be touched only between enter and leave.
   void help() {
+    int worker;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (closed_) return;
       ++helpers_;
+      worker = ++last_worker_;
     }
-    take_items();
+    take_items(worker);
     std::lock_guard<std::mutex> lock(mutex_);
     if (--helpers_ == 0) idle_.notify_one();
   }
@@ -38,26 +40,32 @@ class Job {
 
  private:
   const int64_t count_;
-  const std::function<void(int64_t)>& item_;
+  const std::function<void(int64_t, int)>& item_;
   std::atomic<int64_t> next_{0};
   std::mutex mutex_;
   std::condition_variable idle_;
   int helpers_ = 0;
+  int last_worker_ = 0;  // the caller is worker 0
   bool closed_ = false;
 };
 
 }  // namespace
 
-void parallel_for(Executor& executor, int64_t count, const std::function<void(int64_t)>& item) {
+void parallel_for_with_workers(Executor& executor, int64_t count,
+                               const std::function<void(int64_t, int)>& item) {
   const int64_t helpers = std::min<int64_t>(executor.num_threads(), count) - 1;
   if (helpers <= 0) {
-    for (int64_t i = 0; i < count; ++i) item(i);
+    for (int64_t i = 0; i < count; ++i) item(i, 0);
     return;
   }
   auto job = std::make_shared<Job>(count, item);
   for (int64_t i = 0; i < helpers; ++i) executor.schedule([job] { job->help(); });
-  job->take_items();
+  job->take_items(0);
   job->close_and_wait_for_helpers();
+}
+
+void parallel_for(Executor& executor, int64_t count, const std::function<void(int64_t)>& item) {
+  parallel_for_with_workers(executor, count, [&item](int64_t i, int) { item(i); });
 }
 
 }  // namespace gpt2_jax

@@ -33,4 +33,9 @@ class InlineExecutor final : public Executor {
 // task that needs a thread to start.
 void parallel_for(Executor& executor, int64_t count, const std::function<void(int64_t)>& item);
 
+// The same, calling item(i, worker): a number in [0, executor.num_threads()) that no two items have
+// at the same time, so that each worker can have memory of its own.
+void parallel_for_with_workers(Executor& executor, int64_t count,
+                               const std::function<void(int64_t, int)>& item);
+
 }  // namespace gpt2_jax

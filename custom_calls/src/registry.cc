@@ -1,5 +1,6 @@
 #include "registry.h"
 
+#include "amx.h"
 #include "rungs/rungs.h"
 
 namespace gpt2_jax {
@@ -19,6 +20,12 @@ std::string refuse_split_precision(const Matmul& matmul) {
          "float32: ask for F32_F32_F32 or BF16_BF16_F32";
 }
 
+std::string refuse_float32_products(const Matmul& matmul) {
+  if (matmul.precision != Precision::kF32_F32_F32) return "";
+  return "AMX multiplies bfloat16 alone, not F32_F32_F32: ask for BF16_BF16_F32, or for float32's "
+         "precision from bfloat16 parts BF16_BF16_F32_X3 or BF16_BF16_F32_X6";
+}
+
 }  // namespace
 
 const std::vector<Implementation>& implementations() {
@@ -27,6 +34,7 @@ const std::vector<Implementation>& implementations() {
       {"blocked", always_available, refuse_split_precision, run_blocked},
       {"simd", always_available, refuse_split_precision, run_simd},
       {"threaded", always_available, refuse_split_precision, run_threaded},
+      {"amx", amx_unavailable, refuse_float32_products, run_amx},
   };
   return ladder;
 }

@@ -2,27 +2,13 @@
 
 #include <algorithm>
 
+#include "cut.h"
 #include "operand.h"
 #include "pack.h"
 #include "workspace.h"
 
 namespace gpt2_jax {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// The size of equal blocks, at most `block` (a multiple of `unit`) each, that cover `total`.
-int64_t even_block(int64_t total, int64_t block, int64_t unit) {
-  return round_up(ceil_div(total, ceil_div(total, block)), unit);
-}
-
-// A range cut into blocks of one size but for the last.
-struct Cut {
-  int64_t total, block;
-  int64_t count() const { return ceil_div(total, block); }
-  int64_t size(int64_t i) const { return std::min(block, total - i * block); }
-};
 
 // Float32 sums of one block of the output: the output itself, or scratch when it is bfloat16.
 struct Sums {

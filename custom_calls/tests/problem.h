@@ -20,6 +20,32 @@ class Random {
   int64_t below(int64_t limit) { return static_cast<int64_t>(next() % limit); }
   float uniform() { return static_cast<float>(next() & 0xffffff) / (1 << 23) - 1.0f; }  // [-1, 1)
 
+  // Zeros, denormals, infinities, NaNs, the smallest and the largest, and mostly plain numbers.
+  float any_float() {
+    uint32_t bits = static_cast<uint32_t>(below(int64_t{1} << 31)) << 1 | below(2);
+    switch (below(8)) {
+      case 0:
+        bits &= 0x807fffff;  // denormal
+        break;
+      case 1:
+        bits |= 0x7f800000;  // NaN
+        break;
+      case 2:
+        bits = (bits & 0x80000000) | 0x7f800000;  // infinity
+        break;
+      case 3:
+        bits &= 0x80000000;  // zero
+        break;
+      case 4:
+        break;  // of any exponent
+      default:
+        return uniform();
+    }
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+
  private:
   uint64_t next() {  // xorshift64*
     state_ ^= state_ >> 12;
@@ -129,8 +155,9 @@ class Problem {
   // |out - reference| <= (c + k 2^-24) (|op(a)| |op(b)| + |added|), element by element; nothing
   // else written.
   void check(const std::string& who) const {
-    // One more addition than products, at most.
-    const double epsilon = std::ldexp(3.0 + static_cast<double>(shape_.k), -24);
+    // One more addition than products, at most, and one more for each product of parts.
+    const double additions = 2.0 + part_products(matmul_.precision) + static_cast<double>(shape_.k);
+    const double epsilon = std::ldexp(additions, -24) + split_error(matmul_.precision);
     const bool rounded = matmul_.precision == Precision::kBF16_BF16_F32;
     const auto a = converted(a_, matmul_.a, shape_.m, shape_.k, rounded);
     const auto b = converted(b_, matmul_.b, shape_.k, shape_.n, rounded);
@@ -172,6 +199,19 @@ class Problem {
   }
 
  private:
+  static int part_products(Precision precision) {
+    if (precision == Precision::kBF16_BF16_F32_X3) return 3;
+    return precision == Precision::kBF16_BF16_F32_X6 ? 6 : 1;
+  }
+
+  // A part is off by at most 2^-8 of what it rounds. Two parts leave out 2^-16 of either operand
+  // and the product of the low ones, three parts 2^-24 and two products of 2^-8 by 2^-16 at most;
+  // a little more for the parts' own factors 1 + 2^-8.
+  static double split_error(Precision precision) {
+    if (precision == Precision::kBF16_BF16_F32_X3) return std::ldexp(3.1, -16);
+    return precision == Precision::kBF16_BF16_F32_X6 ? std::ldexp(4.1, -24) : 0;
+  }
+
   static Elements make_operand(int64_t rows, int64_t columns, DType dtype, bool transposed,
                                Random& random, Operand* operand) {
     operand->offset = random.below(20);

@@ -29,7 +29,12 @@ class ImmediateExecutor final : public Executor {
 
 void check_every_item_once(Executor& executor, int64_t count, const char* who) {
   std::vector<std::atomic<int>> taken(count);
-  parallel_for(executor, count, [&](int64_t i) { ++taken[i]; });
+  std::vector<std::atomic<int>> busy(executor.num_threads());
+  parallel_for_with_workers(executor, count, [&](int64_t i, int worker) {
+    CHECK(busy[worker]++ == 0, who << ": two items of worker " << worker << " at once");
+    ++taken[i];
+    --busy[worker];
+  });
   for (int64_t i = 0; i < count; ++i) {
     CHECK(taken[i] == 1,
           who << ": item " << i << " of " << count << " ran " << taken[i] << " times");

@@ -355,7 +355,7 @@ void test_invalid_arguments() {
   expect_invalid(call, {"num_threads >= 1, got 0"});
   call = Call();
   call.strings["implementation"] = "magic";
-  expect_invalid(call, {"naive, blocked, simd, threaded", "\"magic\""});
+  expect_invalid(call, {"naive, blocked, simd, threaded, amx", "\"magic\""});
   call = Call();
   call.strings["precision"] = "HIGHEST";
   expect_invalid(call, {"BF16_BF16_F32_X3", "\"HIGHEST\""});

@@ -5,53 +5,18 @@
 #include <string>
 #include <vector>
 
+#include "amx.h"
 #include "cpu_features.h"
 #include "kernels/kernel.h"
 #include "problem.h"
 #include "registry.h"
 #include "schedule.h"
+#include "schedule_tiles.h"
 #include "thread_pool.h"
+#include "tile_model.h"
 
 namespace gpt2_jax {
 namespace {
-
-struct Candidate {
-  std::string name;
-  bool packed;  // fast, and cut into blocks that only large shapes fill
-  std::function<void(const Matmul&, Executor&)> run;
-};
-
-// The ladder, then the packed product with each micro-kernel this CPU runs (whatever the mask
-// says).
-std::vector<Candidate> candidates() {
-  std::vector<Candidate> all;
-  for (const Implementation& rung : implementations()) {
-    if (!rung.unavailable().empty()) continue;
-    const bool packed = std::string(rung.name) == "simd" || std::string(rung.name) == "threaded";
-    all.push_back({rung.name, packed, rung.run});
-  }
-  for (const Kernel& kernel : kernels()) {
-    if (kernel.features & ~cpu_features_seen()) continue;
-    all.push_back({kernel.name, true, [&kernel](const Matmul& matmul, Executor& executor) {
-                     packed_matmul(matmul, kernel, executor);
-                   }});
-  }
-  return all;
-}
-
-std::vector<Types> all_types() {
-  std::vector<Types> all;
-  for (const DType a : {DType::kFloat32, DType::kBFloat16}) {
-    for (const DType b : {DType::kFloat32, DType::kBFloat16}) {
-      for (const DType out : {DType::kFloat32, DType::kBFloat16}) {
-        for (const Precision precision : {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32}) {
-          all.push_back({a, b, out, precision});
-        }
-      }
-    }
-  }
-  return all;
-}
 
 std::vector<Shape> small_shapes() {
   std::vector<Shape> shapes = {{0, 0, 0},   {0, 5, 3},    {5, 0, 3},    {5, 3, 0},
@@ -65,8 +30,111 @@ std::vector<Shape> small_shapes() {
 }
 
 // Past one block in each of m, n and k, alone and together, by a ragged rest.
-const Shape kLargeShapes[] = {{1151, 37, 41},  {23, 3203, 29},  {31, 45, 1201},
-                              {1151, 21, 401}, {11, 3203, 401}, {199, 293, 787}};
+const std::vector<Shape> kLargeShapes = {{1151, 37, 41},  {23, 3203, 29},  {31, 45, 1201},
+                                         {1151, 21, 401}, {11, 3203, 401}, {199, 293, 787}};
+
+struct Candidate {
+  std::string name;
+  std::vector<Shape> shapes;        // for every combination of types
+  std::vector<Shape> large_shapes;  // for some
+  Shape shape_of_bits;              // for any number of threads, where there may be several
+  bool tiles;  // bfloat16 products, of parts of float32 if need be; not float32 products
+  std::function<void(const Matmul&, Executor&)> run;
+};
+
+// Tiles on the model's instructions with the portable packing and, where the CPU can, the fast one;
+// and on the CPU's. Small blocks, so that small products have several of each kind.
+TileKernel model_kernel() {
+  const TileBlockSizes small = {/*panel_bytes=*/12 << 10,  /*item_lanes=*/64,
+                                /*shared_lanes=*/64,
+                                /*shared_bytes=*/24 << 10, /*sums_bytes=*/24 << 10,
+                                /*stream_bytes=*/4 << 10};
+  return {"model",
+          TileModel::configure,
+          TileModel::release,
+          multiply_on_model,
+          pack_tiles_portable,
+          finish_tiles_portable,
+          small};
+}
+
+std::vector<TileKernel> tile_kernels() {
+  std::vector<TileKernel> all = {model_kernel()};
+#if defined(GPT2_JAX_HAS_AMX)
+  constexpr CpuFeatures kNeeded = kAvx512f | kAvx512bw | kAvx512vl | kAvx512bf16;
+  if ((cpu_features_seen() & kNeeded) == kNeeded) {
+    all.push_back(model_kernel());
+    all.back().name = "model, packing by AVX-512";
+    all.back().pack = pack_tiles_avx512;
+    all.back().finish = finish_tiles_avx512;
+  }
+  if (amx_unavailable().empty()) {
+    all.push_back(*amx_kernel());
+    all.back().name = "amx, small blocks";
+    all.back().blocks = model_kernel().blocks;
+  }
+#endif
+  return all;
+}
+
+// The ladder, then the packed product with each micro-kernel this CPU runs (whatever the mask
+// says), then tiles.
+std::vector<Candidate> candidates() {
+  const std::vector<Shape> small = small_shapes();
+  const Shape none = {0, 0, 0}, ragged = {131, 517, 901};
+  std::vector<Candidate> all;
+  for (const Implementation& rung : implementations()) {
+    if (!rung.unavailable().empty()) continue;
+    const std::string name = rung.name;
+    const bool fast = name != "naive" && name != "blocked";
+    all.push_back({name, small, fast ? kLargeShapes : std::vector<Shape>(), fast ? ragged : none,
+                   name == "amx", rung.run});
+  }
+  for (const Kernel& kernel : kernels()) {
+    if (kernel.features & ~cpu_features_seen()) continue;
+    all.push_back({kernel.name, small, kLargeShapes, ragged, false,
+                   [&kernel](const Matmul& matmul, Executor& executor) {
+                     packed_matmul(matmul, kernel, executor);
+                   }});
+  }
+  for (const TileKernel& kernel : tile_kernels()) {
+    const auto run = [kernel](const Matmul& matmul, Executor& executor) {
+      tile_matmul(matmul, kernel, executor);
+      CHECK(!TileModel::configured(), "tiles left configured");
+    };
+    all.push_back({kernel.name, small, {}, {67, 131, 200}, true, run});
+  }
+  if (amx_kernel() != nullptr) {
+    // The real blocks, which only large shapes fill; the model is slow.
+    const auto run = [](const Matmul& matmul, Executor& executor) {
+      TileKernel kernel = model_kernel();
+      kernel.blocks = amx_kernel()->blocks;
+      tile_matmul(matmul, kernel, executor);
+    };
+    all.push_back({"model, blocks of AMX", {}, {{40, 70, 801}}, none, true, run});
+  }
+  return all;
+}
+
+std::vector<Types> all_types(const Candidate& candidate) {
+  const std::vector<Precision> precisions =
+      candidate.tiles
+          ? std::vector<Precision>{Precision::kBF16_BF16_F32, Precision::kBF16_BF16_F32_X3,
+                                   Precision::kBF16_BF16_F32_X6}
+          : std::vector<Precision>{Precision::kF32_F32_F32, Precision::kBF16_BF16_F32};
+
+  std::vector<Types> all;
+  for (const DType a : {DType::kFloat32, DType::kBFloat16}) {
+    for (const DType b : {DType::kFloat32, DType::kBFloat16}) {
+      for (const DType out : {DType::kFloat32, DType::kBFloat16}) {
+        for (const Precision precision : precisions) {
+          all.push_back({a, b, out, precision});
+        }
+      }
+    }
+  }
+  return all;
+}
 
 void test_against_float64(const Candidate& candidate) {
   ThreadPool pool(2);
@@ -83,18 +151,19 @@ void test_against_float64(const Candidate& candidate) {
     candidate.run(problem.matmul(), executor);
     problem.check(candidate.name);
   };
-  for (const Types& types : all_types()) {
-    for (const Shape& shape : small_shapes()) {
+  for (const Types& types : all_types(candidate)) {
+    for (const Shape& shape : candidate.shapes) {
       for (int transposes = 0; transposes < 4; ++transposes) run(shape, transposes, types);
     }
   }
-  if (!candidate.packed) return;
-  for (const Shape& shape : kLargeShapes) {
-    for (int transposes = 0; transposes < 4; ++transposes) run(shape, transposes, Types());
+  Types wide;
+  if (candidate.tiles) wide.precision = Precision::kBF16_BF16_F32_X3;
+  for (const Shape& shape : candidate.large_shapes) {
+    for (int transposes = 0; transposes < 4; ++transposes) run(shape, transposes, wide);
   }
   const Types narrow = {DType::kBFloat16, DType::kBFloat16, DType::kBFloat16,
                         Precision::kBF16_BF16_F32};
-  for (const Shape& shape : kLargeShapes) run(shape, 2, narrow);
+  for (const Shape& shape : candidate.large_shapes) run(shape, 2, narrow);
 }
 
 // A non-finite operand reaches every result that it belongs to, and no other.
@@ -104,7 +173,7 @@ void test_non_finite(const Candidate& candidate) {
   const float infinity = std::numeric_limits<float>::infinity();
   for (const float value : {nan, infinity, -infinity}) {
     for (int transposes = 0; transposes < 4; ++transposes) {
-      for (const Types& types : all_types()) {
+      for (const Types& types : all_types(candidate)) {
         Random random(3);
         Problem problem({19, 37, 23}, transposes & 1, transposes & 2, types, random);
         problem.set_a(18, 22, value);
@@ -132,7 +201,7 @@ void test_same_bits(const Candidate& candidate) {
       {Types(), Epilogue::kStore}, {Types(), Epilogue::kAccumulate}, {narrow, Epilogue::kBias}};
   for (const auto& [types, epilogue] : cases) {
     Random random(5);
-    Problem problem({131, 517, 901}, true, true, types, random, epilogue);
+    Problem problem(candidate.shape_of_bits, true, true, types, random, epilogue);
     InlineExecutor inline_executor;
     candidate.run(problem.matmul(), inline_executor);
     const Elements expected = problem.out();
@@ -155,6 +224,7 @@ void test_refusals() {
     types.precision = precision;
     Problem problem({2, 2, 2}, false, false, types, random);
     for (const Implementation& rung : implementations()) {
+      if (std::string(rung.name) == "amx") continue;
       const std::string reason = rung.refuse(problem.matmul());
       CHECK(reason.find(name(precision)) != std::string::npos, rung.name << ": " << reason);
     }
@@ -171,7 +241,7 @@ int main() {
     std::printf("%s\n", candidate.name.c_str());
     test_against_float64(candidate);
     test_non_finite(candidate);
-    if (candidate.packed) test_same_bits(candidate);
+    if (candidate.shape_of_bits.m > 0) test_same_bits(candidate);
   }
   test_refusals();
   return report("test_matmul");

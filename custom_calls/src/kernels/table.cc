@@ -1,6 +1,7 @@
 // The one table of micro-kernels and their block sizes.
 #include "cpu_features.h"
 #include "kernels/kernel.h"
+#include "kernels/tile_kernel.h"
 
 namespace gpt2_jax {
 namespace {
@@ -28,6 +29,19 @@ constexpr bool sizes_fit() {
 }
 static_assert(sizes_fit(), "block sizes are multiples of the kernel's tile");
 
+#if defined(GPT2_JAX_HAS_AMX)
+// A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 to the other operand's stream.
+constexpr TileKernel kAmx = {"bf16_32x32_amx",
+                             bf16_32x32_amx_configure,
+                             bf16_32x32_amx_release,
+                             bf16_32x32_amx,
+                             pack_tiles_avx512,
+                             finish_tiles_avx512,
+                             {/*panel_bytes=*/24 << 10, /*item_lanes=*/128, /*shared_lanes=*/512,
+                              /*shared_bytes=*/4 << 20, /*sums_bytes=*/16 << 20,
+                              /*stream_bytes=*/4 << 20}};
+#endif
+
 }  // namespace
 
 KernelTable kernels() { return {kKernels, kKernels + sizeof(kKernels) / sizeof(kKernels[0])}; }
@@ -36,6 +50,14 @@ const Kernel& best_kernel(uint32_t features) {
   const Kernel* kernel = kernels().begin();
   while (kernel->features & ~features) ++kernel;
   return *kernel;
+}
+
+const TileKernel* amx_kernel() {
+#if defined(GPT2_JAX_HAS_AMX)
+  return &kAmx;
+#else
+  return nullptr;
+#endif
 }
 
 }  // namespace gpt2_jax

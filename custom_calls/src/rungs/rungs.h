@@ -18,4 +18,8 @@ void run_simd(const Matmul& matmul, Executor& executor);
 // The same over the executor's threads, with the same bits for any number of them.
 void run_threaded(const Matmul& matmul, Executor& executor);
 
+// bfloat16 products on Intel's AMX tiles, over the executor's threads, with the same bits for any
+// number of them. Denormal operands, parts and results count as zeros.
+void run_amx(const Matmul& matmul, Executor& executor);
+
 }  // namespace gpt2_jax

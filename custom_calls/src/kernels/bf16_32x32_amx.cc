@@ -1,0 +1,97 @@
+// Intel AMX: the tile instructions themselves.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/bf16_32x32_tiles.h"
+
+// The tile's number is a part of the instruction, and a macro's argument in the intrinsics.
+#define GPT2_JAX_TILE_CASES(CASE) CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+
+namespace gpt2_jax {
+namespace {
+
+// Palette 1 with every tile whole, as LDTILECFG reads it. Static: the intrinsic does not tell the
+// compiler that it reads more than a pointer's worth.
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfiguration) == 64, "LDTILECFG reads 64 bytes");
+constexpr TileConfiguration kConfiguration;
+
+struct AmxTiles {
+  template <int kTile>
+  static void zero() {
+    switch (kTile) {
+#define GPT2_JAX_CASE(tile) \
+  case tile:                \
+    _tile_zero(tile);       \
+    break;
+      GPT2_JAX_TILE_CASES(GPT2_JAX_CASE)
+#undef GPT2_JAX_CASE
+    }
+  }
+
+  template <int kTile>
+  static void load(const void* rows) {
+    switch (kTile) {
+#define GPT2_JAX_CASE(tile)      \
+  case tile:                     \
+    _tile_loadd(tile, rows, 64); \
+    break;
+      GPT2_JAX_TILE_CASES(GPT2_JAX_CASE)
+#undef GPT2_JAX_CASE
+    }
+  }
+
+  template <int kTile>
+  static void store(void* rows) {
+    switch (kTile) {
+#define GPT2_JAX_CASE(tile)       \
+  case tile:                      \
+    _tile_stored(tile, rows, 64); \
+    break;
+      GPT2_JAX_TILE_CASES(GPT2_JAX_CASE)
+#undef GPT2_JAX_CASE
+    }
+  }
+
+  template <int kSums, int kLeft, int kRight>
+  static void multiply() {
+    static_assert(kSums == 2 * (kLeft - kLeftTile) + kRight - kRightTile, "");
+    switch (kSums) {
+      case 0:
+        _tile_dpbf16ps(0, 4, 6);
+        break;
+      case 1:
+        _tile_dpbf16ps(1, 4, 7);
+        break;
+      case 2:
+        _tile_dpbf16ps(2, 5, 6);
+        break;
+      case 3:
+        _tile_dpbf16ps(3, 5, 7);
+        break;
+    }
+  }
+
+  static void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+};
+
+}  // namespace
+
+void bf16_32x32_amx_configure() { _tile_loadconfig(&kConfiguration); }
+
+void bf16_32x32_amx_release() { _tile_release(); }
+
+void bf16_32x32_amx(const TileBlock& block) {
+  // The load intrinsics do not say that they read memory.
+  __asm__ volatile("" ::: "memory");
+  multiply_tiles<AmxTiles>(block);
+}
+
+}  // namespace gpt2_jax

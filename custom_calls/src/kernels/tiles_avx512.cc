@@ -1,0 +1,272 @@
+// Into tiles and out of them with AVX-512 (F, BW, VL, BF16).
+//
+// A tile is 16 registers of 16 dwords, a dword a pair of k. Where memory runs along k a register is
+// loaded for each lane, which is a row of a left tile; where it runs along the lanes, for each pair
+// of k, a row of a right tile. For the other side the 16 registers are transposed.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/tile_kernel.h"
+
+namespace gpt2_jax {
+namespace {
+
+__mmask16 first16(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+__mmask32 first32(int64_t count) {
+  return count >= 32 ? 0xffffffff : count <= 0 ? 0 : static_cast<__mmask32>((1u << count) - 1);
+}
+
+// One row of dwords for each part.
+template <int kParts>
+struct Rows {
+  __m512i part[kParts];
+};
+
+// 16 + 16 float32 as words, `low` in the lower half, each part from what the parts before it left.
+template <int kParts>
+inline Rows<kParts> split(__m512 low, __m512 high) {
+  Rows<kParts> rows;
+#pragma GCC unroll 3
+  for (int part = 0; part < kParts; ++part) {
+    const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    rows.part[part] = words;
+    const __m512i low_words = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+    const __m512i high_words = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
+    low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(low_words, 16)));
+    high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_slli_epi32(high_words, 16)));
+  }
+  return rows;
+}
+
+// `count` elements of one lane along k, up to 32.
+template <bool kNarrow, int kParts>
+inline Rows<kParts> load_lane(const void* data, int64_t index, int64_t count) {
+  if constexpr (kNarrow) {
+    const uint16_t* from = static_cast<const uint16_t*>(data) + index;
+    return {{_mm512_maskz_loadu_epi16(first32(count), from)}};
+  } else {
+    const float* from = static_cast<const float*>(data) + index;
+    return split<kParts>(_mm512_maskz_loadu_ps(first16(count), from),
+                         _mm512_maskz_loadu_ps(first16(count - 16), from + 16));
+  }
+}
+
+// `lanes` elements, up to 16, of one k, and of the next where there is one, as pairs.
+template <bool kNarrow, int kParts>
+inline Rows<kParts> load_pair(const void* data, int64_t index, int64_t k_stride, int64_t lanes,
+                              bool has_next) {
+  const __mmask16 mask = first16(lanes);
+  const __mmask16 next_mask = has_next ? mask : 0;
+  if constexpr (kNarrow) {
+    const uint16_t* from = static_cast<const uint16_t*>(data) + index;
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next_mask, from + k_stride));
+    return {{_mm512_or_si512(even, _mm512_slli_epi32(odd, 16))}};
+  } else {
+    const float* from = static_cast<const float*>(data) + index;
+    Rows<kParts> rows = split<kParts>(_mm512_maskz_loadu_ps(mask, from),
+                                      _mm512_maskz_loadu_ps(next_mask, from + k_stride));
+    // Words 0-15 are of the one k, 16-31 of the next: in turn.
+    const __m512i in_turn =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+#pragma GCC unroll 3
+    for (int part = 0; part < kParts; ++part) {
+      rows.part[part] = _mm512_permutexvar_epi16(in_turn, rows.part[part]);
+    }
+    return rows;
+  }
+}
+
+// 16 x 16 dwords: neighbours, pairs of neighbours, then quarters of registers change places.
+inline void transpose(__m512i (&row)[16]) {
+  __m512i pair[16], quad[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  // quad[4 g + j], quarter q: column 4 q + j of rows 4 g to 4 g + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+    quad[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+    quad[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    quad[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    // Quarters 0 and 2, or 1 and 3, of two registers.
+    const __m512i even_low = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0xdd);
+    row[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    row[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    row[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    row[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+template <int kParts>
+inline void store(const Rows<kParts>& rows, unsigned char* to) {
+#pragma GCC unroll 3
+  for (int part = 0; part < kParts; ++part) {
+    _mm512_store_si512(to + part * (2 * kTileBytes), rows.part[part]);
+  }
+}
+
+// Where lanes, in sixteens, and steps of a packed block lie.
+struct Layout {
+  int64_t step_bytes, panel_bytes;
+
+  int64_t offset(int64_t lane) const {
+    return lane / kPanelLanes * panel_bytes + lane / kTileLanes % 2 * kTileBytes;
+  }
+};
+
+// Along memory, lane by lane, to rows of left tiles.
+template <bool kNarrow, int kParts>
+void pack_lanes(const TileSource& source, int64_t lanes, int64_t all_lanes, int64_t depth,
+                const Layout& layout, unsigned char* packed) {
+  for (int64_t lane = 0; lane < all_lanes; ++lane) {
+    unsigned char* to = packed + layout.offset(lane) + lane % kTileLanes * 64;
+    for (int64_t k = 0; k < depth; k += kTileDepth, to += layout.step_bytes) {
+      const int64_t count = lane < lanes ? depth - k : 0;
+      store(load_lane<kNarrow, kParts>(source.data, lane * source.lane_stride + k, count), to);
+    }
+  }
+}
+
+// Along memory, two k after two, to rows of right tiles.
+template <bool kNarrow, int kParts>
+void pack_pairs(const TileSource& source, int64_t lanes, int64_t all_lanes, int64_t depth,
+                const Layout& layout, unsigned char* packed) {
+  const int64_t all_depth = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
+  for (int64_t k = 0; k < all_depth; k += 2) {
+    unsigned char* to = packed + k / kTileDepth * layout.step_bytes + k % kTileDepth / 2 * 64;
+    for (int64_t lane = 0; lane < all_lanes; lane += kTileLanes) {
+      const int64_t count = k < depth ? lanes - lane : 0;
+      store(load_pair<kNarrow, kParts>(source.data, lane + k * source.k_stride, source.k_stride,
+                                       count, k + 1 < depth),
+            to + layout.offset(lane));
+    }
+  }
+}
+
+// Tile by tile, transposed on the way: lanes to right tiles, pairs of k to left tiles.
+template <bool kNarrow, int kParts, bool kAlongK>
+void pack_transposed(const TileSource& source, int64_t lanes, int64_t all_lanes, int64_t depth,
+                     const Layout& layout, unsigned char* packed) {
+  for (int64_t lane = 0; lane < all_lanes; lane += kTileLanes) {
+    unsigned char* to = packed + layout.offset(lane);
+    for (int64_t k = 0; k < depth; k += kTileDepth, to += layout.step_bytes) {
+      __m512i tile[kParts][16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        Rows<kParts> rows;
+        if constexpr (kAlongK) {
+          const int64_t count = lane + i < lanes ? depth - k : 0;
+          rows =
+              load_lane<kNarrow, kParts>(source.data, (lane + i) * source.lane_stride + k, count);
+        } else {
+          const int64_t pair = k + 2 * i;
+          rows = load_pair<kNarrow, kParts>(source.data, lane + pair * source.k_stride,
+                                            source.k_stride, pair < depth ? lanes - lane : 0,
+                                            pair + 1 < depth);
+        }
+#pragma GCC unroll 3
+        for (int part = 0; part < kParts; ++part) tile[part][i] = rows.part[part];
+      }
+#pragma GCC unroll 3
+      for (int part = 0; part < kParts; ++part) {
+        transpose(tile[part]);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          _mm512_store_si512(to + part * (2 * kTileBytes) + i * 64, tile[part][i]);
+        }
+      }
+    }
+  }
+}
+
+template <bool kNarrow, int kParts>
+void pack(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+          unsigned char* packed) {
+  const int64_t steps = (depth + kTileDepth - 1) / kTileDepth;
+  const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
+  const int64_t step_bytes = kParts * 2 * kTileBytes;
+  const Layout layout = {step_bytes, steps * step_bytes};
+  if (source.k_stride == 1) {
+    side == TileSide::kLeft
+        ? pack_lanes<kNarrow, kParts>(source, lanes, all_lanes, depth, layout, packed)
+        : pack_transposed<kNarrow, kParts, true>(source, lanes, all_lanes, depth, layout, packed);
+  } else {
+    side == TileSide::kRight
+        ? pack_pairs<kNarrow, kParts>(source, lanes, all_lanes, depth, layout, packed)
+        : pack_transposed<kNarrow, kParts, false>(source, lanes, all_lanes, depth, layout, packed);
+  }
+}
+
+// One row of up to 16 sums to its place.
+inline void finish_row(const TileResult& result, __m512 value, int64_t row, int column,
+                       __mmask16 mask) {
+  if (result.bias != nullptr) {
+    value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, result.bias + column));
+  }
+  const int64_t index = row * result.leading_dimension + column;
+  if (result.narrow) {
+    uint16_t* to = static_cast<uint16_t*>(result.out) + index;
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    return;
+  }
+  float* to = static_cast<float*>(result.out) + index;
+  if (result.accumulate) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value);
+  if (result.stream && mask == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    _mm512_stream_ps(to, value);
+  } else {
+    _mm512_mask_storeu_ps(to, mask, value);
+  }
+}
+
+}  // namespace
+
+void pack_tiles_avx512(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+                       int parts, unsigned char* packed) {
+  if (source.narrow) return pack<true, 1>(source, lanes, depth, side, packed);
+  if (parts == 1) return pack<false, 1>(source, lanes, depth, side, packed);
+  if (parts == 2) return pack<false, 2>(source, lanes, depth, side, packed);
+  pack<false, 3>(source, lanes, depth, side, packed);
+}
+
+void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, int columns) {
+  for (int row = 0; row < rows; row += kTileLanes) {
+    for (int column = 0; column < columns; column += kTileLanes) {
+      const __mmask16 mask = first16(columns - column);
+      const int count = rows - row < kTileLanes ? rows - row : kTileLanes;
+      const int left = (result.transposed ? column : row) / kTileLanes;
+      const int right = (result.transposed ? row : column) / kTileLanes;
+      const float* from = sums + (left * 2 + right) * kTileLanes * kTileLanes;
+      if (!result.transposed) {
+        for (int i = 0; i < count; ++i) {
+          finish_row(result, _mm512_load_ps(from + i * kTileLanes), row + i, column, mask);
+        }
+        continue;
+      }
+      __m512i tile[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) tile[i] = _mm512_load_si512(from + i * kTileLanes);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        if (i < count) finish_row(result, _mm512_castsi512_ps(tile[i]), row + i, column, mask);
+      }
+    }
+  }
+}
+
+}  // namespace gpt2_jax

@@ -1,0 +1,11 @@
+#include "kernels/tile_kernel.h"
+#include "rungs/rungs.h"
+#include "schedule_tiles.h"
+
+namespace gpt2_jax {
+
+void run_amx(const Matmul& matmul, Executor& executor) {
+  tile_matmul(matmul, *amx_kernel(), executor);
+}
+
+}  // namespace gpt2_jax

@@ -1,0 +1,353 @@
+#include "schedule_tiles.h"
+
+#include <algorithm>
+
+#include "cut.h"
+#include "operand.h"
+#include "workspace.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace gpt2_jax {
+namespace {
+
+// An operand as tiles see it: lanes by k, where the lanes are out's rows or columns.
+struct Lanes {
+  Operand operand;
+  int64_t count;
+  int64_t lane_stride, k_stride;
+  int parts;
+  TileSide side;
+
+  TileSource from(int64_t lane, int64_t k) const {
+    const bool narrow = operand.dtype == DType::kBFloat16;
+    const int64_t index = operand.offset + lane * lane_stride + k * k_stride;
+    const char* data = static_cast<const char*>(operand.buffer) + index * (narrow ? 2 : 4);
+    return {data, lane_stride, k_stride, narrow};
+  }
+  int64_t packed_bytes(int64_t lanes, int64_t depth) const {
+    return round_up(lanes, kPanelLanes) * round_up(depth, kTileDepth) * 2 * parts;
+  }
+  // Elements to be transposed in packing: memory along k suits left tiles, along lanes right ones.
+  double transposed_elements(int64_t k, TileSide for_side) const {
+    const bool suits = (k_stride == 1) == (for_side == TileSide::kLeft);
+    return suits ? 0 : static_cast<double>(count) * k * parts;
+  }
+};
+
+int parts_of(const Operand& operand, Precision precision) {
+  if (operand.dtype == DType::kBFloat16) return 1;
+  if (precision == Precision::kBF16_BF16_F32_X6) return 3;
+  return precision == Precision::kBF16_BF16_F32_X3 ? 2 : 1;
+}
+
+Lanes as_lanes(const Operand& operand, int64_t count, bool along_k, Precision precision,
+               TileSide side) {
+  const int64_t stride = operand.leading_dimension;
+  return {operand, count, along_k ? stride : 1, along_k ? 1 : stride, parts_of(operand, precision),
+          side};
+}
+
+// The products of parts that a precision keeps, one part changing from each to the next.
+struct Passes {
+  TilePass pass[6];
+  int count = 0;
+};
+
+Passes choose_passes(int left_parts, int right_parts) {
+  static constexpr TilePass kThree[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
+  static constexpr TilePass kTwo[] = {{1, 0}, {0, 0}, {0, 1}};
+  const bool three = std::max(left_parts, right_parts) == 3;
+  Passes passes;
+  for (int i = 0; i < (three ? 6 : 3); ++i) {
+    const TilePass pass = three ? kThree[i] : kTwo[i];
+    if (pass.left_part < left_parts && pass.right_part < right_parts) {
+      passes.pass[passes.count++] = pass;
+    }
+  }
+  return passes;
+}
+
+// What is decided once about a product.
+struct Plan {
+  const Matmul& matmul;
+  const TileKernel& kernel;
+  Lanes a, b;
+  bool transposed;  // op(b) is on the left: the tiles hold out's transpose
+  bool a_is_shared;
+  Passes passes;
+  Cut k_cut;
+  bool stream;
+
+  const Lanes& shared() const { return a_is_shared ? a : b; }
+  const Lanes& streamed() const { return a_is_shared ? b : a; }
+};
+
+Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
+  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, {}, {}, false};
+  plan.a = as_lanes(matmul.a, matmul.m, !matmul.a.transposed, matmul.precision, TileSide::kLeft);
+  plan.b = as_lanes(matmul.b, matmul.n, matmul.b.transposed, matmul.precision, TileSide::kRight);
+
+  const double as_is = plan.a.transposed_elements(matmul.k, TileSide::kLeft) +
+                       plan.b.transposed_elements(matmul.k, TileSide::kRight);
+  // Transposition works on dwords: two elements in packing, one sum on the way out.
+  const double swapped = plan.a.transposed_elements(matmul.k, TileSide::kRight) +
+                         plan.b.transposed_elements(matmul.k, TileSide::kLeft) +
+                         2.0 * static_cast<double>(matmul.m) * matmul.n;
+  plan.transposed = swapped < as_is;
+  if (plan.transposed) std::swap(plan.a.side, plan.b.side);
+  plan.passes = plan.transposed ? choose_passes(plan.b.parts, plan.a.parts)
+                                : choose_passes(plan.a.parts, plan.b.parts);
+
+  const int64_t k_bytes = kPanelLanes * 2 * std::max(plan.a.parts, plan.b.parts);
+  const int64_t depth = std::max<int64_t>(kernel.blocks.panel_bytes / k_bytes, 1);
+  plan.k_cut = {matmul.k, even_block(matmul.k, round_up(depth, kTileDepth), kTileDepth)};
+
+  plan.stream = matmul.out_dtype == DType::kFloat32 && !matmul.accumulate &&
+                static_cast<double>(matmul.m) * matmul.n * 4 > kernel.blocks.stream_bytes;
+  return plan;
+}
+
+// Float32 sums of blocks: of (streamed panel p, shared panel q) at data + p * p_stride + q *
+// q_stride.
+struct Sums {
+  float* data;
+  int64_t p_stride, q_stride;
+
+  float* at(int64_t p, int64_t q) const { return data + p * p_stride + q * q_stride; }
+};
+
+// The shared operand, packed: `lanes` of it in the blocks of k from first_block on.
+struct SharedBlock {
+  Range lanes;
+  int64_t first_block, last_block;  // of k; the last is not in it
+  unsigned char* packed;
+  int64_t block_bytes;  // from one block of k to the next
+};
+
+// One work item's lanes.
+struct Item {
+  Range streamed, shared;
+};
+
+// Asks for the lanes of the streamed operand in one block of k, over `steps` steps.
+TilePrefetch prefetch_of(const Plan& plan, const Range& lanes, const Range& k, int64_t steps) {
+  const Lanes& operand = plan.streamed();
+  const TileSource source = operand.from(lanes.first, k.first);
+  const int64_t width = source.narrow ? 2 : 4;
+  const bool along_k = source.k_stride == 1;
+  TilePrefetch prefetch;
+  prefetch.row = static_cast<const char*>(source.data);
+  prefetch.row_bytes = (along_k ? k.size : lanes.size) * width;
+  prefetch.row_stride = (along_k ? source.lane_stride : source.k_stride) * width;
+  prefetch.rows = along_k ? lanes.size : k.size;
+  prefetch.lines_per_step = ceil_div(prefetch.rows * ceil_div(prefetch.row_bytes, 64), steps);
+  return prefetch;
+}
+
+void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, int64_t shared_lane) {
+  const Matmul& matmul = plan.matmul;
+  const int64_t row = plan.a_is_shared ? shared_lane : streamed_lane;
+  const int64_t column = plan.a_is_shared ? streamed_lane : shared_lane;
+  const bool narrow = matmul.out_dtype == DType::kBFloat16;
+  const int64_t index = row * matmul.out_leading_dimension + column;
+  const TileResult result = {static_cast<char*>(matmul.out) + index * (narrow ? 2 : 4),
+                             matmul.out_leading_dimension,
+                             narrow,
+                             matmul.accumulate,
+                             matmul.bias == nullptr ? nullptr : matmul.bias + column,
+                             plan.transposed,
+                             plan.stream};
+  plan.kernel.finish(result, sums, static_cast<int>(std::min<int64_t>(matmul.m - row, kPanelLanes)),
+                     static_cast<int>(std::min<int64_t>(matmul.n - column, kPanelLanes)));
+}
+
+// All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
+// shared lanes. `next` are the lanes that this thread will probably be asked for after these.
+void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Range& next,
+                  const Sums& sums, unsigned char* packed) {
+  const Lanes& streamed = plan.streamed();
+  const int64_t p_count = ceil_div(item.streamed.size, kPanelLanes);
+  const int64_t q_first = (item.shared.first - shared.lanes.first) / kPanelLanes;
+  const int64_t q_count = ceil_div(item.shared.size, kPanelLanes);
+  const auto tiles = [](int64_t lanes) { return lanes > kTileLanes ? 2 : 1; };
+
+  plan.kernel.configure();
+  for (int64_t kb = shared.first_block; kb < shared.last_block; ++kb) {
+    const Range k = plan.k_cut[kb];
+    const int64_t steps = ceil_div(k.size, kTileDepth);
+    plan.kernel.pack(streamed.from(item.streamed.first, k.first), item.streamed.size, k.size,
+                     streamed.side, streamed.parts, packed);
+    TilePrefetch prefetch;
+    const int64_t all_steps = p_count * q_count * steps;
+    if (kb + 1 < shared.last_block) {
+      prefetch = prefetch_of(plan, item.streamed, plan.k_cut[kb + 1], all_steps);
+    } else if (next.size > 0) {
+      prefetch = prefetch_of(plan, next, plan.k_cut[shared.first_block], all_steps);
+    }
+
+    const int64_t streamed_step = streamed.packed_bytes(kPanelLanes, kTileDepth);
+    const int64_t shared_step = plan.shared().packed_bytes(kPanelLanes, kTileDepth);
+    const unsigned char* shared_panels =
+        shared.packed + (kb - shared.first_block) * shared.block_bytes;
+    for (int64_t p = 0; p < p_count; ++p) {
+      for (int64_t q = 0; q < q_count; ++q) {
+        const unsigned char* streamed_panel = packed + p * steps * streamed_step;
+        const unsigned char* shared_panel = shared_panels + (q_first + q) * steps * shared_step;
+        const int streamed_tiles = tiles(item.streamed.size - p * kPanelLanes);
+        const int shared_tiles = tiles(item.shared.size - q * kPanelLanes);
+        const bool streamed_is_left = streamed.side == TileSide::kLeft;
+        TileBlock block;
+        block.left = streamed_is_left ? streamed_panel : shared_panel;
+        block.right = streamed_is_left ? shared_panel : streamed_panel;
+        block.left_step = streamed_is_left ? streamed_step : shared_step;
+        block.right_step = streamed_is_left ? shared_step : streamed_step;
+        block.left_tiles = streamed_is_left ? streamed_tiles : shared_tiles;
+        block.right_tiles = streamed_is_left ? shared_tiles : streamed_tiles;
+        block.steps = steps;
+        block.passes = plan.passes.pass;
+        block.num_passes = plan.passes.count;
+        block.sums = sums.at(p, q);
+        block.accumulate = kb > 0;
+        block.prefetch = &prefetch;
+        plan.kernel.multiply(block);
+        if (kb + 1 == plan.k_cut.count()) {
+          finish_block(plan, block.sums, item.streamed.first + p * kPanelLanes,
+                       item.shared.first + q * kPanelLanes);
+        }
+      }
+    }
+  }
+  plan.kernel.release();
+#if defined(__x86_64__)
+  // Stores past the caches are not ordered with the ones that tell that this item is done.
+  if (plan.stream) _mm_sfence();
+#endif
+}
+
+// Lanes of one item, of either operand: small enough that every thread gets several.
+Item item_sizes(const TileBlockSizes& sizes, int64_t streamed, int64_t shared, int threads) {
+  Item item = {{0, std::min(round_up(sizes.item_lanes, kPanelLanes), round_up(streamed, 32))},
+               {0, even_block(shared, round_up(sizes.shared_lanes, kPanelLanes), kPanelLanes)}};
+  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+  while (ceil_div(streamed, item.streamed.size) * ceil_div(shared, item.shared.size) < wanted) {
+    if (item.streamed.size > kPanelLanes) {
+      item.streamed.size = round_up(item.streamed.size / 2, kPanelLanes);
+    } else if (item.shared.size > 2 * kPanelLanes) {
+      item.shared.size = round_up(item.shared.size / 2, kPanelLanes);
+    } else {
+      break;
+    }
+  }
+  return item;
+}
+
+// How both operands are cut, outermost first.
+struct Cuts {
+  Cut streamed;       // whole, but where sums must wait for the next blocks of k
+  Cut shared;         // packed at a time
+  int64_t k_at_once;  // blocks of k of it, packed at a time
+};
+
+Cuts cut_operands(const Plan& plan) {
+  const TileBlockSizes& sizes = plan.kernel.blocks;
+  const auto panels = [](int64_t bytes, int64_t panel_bytes) {
+    return std::max<int64_t>(bytes / panel_bytes, 1) * kPanelLanes;
+  };
+  const int64_t panel_bytes = plan.shared().packed_bytes(kPanelLanes, plan.k_cut.block);
+  Cuts cuts;
+  cuts.shared = {plan.shared().count,
+                 even_block(plan.shared().count, panels(sizes.shared_bytes, panel_bytes), 32)};
+  const int64_t block_bytes = plan.shared().packed_bytes(cuts.shared.block, plan.k_cut.block);
+  cuts.k_at_once =
+      even_block(plan.k_cut.count(), std::max<int64_t>(sizes.shared_bytes / block_bytes, 1), 1);
+  const int64_t streamed = plan.streamed().count;
+  cuts.streamed = {streamed, streamed};
+  if (cuts.k_at_once < plan.k_cut.count()) {
+    const int64_t sums_bytes = cuts.shared.block * kPanelLanes * 4;
+    cuts.streamed.block = even_block(streamed, panels(sizes.sums_bytes, sums_bytes), kPanelLanes);
+  }
+  return cuts;
+}
+
+}  // namespace
+
+void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& executor) {
+  if (matmul.m == 0 || matmul.n == 0) return;
+  if (matmul.k == 0) {
+    for (int64_t i = 0; i < matmul.m; ++i) {
+      for (int64_t j = 0; j < matmul.n; ++j) store_result(matmul, i, j, 0);
+    }
+    return;
+  }
+
+  const Plan plan = make_plan(matmul, kernel);
+  const Cuts cuts = cut_operands(plan);
+  const Item size =
+      item_sizes(kernel.blocks, cuts.streamed.block, cuts.shared.block, executor.num_threads());
+  const int64_t workers = executor.num_threads();
+  // Sums that wait for another pass over the shared operand are kept for all items, those that wait
+  // for the item's own next block by the worker, and those of a single block not at all.
+  const bool sums_wait = cuts.k_at_once < plan.k_cut.count();
+  const int64_t q_total = ceil_div(cuts.shared.block, kPanelLanes);
+  const int64_t p_total = ceil_div(cuts.streamed.block, kPanelLanes);
+  const int64_t q_item = size.shared.size / kPanelLanes;
+  const int64_t p_item = size.streamed.size / kPanelLanes;
+  const int64_t waiting_sums = sums_wait ? p_total * q_total * kBlockSums : 0;
+  const int64_t worker_sums =
+      sums_wait ? 0 : kBlockSums * (plan.k_cut.count() == 1 ? 1 : p_item * q_item);
+  const int64_t shared_block = plan.shared().packed_bytes(cuts.shared.block, plan.k_cut.block);
+  const int64_t worker_packed = plan.streamed().packed_bytes(size.streamed.size, plan.k_cut.block);
+  const int64_t worker_floats = worker_sums + worker_packed / 4;
+  const Workspace workspace(waiting_sums + cuts.k_at_once * shared_block / 4 +
+                            workers * worker_floats);
+  float* const shared_memory = workspace.data() + waiting_sums;
+  float* const worker_memory = shared_memory + cuts.k_at_once * shared_block / 4;
+
+  for (int64_t streamed_block = 0; streamed_block < cuts.streamed.count(); ++streamed_block) {
+    for (int64_t shared_index = 0; shared_index < cuts.shared.count(); ++shared_index) {
+      for (int64_t kb = 0; kb < plan.k_cut.count(); kb += cuts.k_at_once) {
+        const int64_t last_block = std::min(kb + cuts.k_at_once, plan.k_cut.count());
+        const Range all_shared = cuts.shared[shared_index];
+        const Range all_streamed = cuts.streamed[streamed_block];
+        const SharedBlock shared = {all_shared, kb, last_block,
+                                    reinterpret_cast<unsigned char*>(shared_memory), shared_block};
+
+        const Cut pack_cut = {all_shared.size, 2 * kPanelLanes, all_shared.first};
+        parallel_for(executor, pack_cut.count() * (last_block - kb), [&](int64_t index) {
+          const Range lanes = pack_cut[index % pack_cut.count()];
+          const int64_t block = index / pack_cut.count();
+          const Range k = plan.k_cut[kb + block];
+          kernel.pack(plan.shared().from(lanes.first, k.first), lanes.size, k.size,
+                      plan.shared().side, plan.shared().parts,
+                      shared.packed + block * shared_block +
+                          plan.shared().packed_bytes(lanes.first - all_shared.first, k.size));
+        });
+
+        const Cut streamed_cut = {all_streamed.size, size.streamed.size, all_streamed.first};
+        const Cut shared_cut = {all_shared.size, size.shared.size, all_shared.first};
+        const int64_t count = streamed_cut.count() * shared_cut.count();
+        parallel_for_with_workers(executor, count, [&](int64_t index, int worker) {
+          const Item item = {streamed_cut[index / shared_cut.count()],
+                             shared_cut[index % shared_cut.count()]};
+          const int64_t next = (index + workers) / shared_cut.count();
+          const Range next_lanes = next < streamed_cut.count() ? streamed_cut[next] : Range{0, 0};
+          float* const own = worker_memory + worker * worker_floats;
+          Sums sums = {own + worker_packed / 4, q_item * kBlockSums, kBlockSums};
+          if (sums_wait) {
+            sums = {workspace.data(), q_total * kBlockSums, kBlockSums};
+            sums.data = sums.at((item.streamed.first - all_streamed.first) / kPanelLanes,
+                                (item.shared.first - all_shared.first) / kPanelLanes);
+          } else if (plan.k_cut.count() == 1) {
+            sums.p_stride = sums.q_stride = 0;
+          }
+          compute_item(plan, shared, item, next_lanes, sums, reinterpret_cast<unsigned char*>(own));
+        });
+      }
+    }
+  }
+}
+
+}  // namespace gpt2_jax

@@ -1,0 +1,114 @@
+// The CPU's tile instructions against the model of them, bit for bit. Skipped without AMX.
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "amx.h"
+#include "check.h"
+#include "problem.h"
+#include "schedule_tiles.h"
+#include "thread_pool.h"
+#include "tile_model.h"
+#include "workspace.h"
+
+namespace gpt2_jax {
+namespace {
+
+// The kernel on random panels: of plain numbers, of tiny ones whose products are denormal, and of
+// every kind.
+void test_blocks() {
+  constexpr int64_t kMaxSteps = 7, kMaxPartsBytes = kMaxSteps * kMaxParts * 2 * kTileBytes;
+  const Workspace left(kMaxPartsBytes / 4), right(kMaxPartsBytes / 4);
+  const Workspace start(kBlockSums), model(kBlockSums), hardware(kBlockSums);
+  static constexpr TilePass kPasses[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
+  Random random(1);
+  for (int i = 0; i < 600; ++i) {
+    const int kind = i % 3;
+    const auto fill = [&](const Workspace& words) {
+      for (int64_t at = 0; at < kMaxPartsBytes / 2; ++at) {
+        float value = kind == 2 ? random.any_float() : random.uniform();
+        // Products on both sides of the smallest normal number, 2^-126.
+        if (kind == 1) value = std::ldexp(value, -63 + static_cast<int>(random.below(8)) - 4);
+        reinterpret_cast<uint16_t*>(words.data())[at] = float_to_bfloat16(value);
+      }
+    };
+    fill(left);
+    fill(right);
+    for (int at = 0; at < kBlockSums; ++at) {
+      float value = kind == 2 ? random.any_float() : random.uniform();
+      if (kind == 1) value = std::ldexp(value, -124);
+      start.data()[at] = value;
+    }
+    TilePrefetch prefetch;
+    TileBlock block;
+    block.left = reinterpret_cast<unsigned char*>(left.data());
+    block.right = reinterpret_cast<unsigned char*>(right.data());
+    block.left_step = block.right_step = kMaxParts * 2 * kTileBytes;
+    block.left_tiles = 1 + static_cast<int>(random.below(2));
+    block.right_tiles = 1 + static_cast<int>(random.below(2));
+    block.steps = 1 + random.below(kMaxSteps);
+    block.passes = kPasses;
+    block.num_passes = 1 + static_cast<int>(random.below(6));
+    block.accumulate = random.below(2);
+    block.prefetch = &prefetch;
+
+    std::memcpy(model.data(), start.data(), kBlockSums * 4);
+    block.sums = model.data();
+    TileModel::configure();
+    multiply_on_model(block);
+    TileModel::release();
+
+    std::memcpy(hardware.data(), start.data(), kBlockSums * 4);
+    block.sums = hardware.data();
+    amx_kernel()->configure();
+    amx_kernel()->multiply(block);
+    amx_kernel()->release();
+
+    for (int at = 0; at < kBlockSums; ++at) {
+      const float expected = model.data()[at], found = hardware.data()[at];
+      const bool same = std::memcmp(&expected, &found, 4) == 0;
+      CHECK(same || (std::isnan(expected) && std::isnan(found)),
+            "kind " << kind << ", run " << i << " at " << at << ": " << found
+                    << ", the model gives " << expected);
+    }
+  }
+}
+
+// A whole product, threads and all.
+void test_products() {
+  TileKernel model = *amx_kernel();
+  model.configure = TileModel::configure;
+  model.release = TileModel::release;
+  model.multiply = multiply_on_model;
+  ThreadPool pool(2);
+  Random random(2);
+  for (int i = 0; i < 24; ++i) {
+    const Shape shape = {1 + random.below(100), 1 + random.below(100), 1 + random.below(500)};
+    Types types;
+    types.precision = i % 3 == 0   ? Precision::kBF16_BF16_F32
+                      : i % 3 == 1 ? Precision::kBF16_BF16_F32_X3
+                                   : Precision::kBF16_BF16_F32_X6;
+    Problem problem(shape, i & 1, i & 2, types, random);
+    PoolExecutor executor(pool, 3);
+    tile_matmul(problem.matmul(), model, executor);
+    const Elements expected = problem.out();
+    problem.clear();
+    tile_matmul(problem.matmul(), *amx_kernel(), executor);
+    CHECK(problem.out() == expected, to_string(problem.matmul()) << " differs from the model");
+  }
+}
+
+}  // namespace
+}  // namespace gpt2_jax
+
+int main() {
+  using namespace gpt2_jax;
+  const std::string reason = amx_unavailable();
+  if (!reason.empty()) {
+    std::printf("test_amx: skipped, AMX: %s\n", reason.c_str());
+    return 77;
+  }
+  test_blocks();
+  test_products();
+  return report("test_amx");
+}

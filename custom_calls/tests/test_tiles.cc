@@ -1,0 +1,237 @@
+// Into tiles and out of them, the tile instructions, and the product on them, without the hardware.
+#include <cerrno>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "amx.h"
+#include "check.h"
+#include "cpu_features.h"
+#include "problem.h"
+#include "registry.h"
+#include "tile_model.h"
+#include "workspace.h"
+
+namespace gpt2_jax {
+namespace {
+
+// A lane's parts add up to it, each where the layout says, and all else is zero.
+void test_layout() {
+  Random random(1);
+  constexpr int64_t kLanes = 39, kDepth = 50, kSteps = 2, kPanels = 2;
+  for (const TileSide side : {TileSide::kLeft, TileSide::kRight}) {
+    for (int parts = 1; parts <= 3; ++parts) {
+      std::vector<float> source(kLanes * kDepth);
+      for (float& value : source) value = random.uniform();
+      std::vector<uint16_t> packed(kPanels * kSteps * parts * kTileBytes, 0xffff);
+      pack_tiles_portable({source.data(), kDepth, 1, false}, kLanes, kDepth, side, parts,
+                          reinterpret_cast<unsigned char*>(packed.data()));
+      for (int64_t lane = 0; lane < kPanels * 32; ++lane) {
+        for (int64_t k = 0; k < kSteps * 32; ++k) {
+          float sum = 0;
+          for (int part = parts - 1; part >= 0; --part) {
+            const int64_t tile =
+                ((lane / 32 * kSteps + k / 32) * parts + part) * 2 + lane % 32 / 16;
+            const int64_t word = side == TileSide::kLeft ? lane % 16 * 32 + k % 32
+                                                         : k % 32 / 2 * 32 + lane % 16 * 2 + k % 2;
+            sum += bfloat16_to_float(packed[tile * 512 + word]);
+          }
+          const bool inside = lane < kLanes && k < kDepth;
+          const float expected = inside ? source[lane * kDepth + k] : 0;
+          const float allowed = std::ldexp(std::fabs(expected), -8 * parts);
+          CHECK(std::fabs(sum - expected) <= allowed, parts << " parts of lane " << lane << " k "
+                                                            << k << ": " << sum << ", expected "
+                                                            << expected);
+        }
+      }
+    }
+  }
+}
+
+#if defined(GPT2_JAX_HAS_AMX)
+bool same_bytes_or_both_nan(float a, float b) {
+  return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b));
+}
+
+// The fast packing gives the portable one's bytes.
+void test_packing_twins() {
+  Random random(2);
+  for (int i = 0; i < 400; ++i) {
+    const int64_t lanes = 1 + random.below(100), depth = 1 + random.below(140);
+    const bool along_k = random.below(2), narrow = random.below(2);
+    const TileSide side = random.below(2) ? TileSide::kLeft : TileSide::kRight;
+    const int parts = narrow ? 1 : 1 + static_cast<int>(random.below(3));
+    const int64_t stride = (along_k ? depth : lanes) + random.below(9);
+    // Exactly as long as it must be: reading on is the address sanitizer's to see.
+    const int64_t count = ((along_k ? lanes : depth) - 1) * stride + (along_k ? depth : lanes);
+    std::vector<float> wide(narrow ? 0 : count);
+    std::vector<uint16_t> thin(narrow ? count : 0);
+    for (float& value : wide) value = random.any_float();
+    for (uint16_t& value : thin) value = static_cast<uint16_t>(random.below(1 << 16));
+    const TileSource source = {narrow ? static_cast<void*>(thin.data()) : wide.data(),
+                               along_k ? stride : 1, along_k ? 1 : stride, narrow};
+    const int64_t tiles = (lanes + 31) / 32 * ((depth + 31) / 32) * parts * 2;
+    const Workspace expected(tiles * 256), found(tiles * 256);
+    std::memset(found.data(), 0xaa, tiles * kTileBytes);
+    pack_tiles_portable(source, lanes, depth, side, parts,
+                        reinterpret_cast<unsigned char*>(expected.data()));
+    pack_tiles_avx512(source, lanes, depth, side, parts,
+                      reinterpret_cast<unsigned char*>(found.data()));
+    const auto* a = reinterpret_cast<const uint16_t*>(expected.data());
+    const auto* b = reinterpret_cast<const uint16_t*>(found.data());
+    for (int64_t at = 0; at < tiles * 512; ++at) {
+      // The sign of the NaN that infinity leaves of itself is nobody's promise.
+      CHECK(a[at] == b[at] ||
+                same_bytes_or_both_nan(bfloat16_to_float(a[at]), bfloat16_to_float(b[at])),
+            "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
+                     << narrow << " parts " << parts << " right " << (side == TileSide::kRight)
+                     << ", word " << at << ": " << b[at] << ", expected " << a[at]);
+    }
+  }
+}
+
+// And so does the way out.
+void test_finish_twins() {
+  Random random(3);
+  const Workspace sums(kBlockSums);
+  constexpr int64_t kFloats = 32 * 64 + 64;
+  for (int i = 0; i < 1000; ++i) {
+    for (int j = 0; j < kBlockSums; ++j) sums.data()[j] = random.any_float();
+    const int rows = 1 + static_cast<int>(random.below(32));
+    const int columns = 1 + static_cast<int>(random.below(32));
+    const DType dtype = random.below(2) ? DType::kFloat32 : DType::kBFloat16;
+    const int64_t offset = random.below(2) ? 0 : random.below(16);
+    const int64_t stride = random.below(2) ? 64 : 32 + random.below(9);
+    const Workspace memory[2] = {Workspace(kFloats), Workspace(kFloats)};
+    std::vector<float> bias(columns);
+    for (float& value : bias) value = random.uniform();
+    const bool accumulate = dtype == DType::kFloat32 && random.below(3) == 0;
+    TileResult result = {nullptr,
+                         stride,
+                         dtype == DType::kBFloat16,
+                         accumulate,
+                         !accumulate && random.below(2) ? bias.data() : nullptr,
+                         random.below(2) == 1,
+                         !accumulate && random.below(2) == 1};
+    for (int64_t k = 0; k < kFloats; ++k) {
+      memory[0].data()[k] = memory[1].data()[k] = random.uniform();
+    }
+    const int64_t width = result.narrow ? 2 : 4;
+    for (int twin = 0; twin < 2; ++twin) {
+      result.out = reinterpret_cast<char*>(memory[twin].data()) + offset * width;
+      (twin ? finish_tiles_avx512 : finish_tiles_portable)(result, sums.data(), rows, columns);
+    }
+    const auto element = [&](int twin, int64_t at) {
+      if (!result.narrow) return memory[twin].data()[at];
+      return bfloat16_to_float(reinterpret_cast<const uint16_t*>(memory[twin].data())[at]);
+    };
+    for (int64_t at = 0; at < kFloats * 4 / width; ++at) {
+      CHECK(same_bytes_or_both_nan(element(0, at), element(1, at)),
+            rows << " x " << columns << " narrow " << result.narrow << " transposed "
+                 << result.transposed << " accumulate " << accumulate << " stream " << result.stream
+                 << " at " << at << ": " << element(1, at) << ", expected " << element(0, at));
+    }
+  }
+}
+#endif
+
+uint16_t words[2][kTileBytes / 2];
+float sums[256];
+
+// One pair of rows and columns in otherwise empty tiles: the sum (0, 0).
+float multiply_one(std::initializer_list<float> left, std::initializer_list<float> right,
+                   float sum) {
+  std::memset(words, 0, sizeof(words));
+  std::memset(sums, 0, sizeof(sums));
+  sums[0] = sum;
+  int k = 0;
+  for (const float value : left) words[0][k++] = float_to_bfloat16(value);
+  k = 0;
+  for (const float value : right) {
+    words[1][k / 2 * 32 + k % 2] = float_to_bfloat16(value);
+    ++k;
+  }
+  TileModel::configure();
+  TileModel::load<0>(sums);
+  TileModel::load<4>(words[0]);
+  TileModel::load<6>(words[1]);
+  TileModel::multiply<0, 4, 6>();
+  TileModel::store<0>(sums);
+  TileModel::release();
+  return sums[0];
+}
+
+void test_model() {
+  CHECK(multiply_one({2, 3}, {5, 7}, 100) == 131, "");
+  for (int i = 1; i < 256; ++i) CHECK(sums[i] == 0, i << ": " << sums[i]);
+  const float big = std::ldexp(1.0f, 24);
+  // Even and odd apart: 2^24 + 1 rounds to 2^24 in the even chain, so 1 is lost only there.
+  CHECK(multiply_one({big, 0, 1, 0, -big, 0}, {1, 1, 1, 1, 1, 1}, 0) == 0, "");
+  CHECK(multiply_one({big, 1, 0, 0, -big, 0}, {1, 1, 1, 1, 1, 1}, 0) == 1, "");
+  // The product is summed by itself before it meets what the tile holds.
+  CHECK(multiply_one({1, 1}, {1, 1}, big) == big + 2, "");
+  // A product is not rounded before it is added.
+  const float three_halves = std::ldexp(1.0f, -12) * 1.5f;
+  CHECK(multiply_one({1, 0, three_halves, 0}, {1, 0, three_halves, 0}, 0) ==
+            std::fma(three_halves, three_halves, 1.0f),
+        "");
+  const float tiny = std::ldexp(1.0f, -127);
+  CHECK(multiply_one({tiny}, {std::ldexp(1.0f, 100)}, 0) == 0, "a denormal operand");
+  CHECK(multiply_one({0}, {0}, tiny) == 0, "a denormal sum");
+  const float minus_half = multiply_one({-std::ldexp(1.0f, -100)}, {std::ldexp(1.0f, -27)}, -0.0f);
+  CHECK(minus_half == 0, "a denormal result " << minus_half);
+  CHECK(multiply_one({std::ldexp(1.0f, -100)}, {std::ldexp(1.0f, -26)}, 0) == FLT_MIN, "");
+  const float infinity = std::numeric_limits<float>::infinity();
+  CHECK(multiply_one({infinity}, {2}, 1) == infinity, "");
+  CHECK(std::isnan(multiply_one({infinity, 1}, {1, -infinity}, 1)), "");
+}
+
+int allow() { return 0; }
+int never_asked() {
+  CHECK(false, "permission asked for without the features");
+  return 0;
+}
+
+void test_availability() {
+  const CpuFeatures all = ~CpuFeatures{0};
+  if (amx_kernel() == nullptr) {
+    CHECK(amx_unavailable(all, never_asked).find("no AMX kernel") != std::string::npos, "");
+  } else {
+    CHECK(amx_unavailable(all, allow).empty(), amx_unavailable(all, allow));
+    const std::string refused = amx_unavailable(all, [] { return EPERM; });
+    CHECK(refused.find(std::strerror(EPERM)) != std::string::npos, refused);
+    for (const CpuFeature missing : {kAmxTile, kAmxBf16, kAvx512f, kAvx512bw, kAvx512bf16}) {
+      const std::string reason = amx_unavailable(all & ~missing, never_asked);
+      CHECK(reason.find("CPU_FEATURES: " + cpu_feature_names(missing)) != std::string::npos,
+            reason);
+    }
+  }
+  const Implementation& amx = *find_implementation("amx");
+  CHECK(amx.unavailable() == amx_unavailable(), amx.unavailable());
+  Random random(4);
+  const Problem problem({2, 2, 2}, false, false, Types(), random);
+  CHECK(amx.refuse(problem.matmul()).find("BF16_BF16_F32_X3") != std::string::npos, "");
+}
+
+}  // namespace
+}  // namespace gpt2_jax
+
+int main() {
+  using namespace gpt2_jax;
+  test_layout();
+  test_model();
+  test_availability();
+#if defined(GPT2_JAX_HAS_AMX)
+  constexpr CpuFeatures kNeeded = kAvx512f | kAvx512bw | kAvx512vl | kAvx512bf16;
+  if ((cpu_features_seen() & kNeeded) == kNeeded) {
+    test_packing_twins();
+    test_finish_twins();
+  } else {
+    std::printf("no AVX-512 with bfloat16 here: only the portable packing is tested\n");
+  }
+#endif
+  return report("test_tiles");
+}

@@ -1,0 +1,96 @@
+// The tile instructions in plain C++, as Intel's manual defines them, for machines without them.
+//
+// TDPBF16PS: for each row of sums, the even and the odd elements of k are summed apart, each by
+// fused multiply-additions in the order of k, both from zero; the two are added, then added to the
+// sum in the tile. Every operation rounds to nearest even, takes denormal operands for zeros and
+// gives zero for a denormal result, of the same sign.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "bfloat16.h"
+#include "kernels/bf16_32x32_tiles.h"
+
+namespace gpt2_jax {
+
+inline float flush_denormal(float value) {
+  return std::fabs(value) < FLT_MIN ? std::copysign(0.0f, value) : value;
+}
+
+// Registers of each thread. A program that uses them without having configured them is stopped, as
+// by the CPU.
+class TileModel {
+ public:
+  static void configure() {
+    registers().configured = true;
+    std::memset(registers().bytes, 0, sizeof(registers().bytes));
+  }
+  static void release() { registers().configured = false; }
+  static bool configured() { return registers().configured; }
+
+  template <int kTile>
+  static void zero() {
+    std::memset(tile(kTile), 0, kTileBytes);
+  }
+  template <int kTile>
+  static void load(const void* rows) {
+    std::memcpy(tile(kTile), rows, kTileBytes);
+  }
+  template <int kTile>
+  static void store(void* rows) {
+    std::memcpy(rows, tile(kTile), kTileBytes);
+  }
+  template <int kSums, int kLeft, int kRight>
+  static void multiply() {
+    float left[16][32], right[16][32], sums[16][16];
+    load_words(kLeft, left);
+    load_words(kRight, right);
+    std::memcpy(sums, tile(kSums), kTileBytes);
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 16; ++column) {
+        float even = 0, odd = 0;
+        for (int pair = 0; pair < 16; ++pair) {
+          const float* l = &left[row][2 * pair];
+          const float* r = &right[pair][2 * column];
+          even = flush_denormal(std::fma(l[0], r[0], even));
+          odd = flush_denormal(std::fma(l[1], r[1], odd));
+        }
+        float& sum = sums[row][column];
+        sum = flush_denormal(flush_denormal(sum) + flush_denormal(even + odd));
+      }
+    }
+    std::memcpy(tile(kSums), sums, kTileBytes);
+  }
+  static void prefetch(const char*) {}
+
+ private:
+  struct Registers {
+    bool configured = false;
+    alignas(64) unsigned char bytes[8][kTileBytes];
+  };
+  static Registers& registers() {
+    thread_local Registers instance;
+    return instance;
+  }
+  static void load_words(int number, float (&values)[16][32]) {
+    uint16_t words[16][32];
+    std::memcpy(words, tile(number), kTileBytes);
+    for (int row = 0; row < 16; ++row) {
+      for (int word = 0; word < 32; ++word) {
+        values[row][word] = flush_denormal(bfloat16_to_float(words[row][word]));
+      }
+    }
+  }
+  static void* tile(int number) {
+    if (!registers().configured) std::abort();
+    return registers().bytes[number];
+  }
+};
+
+inline void multiply_on_model(const TileBlock& block) { multiply_tiles<TileModel>(block); }
+
+}  // namespace gpt2_jax
