@@ -98,7 +98,7 @@ def _training_losses(
     schedule = learning_rate_schedule("constant", LEARNING_RATE, steps=STEPS)
     optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=matmul != "xla")
     step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul)
-    state = create_state(params, optimizer)
+    state = create_state(params, optimizer, matmul=matmul)
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, x_BT[None], y_BT[None])

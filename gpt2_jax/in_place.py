@@ -1,7 +1,8 @@
 """Loss and gradient with every gradient written straight to its place in the flat buffer.
 
-The same mathematics as differentiating model.loss, which it is tested against, for the CPU's custom calls: weights are
-read where they lie in the parameter buffer, and a weight's gradient is written there by the product that makes it.
+The same mathematics as differentiating model.loss, which it is tested against, by the CPU's custom calls: weights are
+read where they lie in the parameter buffer, a weight's gradient is written there by the product that makes it, and what
+happens row by row between the products is one pass each.
 Each function of the forward pass returns its value and its backward: from the cotangent of the value to that of the
 input, with the gradients of its parameters given to the _Gradient on the way.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,10 @@ from gpt2_jax import custom_calls, jax_compat
 from gpt2_jax.attention import causal_attention
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.matmul import matmul, matmul_into
-from gpt2_jax.model import gelu, layer_norm
 from gpt2_jax.views import WeightView, weight_view
 
 _Backward = Callable[[jax.Array], jax.Array]
+FLOAT32 = jnp.dtype(jnp.float32)
 
 
 class _Gradient:
@@ -116,9 +117,9 @@ def loss_and_gradient(
         for half in (_attention_half, _mlp_half):
             residual_BTC, backward = half(this, layer, residual_BTC)
             backwards.append(backward)
-    h_BTC, backward = _layer_norm(this, "lnf", 0, residual_BTC)
-    backwards.append(backward)
-    loss, dresidual_BTC = _classify(this, h_BTC, y_BT, scale)
+    h_BTC, norm_backward = _layer_norm(this, "lnf", 0, residual_BTC)
+    loss, dh_BTC = _classify(this, h_BTC, y_BT, scale)
+    dresidual_BTC = norm_backward(dh_BTC, jnp.zeros_like(residual_BTC))
     for backward in reversed(backwards):
         dresidual_BTC = backward(dresidual_BTC)
     return loss, gradient.finish()
@@ -162,7 +163,7 @@ def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[j
 
     def backward(dresidual_BTC: jax.Array) -> jax.Array:
         (dqkv,) = attend_backward(projection_backward(dresidual_BTC))
-        return dresidual_BTC + norm_backward(qkv_backward(dqkv))
+        return norm_backward(qkv_backward(dqkv), dresidual_BTC)
 
     return residual_BTC + out_BTC, backward
 
@@ -170,21 +171,26 @@ def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[j
 def _mlp_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
     h_BTC, norm_backward = _layer_norm(this, "ln2", layer, residual_BTC)
     hidden, fc_backward = _linear(this, "fc", layer, h_BTC)
-    active, gelu_backward = jax.vjp(gelu, hidden)
+    active = _call(custom_calls.GELU, _like(hidden), hidden)
     out_BTC, projection_backward = _linear(this, "fcproj", layer, active)
 
     def backward(dresidual_BTC: jax.Array) -> jax.Array:
-        (dhidden,) = gelu_backward(projection_backward(dresidual_BTC))
-        return dresidual_BTC + norm_backward(fc_backward(dhidden))
+        dhidden = _call(custom_calls.GELU_BACKWARD, _like(hidden), hidden, projection_backward(dresidual_BTC))
+        return norm_backward(fc_backward(dhidden), dresidual_BTC)
 
     return residual_BTC + out_BTC, backward
 
 
-def _layer_norm(this: _Pass, name: str, layer: int, x_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
-    h_BTC, pull_back = jax.vjp(layer_norm, x_BTC, this.view(name + "w", layer).array(), this.view(name + "b", layer).array())
+def _layer_norm(
+    this: _Pass, name: str, layer: int, x_BTC: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """Its backward also takes the cotangent that reaches the residual stream x around it, and returns their sum."""
+    gain_C, bias_C = (this.view(name + part, layer).array() for part in "wb")
+    h_BTC = _call(custom_calls.LAYER_NORM, _like(x_BTC), x_BTC, gain_C, bias_C)
 
-    def backward(dh_BTC: jax.Array) -> jax.Array:
-        dx_BTC, dgain_C, dbias_C = pull_back(dh_BTC)
+    def backward(dh_BTC: jax.Array, dresidual_BTC: jax.Array) -> jax.Array:
+        results = (_like(x_BTC), _like(gain_C), _like(bias_C))
+        dx_BTC, dgain_C, dbias_C = _call(custom_calls.LAYER_NORM_BACKWARD, results, x_BTC, gain_C, dh_BTC, dresidual_BTC)
         this.gradient.write(name + "w", layer, dgain_C)
         this.gradient.write(name + "b", layer, dbias_C)
         return dx_BTC
@@ -200,7 +206,8 @@ def _linear(this: _Pass, name: str, layer: int, x: jax.Array) -> tuple[jax.Array
     def backward(dy: jax.Array) -> jax.Array:
         dy_MO = dy.reshape(y_MO.shape)
         this.gradient.write_product(name + "w", layer, dy_MO, x_MI)
-        this.gradient.write(name + "b", layer, jnp.sum(dy_MO.astype(jnp.float32), axis=0))
+        db_O = _call(custom_calls.COLUMN_SUMS, jax.ShapeDtypeStruct(b_O.shape, FLOAT32), dy_MO)
+        this.gradient.write(name + "b", layer, db_O)
         return matmul(dy_MO, w_OI, out_dtype=x.dtype, implementation=this.implementation).reshape(x.shape)
 
     return y_MO.reshape(*x.shape[:-1], -1), backward
@@ -208,23 +215,27 @@ def _linear(this: _Pass, name: str, layer: int, x: jax.Array) -> tuple[jax.Array
 
 def _classify(this: _Pass, h_BTC: jax.Array, y_BT: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """The loss and its cotangent of h; the classifier's gradient of wte is the first to be written."""
-    wte_VC = this.view("wte")
+    wte_VC, vocab_size = this.view("wte"), this.layout.config.vocab_size
     h_MC, y_M = h_BTC.reshape(-1, h_BTC.shape[-1]), y_BT.reshape(-1)
-    logits_MV = matmul(h_MC, wte_VC, transpose_b=True, out_dtype=jnp.dtype(jnp.float32), implementation=this.implementation)
-    scale /= y_M.shape[0]
-    loss, dlogits_MV = _softmax_cross_entropy(logits_MV, y_M, this.layout.config.vocab_size, scale, h_MC.dtype)
+    M = y_M.shape[0]
+    logits_MV = matmul(h_MC, wte_VC, transpose_b=True, out_dtype=FLOAT32, implementation=this.implementation)
+    losses_M, dlogits_MV = _call(
+        custom_calls.SOFTMAX_CROSS_ENTROPY,
+        (jax.ShapeDtypeStruct((M,), FLOAT32), jax.ShapeDtypeStruct(logits_MV.shape, h_MC.dtype)),
+        logits_MV,
+        y_M,
+        aliases={0: 1} if h_MC.dtype == FLOAT32 else None,
+        vocab_size=np.int64(vocab_size),
+        scale=np.float32(scale / M),
+    )
     this.gradient.write_product("wte", 0, dlogits_MV, h_MC)
-    return loss, matmul(dlogits_MV, wte_VC, out_dtype=h_MC.dtype, implementation=this.implementation).reshape(h_BTC.shape)
+    dh_MC = matmul(dlogits_MV, wte_VC, out_dtype=h_MC.dtype, implementation=this.implementation)
+    return scale * jnp.mean(losses_M), dh_MC.reshape(h_BTC.shape)
 
 
-def _softmax_cross_entropy(
-    logits_MV: jax.Array, y_M: jax.Array, vocab_size: int, scale: float, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """`scale` times the sum of the losses, and its gradient (M, V) in `dtype`, zero in the columns of the padding."""
-    columns = lax.broadcasted_iota(jnp.int32, logits_MV.shape, 1)
-    logits_MV = jnp.where(columns < vocab_size, logits_MV, -jnp.inf)
-    log_sum_M = jax.nn.logsumexp(logits_MV, axis=-1)
-    is_target_MV = columns == y_M[:, None]
-    target_M = jnp.sum(jnp.where(is_target_MV, logits_MV, 0.0), axis=-1)
-    dlogits_MV = jnp.exp(logits_MV - log_sum_M[:, None]) - is_target_MV.astype(jnp.float32)
-    return scale * jnp.sum(log_sum_M - target_M), (scale * dlogits_MV).astype(dtype)
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _call(target: str, result: Any, *args: jax.Array, **attributes: Any) -> Any:
+    return jax_compat.ffi_call(target, result, *args, num_threads=np.int64(custom_calls.num_threads()), **attributes)

@@ -25,7 +25,7 @@ from gpt2_jax.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.views import WeightView
 
-RUNGS = ("naive", "blocked", "simd", "threaded")
+RUNGS = ("naive", "blocked", "simd", "threaded", "amx")
 IMPLEMENTATIONS = ("xla", *RUNGS)
 
 # For float32 operands: jax's setting -> the precisions that satisfy it, the best first.
@@ -38,7 +38,7 @@ _FLOAT32_PRECISIONS = {
     "bfloat16": ("BF16_BF16_F32",),
 }
 # The rungs that scripts/bench_matmul.py found faster than XLA's dot over a training step's products, fastest first.
-_FASTER_THAN_XLA = {"float32": ("threaded",), "bfloat16": ("threaded",)}
+_FASTER_THAN_XLA = {"float32": ("amx", "threaded"), "bfloat16": ("amx", "threaded")}
 
 
 class Choice(NamedTuple):

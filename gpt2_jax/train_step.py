@@ -19,6 +19,8 @@ class TrainState:
 
     params: jax.Array
     optimizer: AdamWState
+    # Where gradients are written in place: the last step's, (num_parameters,), whose memory the next step overwrites.
+    grads: jax.Array | None = None
 
 
 @struct.dataclass
@@ -30,23 +32,35 @@ class Metrics:
     learning_rate: jax.Array
 
 
-def create_state(params_N: np.ndarray, optimizer: Optimizer) -> TrainState:
+def writes_in_place(matmul: str) -> bool:
+    """Whether the gradient is written in place: by the custom calls, with a jax that can alias them (from 0.4.38 on)."""
+    return matmul != "xla" and jax_compat.ffi_call_can_alias()
+
+
+def create_state(params_N: np.ndarray, optimizer: Optimizer, *, matmul: str = "xla") -> TrainState:
     """A fresh state on the default device from a buffer on the host, which is copied."""
     params = jnp.array(params_N)
-    return TrainState(params=params, optimizer=optimizer.init(params))
+    grads = jnp.zeros_like(params) if writes_in_place(matmul) else None
+    return TrainState(params=params, optimizer=optimizer.init(params), grads=grads)
 
 
 def loss_and_gradient(
-    params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array, layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
+    params_N: jax.Array,
+    x_ABT: jax.Array,
+    y_ABT: jax.Array,
+    layout: ParameterLayout,
+    *,
+    dtype: jnp.dtype,
+    matmul: str,
+    grads_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss and its gradient (num_parameters,) float32 over A micro-batches, summed in float32 in their order.
 
-    With XLA's products (or a jax that cannot alias, before 0.4.38) by differentiating model.loss, with the custom calls'
-    by in_place, its equal.
+    By differentiating model.loss, or in place: into the memory of `grads_N`, where the caller has one to give.
     """
     num_micro_batches = x_ABT.shape[0]
-    if matmul != "xla" and jax_compat.ffi_call_can_alias():
-        return _loss_and_gradient_in_place(params_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul)
+    if writes_in_place(matmul):
+        return _loss_and_gradient_in_place(params_N, grads_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul)
 
     def micro_batch_loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
         return model.loss(params_N, x_BT, y_BT, layout, dtype=dtype, matmul=matmul) / num_micro_batches
@@ -66,10 +80,18 @@ def loss_and_gradient(
 
 
 def _loss_and_gradient_in_place(
-    params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array, layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
+    params_N: jax.Array,
+    grads_N: jax.Array | None,
+    x_ABT: jax.Array,
+    y_ABT: jax.Array,
+    layout: ParameterLayout,
+    *,
+    dtype: jnp.dtype,
+    matmul: str,
 ) -> tuple[jax.Array, jax.Array]:
-    grads_N = jnp.zeros_like(params_N)
     num_micro_batches = x_ABT.shape[0]
+    if grads_N is None or num_micro_batches > 1:
+        grads_N = jnp.zeros_like(params_N)
     if num_micro_batches == 1:
         return in_place.loss_and_gradient(params_N, grads_N, x_ABT[0], y_ABT[0], layout, dtype=dtype, matmul=matmul)
 
@@ -94,12 +116,13 @@ def make_train_step(
     """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated."""
 
     def step(state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, grads_N = loss_and_gradient(state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul)
+        loss, grads_N = loss_and_gradient(state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, grads_N=state.grads)
         # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
         grads_N = lax.optimization_barrier(grads_N)
         norm = global_norm(grads_N, custom_call=matmul != "xla")
         params_N, optimizer_state = optimizer.apply(grads_N, norm, state.optimizer, state.params)
         metrics = Metrics(loss=loss, gradient_norm=norm, learning_rate=schedule(state.optimizer.step))
-        return TrainState(params=params_N, optimizer=optimizer_state), metrics
+        kept_N = None if state.grads is None else grads_N
+        return TrainState(params=params_N, optimizer=optimizer_state, grads=kept_N), metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())

@@ -74,11 +74,11 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     )
     optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=matmul.name != "xla")
     if resumed is None:
-        state = create_state(params, optimizer)
+        state = create_state(params, optimizer, matmul=matmul.name)
     else:
         train_loader.restore(resumed.loader)
         moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
-        state = TrainState(params=jnp.array(resumed.params), optimizer=moments)
+        state = dataclasses.replace(create_state(resumed.params, optimizer, matmul=matmul.name), optimizer=moments)
     first_step = 1 if resumed is None else resumed.step + 1
     del params, resumed
 

@@ -72,6 +72,24 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_fr
 //   attribute   num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sum_of_squares(XLA_FFI_CallFrame* call_frame);
 
+// What happens row by row between the products; rows/rows.h has the formulas. Matrices are f32 or
+// bf16, all of a call's of one dtype but where f32 is said; their last dimension is the columns,
+// all others are rows. Attribute: num_threads int64.
+//
+//   layer_norm             x, gain f32, bias f32 -> out
+//   layer_norm_backward    x, gain f32, dout, dresidual -> dx = dresidual + ..., dgain f32, dbias
+//   f32 gelu                   x -> out gelu_backward          x, dout -> dx softmax_cross_entropy
+//   logits f32, targets s32 -> losses f32 (one a row), dlogits f32 or bf16
+//                          attributes vocab_size int64 (columns beyond it are padding), scale float
+//                          (of dlogits)
+//   column_sums            x -> sums f32
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_layer_norm(XLA_FFI_CallFrame* call_frame);
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_layer_norm_backward(XLA_FFI_CallFrame* call_frame);
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_gelu(XLA_FFI_CallFrame* call_frame);
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_gelu_backward(XLA_FFI_CallFrame* call_frame);
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_softmax_cross_entropy(XLA_FFI_CallFrame* call_frame);
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_column_sums(XLA_FFI_CallFrame* call_frame);
+
 // One AdamW update of flat buffers in one pass; adamw/adamw.h has the formula.
 //
 //   arguments   gradients, params, m, v: f32, of one length; scalars: f32, 4 elements: gradient

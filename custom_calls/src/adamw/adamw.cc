@@ -5,6 +5,7 @@
 
 #include "cpu_features.h"
 #include "executor.h"
+#include "rows/rows.h"
 
 namespace gpt2_jax {
 namespace {
@@ -15,7 +16,8 @@ constexpr int64_t kBlock = 1 << 16;
 AdamWKernel best_kernel() {
 #if defined(__x86_64__)
   const CpuFeatures features = cpu_features();
-  if (features & kAvx512f) return adamw_avx512;
+  constexpr CpuFeatures kAvx512 = kAvx512f | kAvx512bw | kAvx512vl;
+  if ((features & kAvx512) == kAvx512) return adamw_avx512;
   if ((features & kAvx2) && (features & kFma)) return adamw_avx2;
 #endif
   return adamw_generic;
@@ -46,20 +48,7 @@ double sum_of_squares(const float* values, int64_t count, Executor& executor) {
   parallel_for(executor, blocks, [&](int64_t block) {
     const int64_t begin = block * kBlock;
     const int64_t end = std::min(count, begin + kBlock);
-    // Separate sums, so that the compiler can keep them in vector registers.
-    constexpr int kLanes = 16;
-    double lanes[kLanes] = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double value = values[i + lane];
-        lanes[lane] += value * value;
-      }
-    }
-    for (; i < end; ++i) lanes[0] += static_cast<double>(values[i]) * values[i];
-    double sum = 0;
-    for (const double lane : lanes) sum += lane;
-    sums[static_cast<size_t>(block)] = sum;
+    sums[static_cast<size_t>(block)] = row_kernels().sum_of_squares(end - begin, values + begin);
   });
   double total = 0;
   for (const double sum : sums) total += sum;

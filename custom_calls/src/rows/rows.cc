@@ -1,0 +1,103 @@
+#include "rows/rows.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu_features.h"
+#include "executor.h"
+
+namespace gpt2_jax {
+namespace {
+
+constexpr int64_t kRowsOfItem = 16;
+constexpr int64_t kColumnsOfItem = 256;
+constexpr int64_t kElementsOfItem = 1 << 15;
+
+// item(first, count) over [0, total) in pieces of `size`.
+template <typename Item>
+void in_pieces(Executor& executor, int64_t total, int64_t size, const Item& item) {
+  parallel_for(executor, (total + size - 1) / size, [&](int64_t index) {
+    const int64_t first = index * size;
+    item(first, std::min(size, total - first));
+  });
+}
+
+// Elements of a whole matrix from `first` on, as a piece of memory.
+char* elements(const Rows& x, int64_t first) {
+  return static_cast<char*>(x.data) + first * (x.narrow ? 2 : 4);
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+#if defined(__x86_64__)
+  constexpr CpuFeatures kAvx512 = kAvx512f | kAvx512bw | kAvx512vl;
+  if ((cpu_features() & kAvx512) == kAvx512) return kRowKernelsAvx512;
+  if (cpu_features() & kAvx2) return kRowKernelsAvx2;
+#endif
+  return kRowKernelsGeneric;
+}
+
+void layer_norm(const Rows& x, const float* gain, const float* bias, const Rows& out,
+                Executor& executor) {
+  in_pieces(executor, x.rows, kRowsOfItem, [&](int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; ++i) {
+      row_kernels().layer_norm(x.columns, x.narrow, x.row(i), gain, bias, out.row(i));
+    }
+  });
+}
+
+void layer_norm_backward(const Rows& x, const float* gain, const Rows& dout, const Rows& dresidual,
+                         const Rows& dx, float* dgain, float* dbias, Executor& executor) {
+  const int64_t columns = x.columns;
+  const int64_t items = (x.rows + kRowsOfItem - 1) / kRowsOfItem;
+  // Of each item: its sums for gain, then for bias.
+  std::vector<float> sums(static_cast<size_t>(items * 2 * columns), 0.0f);
+  in_pieces(executor, x.rows, kRowsOfItem, [&](int64_t first, int64_t count) {
+    float* const own = sums.data() + first / kRowsOfItem * 2 * columns;
+    for (int64_t i = first; i < first + count; ++i) {
+      row_kernels().layer_norm_backward(columns, x.narrow, x.row(i), gain, dout.row(i),
+                                        dresidual.row(i), dx.row(i), own, own + columns);
+    }
+  });
+  std::fill_n(dgain, columns, 0.0f);
+  std::fill_n(dbias, columns, 0.0f);
+  for (int64_t item = 0; item < items; ++item) {
+    const float* const own = sums.data() + item * 2 * columns;
+    row_kernels().add_to(columns, false, own, dgain);
+    row_kernels().add_to(columns, false, own + columns, dbias);
+  }
+}
+
+void gelu(const Rows& x, const Rows& out, Executor& executor) {
+  in_pieces(executor, x.rows * x.columns, kElementsOfItem, [&](int64_t first, int64_t count) {
+    row_kernels().gelu(count, x.narrow, elements(x, first), elements(out, first));
+  });
+}
+
+void gelu_backward(const Rows& x, const Rows& dout, const Rows& dx, Executor& executor) {
+  in_pieces(executor, x.rows * x.columns, kElementsOfItem, [&](int64_t first, int64_t count) {
+    row_kernels().gelu_backward(count, x.narrow, elements(x, first), elements(dout, first),
+                                elements(dx, first));
+  });
+}
+
+void softmax_cross_entropy(const Rows& logits, const int32_t* targets, int64_t vocab_size,
+                           float scale, float* losses, const Rows& dlogits, Executor& executor) {
+  parallel_for(executor, logits.rows, [&](int64_t i) {
+    losses[i] = row_kernels().softmax_cross_entropy(
+        logits.columns, vocab_size, reinterpret_cast<const float*>(logits.row(i)), targets[i],
+        scale, dlogits.narrow, dlogits.row(i));
+  });
+}
+
+void column_sums(const Rows& x, float* sums, Executor& executor) {
+  in_pieces(executor, x.columns, kColumnsOfItem, [&](int64_t first, int64_t count) {
+    std::fill_n(sums + first, count, 0.0f);
+    for (int64_t i = 0; i < x.rows; ++i) {
+      row_kernels().add_to(count, x.narrow, x.row(i) + first * (x.narrow ? 2 : 4), sums + first);
+    }
+  });
+}
+
+}  // namespace gpt2_jax
