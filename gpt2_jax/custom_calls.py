@@ -20,6 +20,8 @@ MATMUL_INTO = "gpt2_jax_matmul_into"
 WRITE_INTO = "gpt2_jax_write_into"
 ADD_ROWS_INTO = "gpt2_jax_add_rows_into"
 SUM_OF_SQUARES = "gpt2_jax_sum_of_squares"
+ATTENTION = "gpt2_jax_attention"
+ATTENTION_BACKWARD = "gpt2_jax_attention_backward"
 LAYER_NORM = "gpt2_jax_layer_norm"
 LAYER_NORM_BACKWARD = "gpt2_jax_layer_norm_backward"
 GELU = "gpt2_jax_gelu"
@@ -29,6 +31,7 @@ COLUMN_SUMS = "gpt2_jax_column_sums"
 ADAMW = "gpt2_jax_adamw"
 _TARGETS = (
     *(MATMUL, MATMUL_BIAS, MATMUL_INTO, WRITE_INTO, ADD_ROWS_INTO),
+    *(ATTENTION, ATTENTION_BACKWARD),
     *(LAYER_NORM, LAYER_NORM_BACKWARD, GELU, GELU_BACKWARD, SOFTMAX_CROSS_ENTROPY, COLUMN_SUMS),
     *(SUM_OF_SQUARES, ADAMW),
 )

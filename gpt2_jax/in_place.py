@@ -19,9 +19,8 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax import custom_calls, jax_compat
-from gpt2_jax.attention import causal_attention
 from gpt2_jax.layout import ParameterLayout
-from gpt2_jax.matmul import matmul, matmul_into
+from gpt2_jax.matmul import matmul, matmul_into, precision_of
 from gpt2_jax.views import WeightView, weight_view
 
 _Backward = Callable[[jax.Array], jax.Array]
@@ -149,20 +148,23 @@ def _embed(this: _Pass, x_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, _
 
 
 def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
-    B, T, C = residual_BTC.shape
+    B, T, _ = residual_BTC.shape
     H = this.layout.config.num_heads
-
-    def attend(qkv: jax.Array) -> jax.Array:
-        q_BTHD, k_BTHD, v_BTHD = (part.reshape(B, T, H, C // H) for part in jnp.split(qkv, 3, axis=-1))
-        return causal_attention(q_BTHD, k_BTHD, v_BTHD).reshape(B, T, C)
-
+    options = {
+        "num_heads": np.int64(H),
+        "implementation": this.implementation,
+        "precision": precision_of(this.implementation, residual_BTC.dtype),
+    }
     h_BTC, norm_backward = _layer_norm(this, "ln1", layer, residual_BTC)
     qkv, qkv_backward = _linear(this, "qkv", layer, h_BTC)
-    attention_BTC, attend_backward = jax.vjp(attend, qkv)
+    results = (_like(residual_BTC), jax.ShapeDtypeStruct((B, H, T), FLOAT32))
+    attention_BTC, log_sums_BHT = _call(custom_calls.ATTENTION, results, qkv, **options)
     out_BTC, projection_backward = _linear(this, "attproj", layer, attention_BTC)
 
     def backward(dresidual_BTC: jax.Array) -> jax.Array:
-        (dqkv,) = attend_backward(projection_backward(dresidual_BTC))
+        dattention_BTC = projection_backward(dresidual_BTC)
+        operands = (qkv, attention_BTC, log_sums_BHT, dattention_BTC)
+        dqkv = _call(custom_calls.ATTENTION_BACKWARD, _like(qkv), *operands, **options)
         return norm_backward(qkv_backward(dqkv), dresidual_BTC)
 
     return residual_BTC + out_BTC, backward

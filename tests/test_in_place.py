@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from gpt2_jax import in_place, model
+from gpt2_jax.initialize import initialize_parameters
+from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.train_step import loss_and_gradient
 
 # A dozen tensors deep, each rounding differs by a few units of its dtype, relative to the largest gradient.
@@ -38,6 +40,16 @@ def test_overwrites_the_buffer_with_the_gradient(tiny_layout, tiny_params, tiny_
     assert_close(found, autodiff(params, x, y, tiny_layout, dtype), dtype)
     start, stop = tiny_layout.padding_span
     assert (np.asarray(found[1])[start:stop] == 0).all()
+
+
+@dtypes
+def test_sequences_longer_than_a_block_of_attentions_queries(dtype):
+    config = ModelConfig(max_sequence_length=160, vocab_size=70, num_layers=1, num_heads=2, channels=16)
+    layout, params = ParameterLayout(config), jnp.asarray(initialize_parameters(config))
+    x, y = np.random.default_rng(0).integers(0, 70, (2, 2, 150)).astype(np.int32)
+    options = {"dtype": jnp.dtype(dtype), "matmul": "threaded"}
+    found = jax.jit(lambda p: in_place.loss_and_gradient(p, jnp.zeros_like(p), x, y, layout, **options))(params)
+    assert_close(found, autodiff(params, x, y, layout, dtype), dtype)
 
 
 @implementations

@@ -72,6 +72,17 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_fr
 //   attribute   num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sum_of_squares(XLA_FFI_CallFrame* call_frame);
 
+// Causal self-attention of all heads; attention.h has the formula. All f32 or all bf16 but
+// log_sums.
+//
+//   forward     qkv [batch,time,3 channels] -> out [batch,time,channels],
+//               log_sums f32 [batch,heads,time]
+//   backward    qkv, out, log_sums, dout -> dqkv
+//   attributes  num_heads int64; implementation, precision: of the products, as gpt2_jax_matmul's;
+//               num_threads int64
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention(XLA_FFI_CallFrame* call_frame);
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention_backward(XLA_FFI_CallFrame* call_frame);
+
 // What happens row by row between the products; rows/rows.h has the formulas. Matrices are f32 or
 // bf16, all of a call's of one dtype but where f32 is said; their last dimension is the columns,
 // all others are rows. Attribute: num_threads int64.

@@ -35,6 +35,15 @@ struct RowKernels {
   // its gradient, zero beyond them. dlogits may be logits when it is not narrow.
   float (*softmax_cross_entropy)(int64_t columns, int64_t vocab_size, const float* logits,
                                  int32_t target, float scale, bool narrow, void* dlogits);
+  // Attention weights of one query, in place of its scores: softmax of scale times the first
+  // `visible` of them, zero beyond. Returns the log of the sum of the exponentials.
+  float (*causal_softmax)(int64_t count, int64_t visible, float scale, float* scores);
+  // The same weights from that log-sum; and dscores, in place of the derivatives of the weights,
+  // where output_product is the query's output times its derivative.
+  void (*causal_softmax_backward)(int64_t count, int64_t visible, float scale, float log_sum,
+                                  float output_product, float* scores, float* dscores);
+  float (*dot)(int64_t count, bool narrow, const void* a, const void* b);
+  void (*copy)(int64_t count, const float* x, bool narrow, void* out);
   void (*add_to)(int64_t count, bool narrow, const void* x, float* sums);
   double (*sum_of_squares)(int64_t count, const float* x);
 };
