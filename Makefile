@@ -27,6 +27,8 @@ test-oldest-jax:
 # The headers that the wheel is built with; jaxlib is installed without what it needs, as only its headers are used.
 test-custom-calls:
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/jaxlib jaxlib==0.5.0
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/openblas scipy-openblas32
+	export GPT2_JAX_OPENBLAS=$$(echo $(CURDIR)/build/openblas/scipy_openblas32/lib/libscipy_openblas.*); \
 	for sanitizer in '' address undefined thread; do \
 		folder=build/custom-calls$${sanitizer:+-$$sanitizer}; \
 		cmake -S custom_calls -B $$folder -DGPT2_JAX_REQUIRE_CUSTOM_CALLS=ON -DGPT2_JAX_SANITIZE=$$sanitizer \

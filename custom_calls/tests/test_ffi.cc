@@ -13,6 +13,7 @@
 #include "bfloat16.h"
 #include "check.h"
 #include "custom_calls.h"
+#include "openblas.h"
 #include "thread_pool.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -162,7 +163,9 @@ void expect_invalid(const Call& call, const std::vector<std::string>& parts) {
 }
 
 void test_product() {
-  for (const char* rung : {"naive", "blocked", "simd", "threaded"}) {
+  std::vector<const char*> rungs = {"naive", "blocked", "simd", "threaded"};
+  if (use_openblas_of_environment()) rungs.push_back("openblas");
+  for (const char* rung : rungs) {
     Call call;
     call.strings["implementation"] = rung;
     const XLA_FFI_Error error = call.call();
