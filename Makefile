@@ -4,6 +4,7 @@
 # make test-custom-calls   the C++ tests, plain and under three sanitizers
 # make test-aarch64        the same for arm64 Linux, cross-compiled and run under qemu-user
 # make check-macos         the library cross-compiled for macOS on Apple silicon, and its file checked
+# make wheel               dist/*.whl, in which the custom calls must be
 # make lint                ruff and mypy
 # Every target is a plain command or two; see README.md for them without make.
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 EXTRA = $(shell $(PYTHON) -m gpt2_jax.backend)
 CUSTOM_CALL_SOURCES := $(shell find custom_calls -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: train test test-oldest-jax test-custom-calls test-aarch64 check-macos lint clean
+.PHONY: train test test-oldest-jax test-custom-calls test-aarch64 check-macos wheel lint clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py
@@ -58,6 +59,12 @@ check-macos:
 		$(configure) -B build/macos/custom-calls -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-macos-zig.cmake
 	cmake --build build/macos/custom-calls -j 2
 	PYTHONPATH=build/macos $(PYTHON) .ci/check_macho.py build/macos/custom-calls/src/libgpt2_jax_custom_calls.dylib
+
+wheel:
+	rm -f dist/*.whl
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist \
+		--config-settings=cmake.define.GPT2_JAX_REQUIRE_CUSTOM_CALLS=ON .
+	$(PYTHON) .ci/check_wheel.py dist/*.whl
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
