@@ -2,6 +2,9 @@
 # make test                install with the test extra, run the tests
 # make test-oldest-jax     the same tests with jax 0.4.34, the oldest that is supported
 # make test-custom-calls   the C++ tests, plain and under three sanitizers
+# make test-aarch64        the same for arm64 Linux, cross-compiled and run under qemu-user
+# make check-macos         the library cross-compiled for macOS on Apple silicon, and its file checked
+# make wheel               dist/*.whl, in which the custom calls must be
 # make lint                ruff and mypy
 # Every target is a plain command or two; see README.md for them without make.
 
@@ -12,7 +15,7 @@ BIN := $(VENV)/bin
 EXTRA = $(shell $(PYTHON) -m gpt2_jax.backend)
 CUSTOM_CALL_SOURCES := $(shell find custom_calls -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: train test test-oldest-jax test-custom-calls lint clean
+.PHONY: train test test-oldest-jax test-custom-calls test-aarch64 check-macos wheel lint clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py
@@ -24,16 +27,44 @@ test: $(VENV)/installed-test
 test-oldest-jax:
 	$(MAKE) VENV=.venv-oldest-jax TEST_REQUIREMENTS='jax==0.4.34 jaxlib==0.4.34' test
 
-# The headers that the wheel is built with; jaxlib is installed without what it needs, as only its headers are used.
+# What the custom calls are built and tested with, unpacked as it is: of jaxlib only the headers are used, those that the
+# wheel is built with; of OpenBLAS the shared library.
+unpack = $(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/$(1) $(2)
+configure = cmake -S custom_calls -DGPT2_JAX_REQUIRE_CUSTOM_CALLS=ON \
+	-DGPT2_JAX_XLA_FFI_INCLUDE_DIR=$(CURDIR)/build/jaxlib/jaxlib/include
+
 test-custom-calls:
-	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target build/jaxlib jaxlib==0.5.0
+	$(call unpack,jaxlib,jaxlib==0.5.0)
+	$(call unpack,openblas,scipy-openblas32)
+	export GPT2_JAX_OPENBLAS=$$(echo $(CURDIR)/build/openblas/scipy_openblas32/lib/libscipy_openblas.*); \
 	for sanitizer in '' address undefined thread; do \
 		folder=build/custom-calls$${sanitizer:+-$$sanitizer}; \
-		cmake -S custom_calls -B $$folder -DGPT2_JAX_REQUIRE_CUSTOM_CALLS=ON -DGPT2_JAX_SANITIZE=$$sanitizer \
-			-DGPT2_JAX_XLA_FFI_INCLUDE_DIR=$(CURDIR)/build/jaxlib/jaxlib/include && \
+		$(configure) -B $$folder -DGPT2_JAX_SANITIZE=$$sanitizer && \
 		cmake --build $$folder -j 2 && \
 		ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done
+
+test-aarch64:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+		{ echo "error: expected aarch64-linux-gnu-g++ and qemu-aarch64; apt-get install g++-aarch64-linux-gnu qemu-user"; exit 2; }
+	$(call unpack,jaxlib,jaxlib==0.5.0)
+	$(configure) -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	cmake --build build/aarch64 -j 2
+	ctest --test-dir build/aarch64 --output-on-failure
+
+check-macos:
+	$(call unpack,jaxlib,jaxlib==0.5.0)
+	$(call unpack,macos,ziglang==0.15.2 lief==1.0.0)
+	PATH="$(CURDIR)/build/macos/ziglang:$$PATH" \
+		$(configure) -B build/macos/custom-calls -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-macos-zig.cmake
+	cmake --build build/macos/custom-calls -j 2
+	PYTHONPATH=build/macos $(PYTHON) .ci/check_macho.py build/macos/custom-calls/src/libgpt2_jax_custom_calls.dylib
+
+wheel:
+	rm -f dist/*.whl
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist \
+		--config-settings=cmake.define.GPT2_JAX_REQUIRE_CUSTOM_CALLS=ON .
+	$(PYTHON) .ci/check_wheel.py dist/*.whl
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -104,7 +104,7 @@ class ComputeSettings:
     """auto takes the accelerator that is there and says why; the others are an order, never replaced silently."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What products and activations are computed in. Parameters, gradients and moments are float32 in either."""
-    matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx"] = "auto"
+    matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas"] = "auto"
     """Who makes the matrix products: xla, or on the CPU one of this project's own custom calls."""
     matmul_precision: Literal["default", "highest"] = "default"
     """float32 products: default lets NVIDIA GPUs use TF32; highest is full float32 (for comparing with others)."""

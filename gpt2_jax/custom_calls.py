@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import sys
@@ -35,7 +36,8 @@ _TARGETS = (
     *(LAYER_NORM, LAYER_NORM_BACKWARD, GELU, GELU_BACKWARD, SOFTMAX_CROSS_ENTROPY, COLUMN_SUMS),
     *(SUM_OF_SQUARES, ADAMW),
 )
-_FILE_NAME = f"libgpt2_jax_custom_calls.{'dylib' if sys.platform == 'darwin' else 'so'}"
+_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
+_FILE_NAME = f"libgpt2_jax_custom_calls.{_SUFFIX}"
 
 
 @cache
@@ -51,12 +53,23 @@ def load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         handlers = {target: getattr(library, target) for target in _TARGETS}
+        use_openblas = library.gpt2_jax_use_openblas
     except (OSError, AttributeError) as error:
         raise NotImplementedError(f"{path} cannot be loaded: {error}") from None
+    openblas = openblas_library()
+    if openblas is not None:
+        use_openblas(os.fsencode(openblas))
     ffi = jax_compat.ffi_module()
     for target, handler in handlers.items():
         ffi.register_ffi_target(target, ffi.pycapsule(handler), platform="cpu")
     return library
+
+
+def openblas_library() -> Path | None:
+    """The shared library in the package scipy-openblas32, found without importing it; None when it is not installed."""
+    spec = importlib.util.find_spec("scipy_openblas32")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((path for folder in folders or () for path in Path(folder).glob(f"lib/libscipy_openblas*.{_SUFFIX}")), None)
 
 
 @cache

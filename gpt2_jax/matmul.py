@@ -25,7 +25,7 @@ from gpt2_jax.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.views import WeightView
 
-RUNGS = ("naive", "blocked", "simd", "threaded", "amx")
+RUNGS = ("naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas")
 IMPLEMENTATIONS = ("xla", *RUNGS)
 
 # For float32 operands: jax's setting -> the precisions that satisfy it, the best first.

@@ -35,7 +35,7 @@ class Arguments:
     """What this project computes in."""
     backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
     """Where this project computes."""
-    matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx"] = "auto"
+    matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas"] = "auto"
     """Who makes this project's matrix products."""
 
 

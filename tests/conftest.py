@@ -6,7 +6,9 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +16,11 @@ import pytest
 from hypothesis import settings
 
 import gpt2_jax
+from gpt2_jax.backend import Backend
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.token_shard import write_token_shard
+from gpt2_jax.matmul import choose_implementation
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,6 +33,15 @@ REPOSITORY = Path(gpt2_jax.__file__).parents[1]
 
 # Two layers and a vocabulary that is no multiple of 128, so that there are padding rows.
 TINY = ModelConfig(max_sequence_length=16, vocab_size=203, num_layers=2, num_heads=4, channels=32)
+
+
+def available(implementations: Iterable[str]) -> list[Any]:
+    """Names of matrix products as a test's parameters; what this machine cannot run is skipped with the reason."""
+    refusals = choose_implementation("auto", Backend("cpu", "cpu", "test")).refusals
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(name in refusals, reason=f"{name}: {refusals.get(name)}"))
+        for name in implementations
+    ]
 
 
 @pytest.fixture(scope="session")

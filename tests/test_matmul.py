@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -16,11 +17,12 @@ from gpt2_jax.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.matmul import IMPLEMENTATIONS, RUNGS, choose_implementation, linear
 from gpt2_jax.views import WeightView
+from tests.conftest import available
 
 CPU = Backend("cpu", "cpu", "test")
 FLOAT32_ROUNDING, BFLOAT16_ROUNDING = 2.0**-24, 2.0**-9
 
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+implementations = pytest.mark.parametrize("implementation", available(IMPLEMENTATIONS))
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -86,7 +88,7 @@ def test_views_into_a_flat_buffer_are_read_and_differentiated_in_place(implement
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("implementation", RUNGS)
+@pytest.mark.parametrize("implementation", available(RUNGS))
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_product_into_a_buffer_touches_its_place_alone(implementation, accumulate):
     a, b, buffer = random(0, 7, 3), random(1, 7, 4), random(2, 30)
@@ -102,7 +104,7 @@ def test_a_product_into_a_buffer_touches_its_place_alone(implementation, accumul
         matmul.matmul_into(WeightView(buffer, 9, (4, 3)), a, b, **options)
 
 
-@pytest.mark.parametrize("implementation", RUNGS)
+@pytest.mark.parametrize("implementation", available(RUNGS))
 def test_custom_calls_work_under_vmap_scan_and_without_jit(implementation):
     x, w = random(0, 3, 4, 6), random(1, 5, 6)
     expected = np.einsum("bmi,oi->bmo", x, w)
@@ -188,6 +190,16 @@ def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch):
 def test_the_library_is_in_the_installed_package():
     """A compile error must not be swallowed by the fallback."""
     assert {row["name"] for row in custom_calls.description()["implementations"]} >= set(RUNGS)
+
+
+def test_only_what_needs_other_hardware_is_skipped_here():
+    assert set(choose_implementation("auto", CPU).refusals) <= {"amx", "accelerate"}
+
+
+def test_openblas_is_found_without_loading_it(monkeypatch):
+    assert custom_calls.openblas_library().is_file()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert custom_calls.openblas_library() is None
 
 
 @pytest.mark.parametrize(("nproc", "threads"), [("1", 1), ("100000", None), ("many", None), ("0", None), (None, None)])

@@ -17,6 +17,7 @@
 #include "bfloat16.h"
 #include "cpu_features.h"
 #include "kernels/kernel.h"
+#include "openblas.h"
 #include "registry.h"
 #include "thread_pool.h"
 
@@ -84,6 +85,7 @@ int main(int argc, char** argv) {
   matmul.out_dtype = dtype;
   if (dtype == DType::kBFloat16) matmul.precision = Precision::kBF16_BF16_F32;
 
+  use_openblas_of_environment();
   // The calling thread works too.
   ThreadPool pool(num_threads - 1);
   PoolExecutor executor(pool, num_threads);

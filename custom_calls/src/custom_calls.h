@@ -112,6 +112,10 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_column_sums(XLA_FFI_CallFrame* call_fram
 //               num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_adamw(XLA_FFI_CallFrame* call_frame);
 
+// Where OpenBLAS is: the path of the shared library in the PyPI package scipy-openblas32. To be
+// called before `describe`, which says what is wrong with it.
+GPT2_JAX_EXPORT void gpt2_jax_use_openblas(const char* path);
+
 // What this library is and what it can do on this machine, as one JSON object:
 //
 //   {"version": "0.1.0", "xla_ffi_api": "0.1",

@@ -14,7 +14,7 @@ std::string quoted(std::string_view text) {
   std::string result = "\"";
   for (const char c : text) {
     if (c == '"' || c == '\\') result += '\\';
-    // The only text from outside is an environment variable; a control character there is noise.
+    // Text from outside is an environment variable or a path; a control character there is noise.
     result += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
   }
   return result + "\"";

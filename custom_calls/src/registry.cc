@@ -1,6 +1,7 @@
 #include "registry.h"
 
 #include "amx.h"
+#include "rungs/cblas.h"
 #include "rungs/rungs.h"
 
 namespace gpt2_jax {
@@ -26,6 +27,11 @@ std::string refuse_float32_products(const Matmul& matmul) {
          "precision from bfloat16 parts BF16_BF16_F32_X3 or BF16_BF16_F32_X6";
 }
 
+std::string refuse_split_precision_or_size(const Matmul& matmul) {
+  const std::string reason = refuse_split_precision(matmul);
+  return reason.empty() ? refuse_cblas(matmul) : reason;
+}
+
 }  // namespace
 
 const std::vector<Implementation>& implementations() {
@@ -35,6 +41,8 @@ const std::vector<Implementation>& implementations() {
       {"simd", always_available, refuse_split_precision, run_simd},
       {"threaded", always_available, refuse_split_precision, run_threaded},
       {"amx", amx_unavailable, refuse_float32_products, run_amx},
+      {"accelerate", accelerate_unavailable, refuse_split_precision_or_size, run_accelerate},
+      {"openblas", openblas_unavailable, refuse_split_precision_or_size, run_openblas},
   };
   return ladder;
 }

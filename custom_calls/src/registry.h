@@ -20,7 +20,7 @@ struct Implementation {
   void (*run)(const Matmul& matmul, Executor& executor);
 };
 
-// Slowest first.
+// From the plainest up; other people's libraries last.
 const std::vector<Implementation>& implementations();
 
 // nullptr when there is none of that name.

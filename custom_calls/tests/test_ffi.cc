@@ -13,6 +13,7 @@
 #include "bfloat16.h"
 #include "check.h"
 #include "custom_calls.h"
+#include "openblas.h"
 #include "thread_pool.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -162,7 +163,9 @@ void expect_invalid(const Call& call, const std::vector<std::string>& parts) {
 }
 
 void test_product() {
-  for (const char* rung : {"naive", "blocked", "simd", "threaded"}) {
+  std::vector<const char*> rungs = {"naive", "blocked", "simd", "threaded"};
+  if (use_openblas_of_environment()) rungs.push_back("openblas");
+  for (const char* rung : rungs) {
     Call call;
     call.strings["implementation"] = rung;
     const XLA_FFI_Error error = call.call();
@@ -380,6 +383,27 @@ void test_empty() {
   for (const float value : call.out.values) CHECK(value == 0, value);
 }
 
+// No machine has the copy that this product of bfloat16 needs; nothing is read before it is asked
+// for.
+void test_out_of_memory() {
+  if (!use_openblas_of_environment()) return;
+#if !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)  // these end the program instead
+  constexpr int64_t kRows = 1 << 20, kColumns = 1 << 30;
+  Call call;
+  call.strings["implementation"] = "openblas";
+  call.a.dtype = call.b.dtype = XLA_FFI_DataType_BF16;
+  call.a.dimensions = {kRows, kColumns};
+  call.b.dimensions = {kColumns, 1};
+  call.out.dimensions = {kRows, 1};
+  call.integers["m"] = kRows;
+  call.integers["n"] = 1;
+  call.integers["k"] = kColumns;
+  expect_error(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED,
+               {"out of memory for the workspace of bf16[1048576,1073741824]"});
+#endif
+}
+
 void test_describe() {
   const std::string text = gpt2_jax_custom_calls_describe();
   for (const char* part : {"\"version\": ", "\"xla_ffi_api\": \"0.",
@@ -404,6 +428,7 @@ int main() {
   test_invalid_bias();
   test_invalid_target();
   test_empty();
+  test_out_of_memory();
   test_describe();
   return report("test_ffi");
 }

@@ -1,13 +1,21 @@
 // Every rung and every micro-kernel against float64.
+#include <dlfcn.h>
+
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "amx.h"
 #include "cpu_features.h"
+#include "custom_calls.h"
 #include "kernels/kernel.h"
+#include "openblas.h"
 #include "problem.h"
 #include "registry.h"
 #include "schedule.h"
@@ -41,6 +49,9 @@ struct Candidate {
   bool tiles;  // bfloat16 products, of parts of float32 if need be; not float32 products
   std::function<void(const Matmul&, Executor&)> run;
 };
+
+// Other people's, on threads of their own, and without a promise about bits.
+bool is_foreign(const std::string& rung) { return rung == "accelerate" || rung == "openblas"; }
 
 // Tiles on the model's instructions with the portable packing and, where the CPU can, the fast one;
 // and on the CPU's. Small blocks, so that small products have several of each kind.
@@ -87,8 +98,8 @@ std::vector<Candidate> candidates() {
     if (!rung.unavailable().empty()) continue;
     const std::string name = rung.name;
     const bool fast = name != "naive" && name != "blocked";
-    all.push_back({name, small, fast ? kLargeShapes : std::vector<Shape>(), fast ? ragged : none,
-                   name == "amx", rung.run});
+    all.push_back({name, small, fast ? kLargeShapes : std::vector<Shape>(),
+                   fast && !is_foreign(name) ? ragged : none, name == "amx", rung.run});
   }
   for (const Kernel& kernel : kernels()) {
     if (kernel.features & ~cpu_features_seen()) continue;
@@ -217,6 +228,50 @@ void test_same_bits(const Candidate& candidate) {
   }
 }
 
+// Forward, dx and dw at once, as XLA may call them: each transposition on a thread of its own.
+void test_concurrent_calls(const Candidate& candidate) {
+  ThreadPool pool(2);
+  std::vector<std::thread> callers;
+  std::vector<std::unique_ptr<Problem>> problems;
+  for (int transposes = 0; transposes < 4; ++transposes) {
+    Random random(20 + transposes);
+    problems.push_back(std::make_unique<Problem>(Shape{120, 130, 140}, transposes & 1,
+                                                 transposes & 2, Types(), random));
+  }
+  for (const auto& problem : problems) {
+    callers.emplace_back([&pool, &candidate, &matmul = problem->matmul()] {
+      PoolExecutor executor(pool, 3);
+      for (int repeat = 0; repeat < 50; ++repeat) candidate.run(matmul, executor);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (const auto& problem : problems) problem->check(candidate.name);
+}
+
+void test_openblas_says_what_is_wrong() {
+  const Implementation& openblas = *find_implementation("openblas");
+  CHECK(openblas.unavailable().find("pip install scipy-openblas32") != std::string::npos, "");
+  gpt2_jax_use_openblas("/no/such/library");
+  CHECK(openblas.unavailable().find("/no/such/library") != std::string::npos,
+        openblas.unavailable());
+}
+
+// As many as the executor has, and never more than the library had at first.
+void test_openblas_threads() {
+  void* const library = dlopen(std::getenv("GPT2_JAX_OPENBLAS"), RTLD_LAZY);
+  const auto threads =
+      reinterpret_cast<int (*)()>(dlsym(library, "scipy_openblas_get_num_threads"));
+  const int most = threads();
+  Random random(11);
+  Problem problem({8, 8, 8}, false, false, Types(), random);
+  ThreadPool pool(0);
+  for (const int wanted : {1, 2, 1, 1000}) {
+    PoolExecutor executor(pool, wanted);
+    find_implementation("openblas")->run(problem.matmul(), executor);
+    CHECK(threads() == std::min(wanted, most), threads() << " threads of " << wanted);
+  }
+}
+
 void test_refusals() {
   Random random(9);
   for (const Precision precision : {Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6}) {
@@ -230,19 +285,41 @@ void test_refusals() {
     }
   }
   CHECK(find_implementation("no such rung") == nullptr, "");
+  for (const char* rung : {"accelerate", "openblas"}) {
+    Matmul huge;
+    huge.m = int64_t{1} << 31;
+    const std::string reason = find_implementation(rung)->refuse(huge);
+    CHECK(reason.find("32 bits, this product has 2147483648") != std::string::npos, reason);
+  }
 }
 
 }  // namespace
 }  // namespace gpt2_jax
 
-int main() {
+// test_matmul [candidate]: all that this machine runs, or one. OpenBLAS is tested only by name: it
+// stays unloaded in the other tests.
+int main(int argc, char** argv) {
   using namespace gpt2_jax;
+  const std::string only = argc > 1 ? argv[1] : "";
+  if (only == "openblas") {
+    if (!use_openblas_of_environment()) return 77;  // ctest shows it as skipped
+    const std::string problem = find_implementation("openblas")->unavailable();
+    CHECK(problem.empty(), problem);
+    test_openblas_threads();
+  } else {
+    test_openblas_says_what_is_wrong();
+  }
+  int tested = 0;
   for (const Candidate& candidate : candidates()) {
+    if (!only.empty() && candidate.name != only) continue;
+    ++tested;
     std::printf("%s\n", candidate.name.c_str());
     test_against_float64(candidate);
     test_non_finite(candidate);
     if (candidate.shape_of_bits.m > 0) test_same_bits(candidate);
+    if (is_foreign(candidate.name)) test_concurrent_calls(candidate);
   }
+  CHECK(tested > 0, only << " is no candidate on this machine");
   test_refusals();
   return report("test_matmul");
 }

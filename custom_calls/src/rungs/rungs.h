@@ -1,6 +1,8 @@
 // The rungs of the ladder, one file each. See registry.h for what `run` promises.
 #pragma once
 
+#include <string>
+
 #include "executor.h"
 #include "matmul.h"
 
@@ -21,5 +23,15 @@ void run_threaded(const Matmul& matmul, Executor& executor);
 // bfloat16 products on Intel's AMX tiles, over the executor's threads, with the same bits for any
 // number of them. Denormal operands, parts and results count as zeros.
 void run_amx(const Matmul& matmul, Executor& executor);
+
+// Apple's Accelerate, on its own threads; on the calling one alone when the executor has no other
+// and macOS is 15 or newer.
+std::string accelerate_unavailable();
+void run_accelerate(const Matmul& matmul, Executor& executor);
+
+// OpenBLAS from where gpt2_jax_use_openblas said it is, on as many threads of its own as the
+// executor has, OPENBLAS_NUM_THREADS at most. One product at a time.
+std::string openblas_unavailable();
+void run_openblas(const Matmul& matmul, Executor& executor);
 
 }  // namespace gpt2_jax

@@ -1,0 +1,22 @@
+// Where the tests' OpenBLAS is: GPT2_JAX_OPENBLAS, the path of scipy-openblas32's library.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "custom_calls.h"
+
+namespace gpt2_jax {
+
+// False, and a line that says so, when the variable is not set.
+inline bool use_openblas_of_environment() {
+  const char* path = std::getenv("GPT2_JAX_OPENBLAS");
+  if (path == nullptr) {
+    std::printf("SKIPPED: openblas, for want of GPT2_JAX_OPENBLAS=<its library>\n");
+    return false;
+  }
+  gpt2_jax_use_openblas(path);
+  return true;
+}
+
+}  // namespace gpt2_jax
