@@ -37,12 +37,19 @@ def create_state(params_N: np.ndarray, optimizer: Optimizer) -> TrainState:
 
 
 def loss_and_gradient(
-    params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array, layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
+    params_N: jax.Array,
+    x_ABT: jax.Array,
+    y_ABT: jax.Array,
+    layout: ParameterLayout,
+    *,
+    dtype: jnp.dtype,
+    matmul: str,
+    loops: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss and its gradient (num_parameters,) float32 over A micro-batches, summed in float32 in their order.
 
     With XLA's products (or a jax that cannot alias, before 0.4.38) by differentiating model.loss, with the custom calls'
-    by in_place, its equal.
+    by in_place, its equal. Without `loops` XLA's holds the micro-batches one after another.
     """
     num_micro_batches = x_ABT.shape[0]
     if matmul != "xla" and jax_compat.ffi_call_can_alias():
@@ -61,8 +68,13 @@ def loss_and_gradient(
         loss, grads_N = value_and_grad(params_N, *batch)
         return (total[0] + loss, total[1] + grads_N), None
 
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(params_N))
-    return lax.scan(accumulate, zero, (x_ABT, y_ABT))[0]
+    total = (jnp.zeros((), jnp.float32), jnp.zeros_like(params_N))
+    if loops:
+        return lax.scan(accumulate, total, (x_ABT, y_ABT))[0]
+    accumulate_once = jax.jit(accumulate)  # traced once, called A times
+    for index in range(num_micro_batches):
+        total, _ = accumulate_once(total, (x_ABT[index], y_ABT[index]))
+    return total
 
 
 def _loss_and_gradient_in_place(
@@ -90,11 +102,15 @@ def make_train_step(
     dtype: jnp.dtype,
     matmul: str,
     donate: bool = True,
+    loops: bool = True,
 ) -> jax.stages.Wrapped:
-    """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated."""
+    """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated.
+
+    `donate` and `loops` are what the backend's record says.
+    """
 
     def step(state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, grads_N = loss_and_gradient(state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul)
+        loss, grads_N = loss_and_gradient(state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, loops=loops)
         # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
         grads_N = lax.optimization_barrier(grads_N)
         norm = global_norm(grads_N, custom_call=matmul != "xla")
