@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -24,6 +25,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Machines are shared: a slow example is no failure, and the same examples run everywhere.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("project")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
+
 
 REPOSITORY = Path(gpt2_jax.__file__).parents[1]
 

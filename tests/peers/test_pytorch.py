@@ -11,6 +11,8 @@ from gpt2_jax.gradient_check import check_gradients
 from gpt2_jax.matmul import IMPLEMENTATIONS
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.mark.parametrize(
     ("dtype", "matmul"), [*(("float32", name) for name in IMPLEMENTATIONS), ("bfloat16", "xla"), ("bfloat16", "threaded")]
