@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-_YNNPACK_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+YNNPACK_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # YNNPACK fusions are on by default from here on, with wrong results (jax issues 39103, 39257). Some older jaxlibs do
 # not know the flag, and abort on it.
 _FIRST_JAXLIB_WITH_YNNPACK_FUSIONS = (0, 10, 2)
@@ -40,6 +40,7 @@ def unmet_requirements(distribution: str, *, bound: str = "") -> list[str]:
 
     declared = [Requirement(text) for text in importlib.metadata.requires(distribution) or []]
     asked = [item for item in declared if item.name in ("jax", "jaxlib")]
+    asked = [item for item in asked if item.marker is None or item.marker.evaluate({"extra": ""})]
     asked += [Requirement(name + bound) for name in ("jax", "jaxlib") if bound]
     return [str(item) for item in asked if not item.specifier.contains(version_text(item.name) or "0", prereleases=True)]
 
@@ -51,8 +52,8 @@ def switch_off_ynnpack_fusions() -> None:
     """
     jaxlib = installed_version("jaxlib")
     flags = os.environ.get("XLA_FLAGS", "")
-    if jaxlib is not None and jaxlib >= _FIRST_JAXLIB_WITH_YNNPACK_FUSIONS and _YNNPACK_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_YNNPACK_FLAG}=".strip()
+    if jaxlib is not None and jaxlib >= _FIRST_JAXLIB_WITH_YNNPACK_FUSIONS and YNNPACK_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {YNNPACK_FLAG}=".strip()
 
 
 def ffi_module() -> Any:

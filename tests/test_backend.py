@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -15,38 +13,6 @@ from gpt2_jax import backend, metal_plugins
 from gpt2_jax.errors import Gpt2JaxError
 from tests.conftest import REPOSITORY
 
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Pretend to be a machine with this system, processor, NVIDIA driver, macOS, and these installed distributions."""
-    # Set first, so that what select_backend writes is undone after the test.
-    for name in ("JAX_PLATFORMS", "ENABLE_PJRT_COMPATIBILITY", "MLX_ENABLE_TF32"):
-        monkeypatch.setenv(name, "")
-
-    def pretend(system="linux", processor="x86_64", nvidia=False, cuda_plugin=False, macos="", rosetta=False, **versions):
-        monkeypatch.setattr(sys, "platform", system)
-        monkeypatch.setattr(platform, "machine", lambda: processor)
-        monkeypatch.setattr(platform, "system", lambda: {"linux": "Linux", "darwin": "Darwin"}[system])
-        monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), processor))
-        monkeypatch.setattr(metal_plugins, "_runs_under_rosetta", lambda: rosetta)
-        monkeypatch.setattr(backend, "has_nvidia_driver", lambda: nvidia)
-        monkeypatch.setattr(backend, "_cuda_plugin_installed", lambda: cuda_plugin)
-        installed = {name.replace("_", "-"): version for name, version in versions.items()}
-        installed.setdefault("jaxlib", installed.get("jax"))
-        monkeypatch.setattr("gpt2_jax.metal_plugins.version_text", installed.get)
-        monkeypatch.setattr("gpt2_jax.jax_compat.version_text", installed.get)
-        monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES[name, installed[name]])
-
-    return pretend
-
-
-# What the wheels say of jax.
-REQUIRES = {
-    ("jax-mps", "0.11.1"): ["jax<0.12,>=0.11.0", "jaxlib<0.12,>=0.11.0"],
-    ("metaljax", "0.11.9"): ["jax<0.12,>=0.11", "ml-dtypes", "numpy"],
-    ("jax-graft", "0.0.5"): ["jax>=0.10.0", "jaxlib>=0.10.0", 'pytest; extra == "test"'],
-    ("jax-metal", "0.1.1"): ["wheel~=0.35", "six>=1.15.0", "jaxlib>=0.4.34", "jax>=0.4.34"],
-}
 MAC = {"system": "darwin", "processor": "arm64", "macos": "15.3"}
 
 
