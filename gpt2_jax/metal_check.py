@@ -111,7 +111,7 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
     """What the trainer compiles, made the way it makes it, to be traced on shapes alone."""
     layout = ParameterLayout(model)
     dtype = jnp.dtype(config.compute.dtype)
-    matmul = choose_implementation(config.compute.matmul, backend).name
+    matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype).name
     schedule = learning_rate_schedule(
         config.optimizer.schedule,
         config.optimizer.learning_rate,
@@ -119,7 +119,7 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
         warmup_steps=config.optimizer.warmup_steps,
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
-    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay)
+    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=matmul != "xla")
     # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
     step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul, donate=False, loops=backend.loops)
     params = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
