@@ -1,6 +1,7 @@
 # make train               install, prepare the built-in text, train the demo model
 # make test                install with the test extra, run the tests
 # make test-oldest-jax     the same tests with jax 0.4.34, the oldest that is supported
+# make test-matrix         the same tests with every jax that a plugin for the Apple GPU needs, and the newest; about an hour
 # make test-custom-calls   the C++ tests, plain and under three sanitizers
 # make test-aarch64        the same for arm64 Linux, cross-compiled and run under qemu-user
 # make check-macos         the library cross-compiled for macOS on Apple silicon, and its file checked
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 EXTRA = $(shell $(PYTHON) -m gpt2_jax.backend)
 CUSTOM_CALL_SOURCES := $(shell find custom_calls -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: train test test-oldest-jax test-custom-calls test-aarch64 check-macos wheel lint clean
+.PHONY: train test test-oldest-jax test-matrix test-custom-calls test-aarch64 check-macos wheel lint clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py
@@ -26,6 +27,21 @@ test: $(VENV)/installed-test
 
 test-oldest-jax:
 	$(MAKE) VENV=.venv-oldest-jax TEST_REQUIREMENTS='jax==0.4.34 jaxlib==0.4.34' test
+
+# jax-metal works with the first two, jax-mps with the fourth. PyTorch is compared with on Python 3.11 only.
+PYTHON311 ?= python3.11
+PYTHON312 ?= python3.12
+PYTHON313 ?= python3.13
+test-matrix:
+	@for python in PYTHON311=$(PYTHON311) PYTHON312=$(PYTHON312) PYTHON313=$(PYTHON313); do \
+		$${python#*=} -c '' 2>/dev/null || { echo "error: expected a Python as $${python#*=}, found none;" \
+			"make test-matrix $${python%%=*}=PATH   (uv python install and uv python find bring and find one)"; exit 2; }; \
+	done
+	$(MAKE) test-oldest-jax PYTHON=$(PYTHON311)
+	$(MAKE) test PYTHON=$(PYTHON311) VENV=.venv-jax-0.5.0 TEST_REQUIREMENTS='jax==0.5.0 jaxlib==0.5.0'
+	$(MAKE) test PYTHON=$(PYTHON311) VENV=.venv-python-3.11
+	$(MAKE) test PYTHON=$(PYTHON312) VENV=.venv-jax-0.11 TEST_EXTRA=test-without-torch TEST_REQUIREMENTS='jax==0.11.*'
+	$(MAKE) test PYTHON=$(PYTHON313) VENV=.venv-jax-0.12 TEST_EXTRA=test-without-torch TEST_REQUIREMENTS='jax==0.12.*'
 
 # What the custom calls are built and tested with, unpacked as it is: of jaxlib only the headers are used, those that the
 # wheel is built with; of OpenBLAS the shared library.
@@ -81,9 +97,10 @@ $(VENV)/installed: $(BIN)/python pyproject.toml $(CUSTOM_CALL_SOURCES)
 	$(BIN)/python -m pip install -e '.$(if $(EXTRA),[$(EXTRA)])'
 	@touch $@
 
+TEST_EXTRA ?= test
 # The tests run on the CPU, with or without an accelerator's extra.
 $(VENV)/installed-test: $(BIN)/python pyproject.toml $(CUSTOM_CALL_SOURCES)
-	$(BIN)/python -m pip install -e '.[test]' $(TEST_REQUIREMENTS)
+	$(BIN)/python -m pip install -e '.[$(TEST_EXTRA)]' $(TEST_REQUIREMENTS)
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
@@ -91,4 +108,4 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest-jax build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,51 +15,69 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2_jax import metal_plugins
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.metal_plugins import MetalPlugin
 
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-# Import name of a plugin for the Apple GPU -> the platform name that jax knows it by, best first.
-_METAL_PLUGINS = {
-    "jax_plugins.mps": "mps",
-    "metaljax": "metal",
-    "jax_graft": "mtl",
-    "jax_plugins.metal_plugin": "METAL",
-}
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute. `lacks` names what code must do without: 'donation', 'custom_calls'."""
+    """One way to compute. `lacks` names what code must do without: 'donation', 'custom_calls', 'loops' (compiled ones)."""
 
     name: str
     platform: str  # jax's name for it, as in JAX_PLATFORMS
     reason: str  # why it was chosen, for people
     lacks: frozenset[str] = frozenset()
+    plugin: str = ""  # of 'metal': the distribution
+    environment: tuple[tuple[str, str], ...] = ()  # what it needs set before jax starts
 
     @property
     def donates(self) -> bool:
         """Whether a compiled step may reuse the memory of the state it is given."""
         return "donation" not in self.lacks
 
+    @property
+    def loops(self) -> bool:
+        """Whether a compiled function may hold a loop, rather than its body as often as it is run."""
+        return "loops" not in self.lacks
 
-def select_backend(requested: str) -> Backend:
-    """Choose the backend and set JAX_PLATFORMS for it; call this before jax is imported.
+
+def select_backend(requested: str, *, metal_plugin: str = "auto", full_float32: bool = False) -> Backend:
+    """Choose the backend and set JAX_PLATFORMS, and what else it needs, for it; call this before jax is imported.
 
     'auto' takes what is there and says why; 'cpu', 'cuda' and 'metal' are an order: Gpt2JaxError, saying what is
-    missing, when it cannot be had.
+    missing, when it cannot be had. `metal_plugin` names one plugin for the Apple GPU; `full_float32` asks for products
+    without a shorter format inside, for comparing with others.
     """
-    chosen = {"auto": _automatic, "cpu": _cpu, "cuda": _cuda, "metal": _metal}[requested]()
+    if metal_plugin != "auto":
+        if requested not in ("auto", "metal"):
+            raise Gpt2JaxError(f"--metal-plugin: expected --backend metal, found {requested}", "--backend metal")
+        requested = "metal"
+    if requested == "metal":
+        chosen = _metal(metal_plugin, full_float32)
+    elif requested == "auto":
+        chosen = _automatic(full_float32)
+    else:
+        chosen = {"cpu": _cpu, "cuda": _cuda}[requested]()
     os.environ["JAX_PLATFORMS"] = chosen.platform if chosen.platform == "cpu" else f"{chosen.platform},cpu"
+    os.environ.update(dict(chosen.environment))
     return chosen
 
 
 def open_device(backend: Backend) -> str:
-    """Start jax on the backend and return the device's name; Gpt2JaxError when it cannot be opened."""
+    """Start jax on the backend, compute something, and return the device's name; Gpt2JaxError when it cannot."""
     import jax
+    import numpy as np
 
     try:
         device = jax.devices()[0]
+        # The first array and the first program: where a plugin fails that does not fit this jax or this macOS.
+        np.asarray(jax.jit(lambda x: x + x)(np.float32(1)))
     except RuntimeError as error:
+        if explained := metal_plugins.explain_failure(str(error), backend.plugin):
+            raise explained from None
         first_line = str(error).splitlines()[0]
         raise Gpt2JaxError(f"backend {backend.name}: expected a device, found: {first_line}", _ON_CPU) from None
     if device.platform == "cpu" and backend.name != "cpu":
@@ -77,40 +95,40 @@ def _cpu(reason: str = "asked for with --backend cpu") -> Backend:
 def _cuda(reason: str = "asked for with --backend cuda") -> Backend:
     if not has_nvidia_driver():
         raise Gpt2JaxError(
-            f"backend cuda: expected an NVIDIA GPU with its driver, found none on this {_machine()}",
+            "backend cuda: expected an NVIDIA GPU with its driver, "
+            f"found none on this {platform.system()} {platform.machine()}",
             "--backend auto   (takes what is there)",
         )
-    if not _installed(_CUDA_PLUGINS):
+    if not _cuda_plugin_installed():
         raise Gpt2JaxError(
             "backend cuda: expected jax's CUDA plugin, found an NVIDIA driver but no plugin", "pip install -e '.[cuda]'"
         )
     return Backend("cuda", "cuda", reason, frozenset({"custom_calls"}))
 
 
-def _metal(reason: str = "asked for with --backend metal") -> Backend:
-    if not _is_apple_silicon():
-        raise Gpt2JaxError(
-            f"backend metal: expected a Mac with Apple silicon, found {_machine()}", "--backend auto   (takes what is there)"
-        )
-    plugin = _installed(_METAL_PLUGINS)
-    if plugin is None:
-        raise Gpt2JaxError(
-            "backend metal: expected a jax plugin for the Apple GPU, found none installed",
-            f"pip install -e '.[{recommended_extra()}]'",
-        )
-    return Backend("metal", _METAL_PLUGINS[plugin], f"{reason}, through {plugin}", frozenset({"donation", "custom_calls"}))
+def _metal(plugin_name: str, full_float32: bool) -> Backend:
+    metal_plugins.check_apple_machine()
+    plugin, reason = metal_plugins.choose_plugin(plugin_name)
+    return metal_backend(plugin, reason, full_float32=full_float32)
 
 
-def _automatic() -> Backend:
+def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = False) -> Backend:
+    """The record of a plugin for the Apple GPU, wherever this runs."""
+    environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
+    return Backend("metal", plugin.platform, reason, plugin.lacks, plugin.name, environment)
+
+
+def _automatic(full_float32: bool) -> Backend:
     named = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     if named == "cpu":
         return _cpu("JAX_PLATFORMS=cpu is set")
-    if _is_apple_silicon():
-        if _installed(_METAL_PLUGINS):
-            return _metal("a plugin for the Apple GPU is installed")
-        return _cpu(f"no plugin for the Apple GPU is installed; pip install -e '.[{recommended_extra()}]' would bring one")
+    if sys.platform == "darwin":
+        try:
+            return _metal("auto", full_float32)
+        except Gpt2JaxError as error:
+            return _cpu(f"the Apple GPU cannot be used, {error.problem.removeprefix('backend metal: ')}; {error.hint}")
     if has_nvidia_driver():
-        if _installed(_CUDA_PLUGINS):
+        if _cuda_plugin_installed():
             return _cuda("an NVIDIA driver and jax's CUDA plugin are here")
         return _cpu("an NVIDIA driver is here, but not jax's CUDA plugin; pip install -e '.[cuda]' would bring it")
     return _cpu("no accelerator was found")
@@ -126,30 +144,16 @@ def has_nvidia_driver() -> bool:
 
 
 def recommended_extra() -> str:
-    """The pip extra that fits this machine: 'mps' or 'metal' on Apple silicon (mps needs Python 3.12 or newer), 'cuda'
-    with an NVIDIA driver, '' for plain CPU."""
-    if _is_apple_silicon():
-        return "mps" if sys.version_info >= (3, 12) else "metal"
+    """The pip extra that fits this machine: 'mps' or 'metal' on Apple silicon, by its Python and macOS, 'cuda' with an
+    NVIDIA driver, '' for plain CPU."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        plugin = metal_plugins.plugin_for_this_machine()
+        return {"jax-mps": "mps", "jax-metal": "metal"}[plugin.name] if plugin else ""
     return "cuda" if has_nvidia_driver() else ""
 
 
-def _is_apple_silicon() -> bool:
-    return sys.platform == "darwin" and platform.machine() == "arm64"
-
-
-def _machine() -> str:
-    return f"{platform.system()} {platform.machine()}"
-
-
-def _installed(modules: tuple[str, ...] | dict[str, str]) -> str | None:
-    """The first of these modules that is installed; none is imported, though their parent packages are."""
-    for module in modules:
-        try:
-            if importlib.util.find_spec(module) is not None:
-                return module
-        except ModuleNotFoundError:
-            continue
-    return None
+def _cuda_plugin_installed() -> bool:
+    return any(importlib.util.find_spec(module) is not None for module in _CUDA_PLUGINS)
 
 
 if __name__ == "__main__":

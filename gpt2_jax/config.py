@@ -102,12 +102,15 @@ class RunSettings:
 class ComputeSettings:
     backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
     """auto takes the accelerator that is there and says why; the others are an order, never replaced silently."""
+    metal_plugin: Literal["auto", "jax-mps", "metaljax", "jax-graft", "jax-metal"] = "auto"
+    """Which jax plugin for the Apple GPU; auto takes the first of these that is installed and fits the installed jax."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What products and activations are computed in. Parameters, gradients and moments are float32 in either."""
     matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas"] = "auto"
     """Who makes the matrix products: xla, or on the CPU one of this project's own custom calls."""
     matmul_precision: Literal["default", "highest"] = "default"
-    """float32 products: default lets NVIDIA GPUs use TF32; highest is full float32 (for comparing with others)."""
+    """float32 products: default lets NVIDIA GPUs, and MLX on an M5, use TF32; highest is full float32 (for comparing
+    with others)."""
 
 
 @dataclass(frozen=True)

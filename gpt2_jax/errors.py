@@ -11,6 +11,7 @@ class Gpt2JaxError(Exception):
     """Something the user can mend: one line with what was expected and what was found, one with the mending command."""
 
     def __init__(self, problem: str, hint: str | None = None):
+        self.problem, self.hint = problem, hint
         super().__init__(problem if hint is None else f"{problem}\n---> HINT: {hint}")
 
 

@@ -16,9 +16,7 @@ from gpt2_jax.llmc.token_shard import open_token_shard
 _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for shards of billions
 
 
-def make_loss_function(
-    layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+def make_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> jax.stages.Wrapped:
     """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient."""
 
     def loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:

@@ -67,25 +67,38 @@ def check_gradients(
         losses = _training_losses(layout, params, x, y, compute_dtype, matmul)
     grads = layout.views(np.asarray(grads_N))
 
-    def gradient_tolerance(reference: np.ndarray) -> np.ndarray:
-        if dtype == "float32":
-            return 1e-6 + 1e-3 * np.abs(reference)
-        return np.full_like(reference, _bfloat16_error(config) * np.abs(reference).max())
-
     logits = np.asarray(logits_BTV)[..., : config.vocab_size]
-    expected_logits = reference_logits.detach().numpy()
-    logits_tolerance = 1e-3 if dtype == "float32" else _bfloat16_error(config) * np.abs(expected_logits).max()
-    fall = max(reference_losses) - min(reference_losses)
-    loss_tolerance, losses_tolerance = (1e-5, 1e-4) if dtype == "float32" else (0.05, _bfloat16_error(config) * fall)
     return [
-        _compare("loss", np.asarray(loss), np.asarray(reference_loss.detach()), loss_tolerance),
-        _compare("logits", logits, expected_logits, logits_tolerance),
-        *(
-            _compare(f"grad {name}", grads[name], expected, gradient_tolerance(expected))
-            for name, expected in reference_grads.items()
-        ),
-        _compare(f"{STEPS} steps' losses", np.array(losses), np.array(reference_losses), losses_tolerance),
+        _compare("loss", np.asarray(loss), np.asarray(reference_loss.detach()), 1e-5 if dtype == "float32" else 0.05),
+        compare_logits(logits, reference_logits.detach().numpy(), config, dtype),
+        *compare_gradients(grads, reference_grads, config, dtype),
+        compare_losses(losses, reference_losses, config, dtype),
     ]
+
+
+def compare_gradients(
+    grads: dict[str, np.ndarray], reference: dict[str, np.ndarray], config: ModelConfig, dtype: str
+) -> list[Comparison]:
+    """The gradient of each of the 16 tensors against the reference's, with check_gradients' tolerances."""
+
+    def tolerance(expected: np.ndarray) -> np.ndarray:
+        if dtype == "float32":
+            return 1e-6 + 1e-3 * np.abs(expected)
+        return np.full_like(expected, _bfloat16_error(config) * np.abs(expected).max())
+
+    return [_compare(f"grad {name}", grads[name], expected, tolerance(expected)) for name, expected in reference.items()]
+
+
+def compare_logits(logits: np.ndarray, reference: np.ndarray, config: ModelConfig, dtype: str) -> Comparison:
+    """Logits against the reference's, with check_gradients' tolerance."""
+    tolerance = 1e-3 if dtype == "float32" else _bfloat16_error(config) * np.abs(reference).max()
+    return _compare("logits", logits, reference, tolerance)
+
+
+def compare_losses(losses: list[float], reference: list[float], config: ModelConfig, dtype: str) -> Comparison:
+    """The losses of training steps against the reference's, with check_gradients' tolerance."""
+    tolerance = 1e-4 if dtype == "float32" else _bfloat16_error(config) * (max(reference) - min(reference))
+    return _compare(f"{len(losses)} steps' losses", np.array(losses), np.array(reference), tolerance)
 
 
 def _bfloat16_error(config: ModelConfig) -> float:

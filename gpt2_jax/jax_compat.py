@@ -11,20 +11,38 @@ import os
 import re
 from typing import Any
 
-_YNNPACK_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+YNNPACK_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # YNNPACK fusions are on by default from here on, with wrong results (jax issues 39103, 39257). Some older jaxlibs do
 # not know the flag, and abort on it.
 _FIRST_JAXLIB_WITH_YNNPACK_FUSIONS = (0, 10, 2)
 
 
+def version_text(distribution: str) -> str | None:
+    """The version of an installed distribution; None when it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def installed_version(distribution: str) -> tuple[int, ...] | None:
     """The leading numbers of a distribution's version, (0, 10, 2) for '0.10.2'; None when it is not installed."""
-    try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+    version = version_text(distribution)
+    if version is None:
         return None
     leading = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in leading.group().split(".")) if leading else ()
+
+
+def unmet_requirements(distribution: str, *, bound: str = "") -> list[str]:
+    """What an installed distribution asks of jax and jaxlib, and `bound` (like '<=0.5.0') of both, that they do not meet."""
+    from packaging.requirements import Requirement  # here, as this file also runs before anything is installed
+
+    declared = [Requirement(text) for text in importlib.metadata.requires(distribution) or []]
+    asked = [item for item in declared if item.name in ("jax", "jaxlib")]
+    asked = [item for item in asked if item.marker is None or item.marker.evaluate({"extra": ""})]
+    asked += [Requirement(name + bound) for name in ("jax", "jaxlib") if bound]
+    return [str(item) for item in asked if not item.specifier.contains(version_text(item.name) or "0", prereleases=True)]
 
 
 def switch_off_ynnpack_fusions() -> None:
@@ -34,8 +52,8 @@ def switch_off_ynnpack_fusions() -> None:
     """
     jaxlib = installed_version("jaxlib")
     flags = os.environ.get("XLA_FLAGS", "")
-    if jaxlib is not None and jaxlib >= _FIRST_JAXLIB_WITH_YNNPACK_FUSIONS and _YNNPACK_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_YNNPACK_FLAG}=".strip()
+    if jaxlib is not None and jaxlib >= _FIRST_JAXLIB_WITH_YNNPACK_FUSIONS and YNNPACK_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {YNNPACK_FLAG}=".strip()
 
 
 def ffi_module() -> Any:

@@ -53,10 +53,12 @@ def loss_and_gradient(
     dtype: jnp.dtype,
     matmul: str,
     grads_N: jax.Array | None = None,
+    loops: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean loss and its gradient (num_parameters,) float32 over A micro-batches, summed in float32 in their order.
 
-    By differentiating model.loss, or in place: into the memory of `grads_N`, where the caller has one to give.
+    By differentiating model.loss, or in place: into the memory of `grads_N`, where the caller has one to give. Without
+    `loops` the function holds the micro-batches one after another.
     """
     num_micro_batches = x_ABT.shape[0]
     if writes_in_place(matmul):
@@ -75,8 +77,13 @@ def loss_and_gradient(
         loss, grads_N = value_and_grad(params_N, *batch)
         return (total[0] + loss, total[1] + grads_N), None
 
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros_like(params_N))
-    return lax.scan(accumulate, zero, (x_ABT, y_ABT))[0]
+    total = (jnp.zeros((), jnp.float32), jnp.zeros_like(params_N))
+    if loops:
+        return lax.scan(accumulate, total, (x_ABT, y_ABT))[0]
+    accumulate_once = jax.jit(accumulate)  # traced once, called A times
+    for index in range(num_micro_batches):
+        total, _ = accumulate_once(total, (x_ABT[index], y_ABT[index]))
+    return total
 
 
 def _loss_and_gradient_in_place(
@@ -112,11 +119,17 @@ def make_train_step(
     dtype: jnp.dtype,
     matmul: str,
     donate: bool = True,
+    loops: bool = True,
 ) -> jax.stages.Wrapped:
-    """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated."""
+    """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated.
+
+    `donate` and `loops` are what the backend's record says.
+    """
 
     def step(state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, grads_N = loss_and_gradient(state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, grads_N=state.grads)
+        loss, grads_N = loss_and_gradient(
+            state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, grads_N=state.grads, loops=loops
+        )
         # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
         grads_N = lax.optimization_barrier(grads_N)
         norm = global_norm(grads_N, custom_call=matmul != "xla")

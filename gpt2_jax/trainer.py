@@ -96,6 +96,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             dtype=jnp.dtype(config.compute.dtype),
             matmul=matmul.name,
             donate=backend.donates,
+            loops=backend.loops,
         )
         run.train(state, step_function, first_step)
     return folder
@@ -349,6 +350,7 @@ def _start_table(
     rows: list[tuple[str, object]] = [
         ("backend", f"{backend.name}: {backend.reason}"),
         ("device", device),
+        *(("environment", f"{name}={value}, set for {backend.plugin}") for name, value in backend.environment),
         ("compute", f"{config.compute.dtype}, matmul precision {config.compute.matmul_precision}, jax {jax.__version__}"),
         ("matmul", f"{matmul.name} in {precision_of(matmul.name, jnp.dtype(config.compute.dtype))}: {matmul.reason}"),
     ]

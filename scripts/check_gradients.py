@@ -41,7 +41,7 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    backend = select_backend(arguments.backend)  # before anything imports jax
+    backend = select_backend(arguments.backend, full_float32=True)  # before anything imports jax
 
     from gpt2_jax.backend import open_device
     from gpt2_jax.gradient_check import check_gradients

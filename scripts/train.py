@@ -20,7 +20,11 @@ def main() -> None:
     if only_print:
         print(format_config(config))
         return
-    backend = select_backend(config.compute.backend)  # before anything imports jax
+    compute = config.compute
+    # Before anything imports jax.
+    backend = select_backend(
+        compute.backend, metal_plugin=compute.metal_plugin, full_float32=compute.matmul_precision == "highest"
+    )
 
     from gpt2_jax.trainer import train
 

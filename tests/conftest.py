@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import platform
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -16,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 import gpt2_jax
+from gpt2_jax import backend, metal_plugins
 from gpt2_jax.backend import Backend
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ModelConfig, ParameterLayout
@@ -28,6 +33,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Machines are shared: a slow example is no failure, and the same examples run everywhere.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("project")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
+
 
 REPOSITORY = Path(gpt2_jax.__file__).parents[1]
 
@@ -75,3 +86,39 @@ def tiny_shards(tmp_path: Path) -> tuple[str, str]:
     write_token_shard(paths[0], tokens[:2000])
     write_token_shard(paths[1], tokens[2000:])
     return paths
+
+
+# What the wheels say of jax.
+REQUIRES = {
+    ("jax-mps", "0.11.1"): ["jax<0.12,>=0.11.0", "jaxlib<0.12,>=0.11.0"],
+    ("metaljax", "0.11.9"): ["jax<0.12,>=0.11", "ml-dtypes", "numpy"],
+    ("jax-graft", "0.0.5"): ["jax>=0.10.0", "jaxlib>=0.10.0", 'pytest; extra == "test"'],
+    ("jax-metallib", "0.10.1.0"): ["jax<0.11,>=0.10.0", "jaxlib<0.11,>=0.10.0"],
+    ("jax-metal", "0.1.1"): ["wheel~=0.35", "six>=1.15.0", "jaxlib>=0.4.34", "jax>=0.4.34"],
+    ("gpt2_jax", "0.1.0"): ["jax!=0.10.0,!=0.10.1,<0.13,>=0.4.34", 'jax==0.5.0; extra == "metal"', "numpy>=1.26"],
+}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that pretends to be a machine: its system and processor, and the versions of what is installed there."""
+    # Set first, so that what select_backend writes is undone after the test.
+    for name in ("JAX_PLATFORMS", "ENABLE_PJRT_COMPATIBILITY", "MLX_ENABLE_TF32"):
+        monkeypatch.setenv(name, "")
+
+    def pretend(system="linux", processor="x86_64", nvidia=False, cuda_plugin=False, macos="", rosetta=False, **versions):
+        monkeypatch.setattr(sys, "platform", system)
+        monkeypatch.setattr(platform, "machine", lambda: processor)
+        monkeypatch.setattr(platform, "system", lambda: {"linux": "Linux", "darwin": "Darwin"}[system])
+        monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), processor))
+        monkeypatch.setattr(metal_plugins, "_runs_under_rosetta", lambda: rosetta)
+        monkeypatch.setattr(backend, "has_nvidia_driver", lambda: nvidia)
+        monkeypatch.setattr(backend, "_cuda_plugin_installed", lambda: cuda_plugin)
+        installed = {name.replace("_", "-"): version for name, version in versions.items()}
+        installed["gpt2_jax"] = "0.1.0"
+        installed.setdefault("jaxlib", installed.get("jax"))
+        monkeypatch.setattr("gpt2_jax.metal_plugins.version_text", installed.get)
+        monkeypatch.setattr("gpt2_jax.jax_compat.version_text", installed.get)
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES[name, installed[name]])
+
+    return pretend

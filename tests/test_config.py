@@ -20,6 +20,7 @@ from gpt2_jax.config import (
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import model_config_from_descriptor
 from gpt2_jax.matmul import IMPLEMENTATIONS
+from gpt2_jax.metal_plugins import METAL_PLUGINS
 from tests.conftest import REPOSITORY
 
 # Every flag of train.py. A change here is a change of the public interface: README, presets and users' scripts.
@@ -30,7 +31,7 @@ FLAGS = {
     *("--learning-rate", "--schedule", "--warmup-steps", "--final-learning-rate-fraction", "--weight-decay"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
     *("--steps", "--out-dir", "--resume", "--checkpoint-every"),
-    *("--backend", "--dtype", "--matmul", "--matmul-precision"),
+    *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision"),
 }
 
 
@@ -73,6 +74,11 @@ def test_the_choices_of_matmul_are_the_implementations():
     choices = typing.get_args(typing.get_type_hints(ComputeSettings)["matmul"])
     assert choices[0] == "auto"
     assert set(choices[1:]) == set(IMPLEMENTATIONS)
+
+
+def test_the_choices_of_metal_plugin_are_the_plugins():
+    choices = typing.get_args(typing.get_type_hints(ComputeSettings)["metal_plugin"])
+    assert choices == ("auto", *(plugin.name for plugin in METAL_PLUGINS))
 
 
 @pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.stem)

@@ -53,6 +53,7 @@ def test_llmcs_ten_losses():
     np.testing.assert_allclose(losses, LLMC_LOSSES, rtol=0, atol=1e-5)
 
 
+@pytest.mark.torch
 def test_files_of_our_own(tmp_path, tiny_params, tiny_batch):
     from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_training_losses
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ModelConfig, ParameterLayout
@@ -32,6 +33,7 @@ def test_constant_tensors_and_padding_rows(tiny_layout):
     assert (tensors["wte"][TINY.vocab_size :] == 0).all()
 
 
+@pytest.mark.torch
 def test_equals_pytorchs_stream_in_module_order():
     """torch's CPU normal_ with the same seed, module by module. Its vectorized form rounds the angle in float32, whose
     unit in the last place is 2^-21 from 4 to 2 pi; times the largest radius that 24-bit uniforms can give, 5.8."""

@@ -61,6 +61,7 @@ def test_equals_optaxs_adamw(tiny_layout, tiny_params, gradients, trained):
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
+@pytest.mark.torch
 def test_equals_pytorchs_adamw(tiny_layout, tiny_params, gradients, trained):
     import torch
 

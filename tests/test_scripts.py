@@ -131,6 +131,7 @@ def test_the_starter_pack_has_llmcs_names_and_sizes(tiny_params, tiny_shards, tm
     assert read_tokenizer_file(tmp_path / "pack" / "gpt2_tokenizer.bin").end_of_text == 50256
 
 
+@pytest.mark.torch
 def test_check_gradients_prints_every_tensor_and_its_status_can_be_trusted(tiny_params, tmp_path):
     write_model_file(tmp_path / "tiny.bin", TINY, tiny_params)
     output, _ = run("check_gradients.py", "--checkpoint", tmp_path / "tiny.bin", "--sequence-length", "16")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,18 @@ def test_micro_batches_sum_to_the_whole_batchs_gradient(tiny_layout, tiny_params
     assert abs(float(loss) - float(accumulated[0])) < 1e-6
     # Three terms in another order: a few roundings of the largest elements.
     np.testing.assert_allclose(accumulated[1], grads, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_written_out_give_the_same_as_the_loop(tiny_layout, tiny_params, tiny_batch):
+    x, y = (batch[:, None] for batch in tiny_batch)
+    results = []
+    for loops in (True, False):
+        step = jax.jit(partial(loss_and_gradient, layout=tiny_layout, dtype=FLOAT32, matmul="xla", loops=loops))
+        assert ("stablehlo.while" in step.lower(tiny_params, x, y).as_text()) == loops
+        results.append(step(tiny_params, x, y))
+    assert abs(float(results[0][0]) - float(results[1][0])) < 1e-6
+    # The compiler may fuse the two differently: a rounding of the largest terms.
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
 
 
 def test_training_learns_and_reports(tiny_layout, tiny_params, tiny_batch):

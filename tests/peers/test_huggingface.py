@@ -12,6 +12,8 @@ from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.pytorch import make_pytorch_model
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture
 def folder(tmp_path, tiny_params):

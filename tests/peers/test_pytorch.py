@@ -11,6 +11,8 @@ from gpt2_jax.gradient_check import check_gradients
 from gpt2_jax.matmul import IMPLEMENTATIONS
 from tests.conftest import TINY, available
 
+pytestmark = pytest.mark.torch
+
 
 def check(tiny_params, tiny_batch, dtype, matmul):
     rows = check_gradients(TINY, tiny_params, *tiny_batch, dtype=dtype, matmul=matmul)

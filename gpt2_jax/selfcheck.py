@@ -1,0 +1,244 @@
+"""Training on this machine's devices against XLA on the CPU: the numbers first, the speed beside them.
+
+What the tests cannot do for a device that the project's authors do not have: one command trains the same small model
+from the same state on the device and on the CPU, and says whether they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.backend import Backend
+from gpt2_jax.corpus import encode_documents, kjv_chapters
+from gpt2_jax.doctor import processor_name, system_name
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.generate import generate, next_token_logits
+from gpt2_jax.gradient_check import Comparison, compare_gradients, compare_logits, compare_losses
+from gpt2_jax.initialize import initialize_parameters
+from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
+from gpt2_jax.jax_compat import version_text
+from gpt2_jax.layout import GPT2_VOCAB_SIZE, ModelConfig, ParameterLayout
+from gpt2_jax.llmc.header import atomic_write
+from gpt2_jax.matmul import IMPLEMENTATIONS, choose_implementation
+from gpt2_jax.optimizer import adamw, learning_rate_schedule
+from gpt2_jax.train_step import create_state, loss_and_gradient, make_train_step
+
+SMALL_MODEL = ModelConfig(max_sequence_length=64, vocab_size=GPT2_VOCAB_SIZE, num_layers=4, num_heads=4, channels=128)
+BATCH_SIZE = 4
+STEPS = 20
+LEARNING_RATE = 3e-4
+WEIGHT_DECAY = 0.1
+SAMPLE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to compute on one device."""
+
+    name: str
+    device: jax.Device
+    matmul: str
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training on a system gave."""
+
+    system: System
+    losses: list[float]
+    grads: dict[str, np.ndarray]  # of the first batch at the first weights
+    params: np.ndarray  # the last
+    compile_seconds: float
+    step_seconds: list[float]
+
+    @property
+    def median_seconds(self) -> float:
+        return float(np.median(self.step_seconds))
+
+
+@dataclass(frozen=True)
+class Check:
+    """A system's results against others': `sample` is what it generates from the reference's last weights."""
+
+    outcome: Outcome
+    against_reference: list[Comparison]
+    against_pytorch: list[Comparison]  # empty without PyTorch
+    sample: list[int]
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in (*self.against_reference, *self.against_pytorch))
+
+
+def systems_to_check(backend: Backend, dtype: str) -> list[System]:
+    """The reference, XLA on the CPU, then the backend's device, then the CPU with the custom calls that serve best."""
+    cpu_backend = Backend("cpu", "cpu", "the reference")
+    cpu = jax.devices("cpu")[0]
+    systems = [System("cpu, xla", cpu, "xla", cpu_backend)]
+    if backend.name != "cpu":
+        matmul = choose_implementation("auto", backend, dtype).name
+        systems.append(System(backend.plugin or backend.name, jax.devices()[0], matmul, backend))
+    choice = choose_implementation("auto", cpu_backend, dtype)
+    # Accelerate wherever it is there, as the report is to compare the CPU with and without it.
+    served = [name for name in IMPLEMENTATIONS if name not in choice.refusals and name in ("accelerate", choice.name)]
+    return [*systems, *(System(f"cpu, {name}", cpu, name, cpu_backend) for name in served if name != "xla")]
+
+
+def built_in_tokens(count: int) -> np.ndarray:
+    """The first tokens of the built-in text."""
+    return np.asarray(encode_documents(kjv_chapters()[:40]))[:count]
+
+
+def check_systems(
+    systems: list[System],
+    config: ModelConfig,
+    tokens: np.ndarray,
+    *,
+    dtype: str,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+) -> list[Check]:
+    """Train on every system from llm.c's initialization with the same batches, and compare with the first of them.
+
+    `tokens` are steps * batch_size * max_sequence_length + 1. float32 products are full float32, not TF32.
+    """
+    layout, params = ParameterLayout(config), initialize_parameters(config)
+    shape = (steps, batch_size, config.max_sequence_length)
+    x_SBT, y_SBT = (tokens[start : start + math.prod(shape)].reshape(shape).astype(np.int32) for start in (0, 1))
+    pytorch = _pytorch_gradients(config, params, x_SBT[0], y_SBT[0])
+    with jax.default_matmul_precision("highest"):
+        outcomes = [_train(system, layout, params, x_SBT, y_SBT, dtype) for system in systems]
+        reference = outcomes[0]
+        results = [_sample(outcome.system, layout, reference.params, x_SBT[0, :1], dtype) for outcome in outcomes]
+    return [
+        Check(
+            outcome,
+            [
+                compare_losses(outcome.losses, reference.losses, config, dtype),
+                *compare_gradients(outcome.grads, reference.grads, config, dtype),
+                compare_logits(logits, results[0][0], config, dtype),
+            ],
+            compare_gradients(outcome.grads, pytorch, config, dtype) if pytorch else [],
+            sample,
+        )
+        for outcome, (logits, sample) in zip(outcomes, results, strict=True)
+    ]
+
+
+def rows_to_show(rows: list[Comparison]) -> list[tuple[str, Comparison]]:
+    """Each quantity with its label; of the gradients of the 16 tensors only the worst, where all are within tolerance."""
+    grads = [row for row in rows if row.name.startswith("grad ")]
+    shown = [(row.name, row) for row in rows if not row.passed or row not in grads]
+    if grads and all(row.passed for row in grads):
+        worst = max(grads, key=lambda row: row.used_tolerance)
+        shown.append((f"16 grads, worst {worst.name.removeprefix('grad ')}", worst))
+    return shown
+
+
+def write_report(path: Path, checks: list[Check], config: ModelConfig, *, dtype: str, environment: dict[str, str]) -> None:
+    """One JSON object for sharing: nothing in it names a person, a folder or a network."""
+    packages = ("gpt2_jax", "jax", "jaxlib", "jax-mps", "metaljax", "jax-graft", "jax-metal", "numpy", "torch")
+    report: dict[str, Any] = {
+        "processor": processor_name(),
+        "system": system_name(),
+        "versions": {name: version for name in packages if (version := version_text(name))},
+        "environment": environment,
+        "model": dataclasses.asdict(config),
+        "dtype": dtype,
+        "passed": all(check.passed for check in checks),
+        "systems": [
+            {
+                "name": check.outcome.system.name,
+                "device": check.outcome.system.device.device_kind,
+                "compile_seconds": check.outcome.compile_seconds,
+                "step_seconds": check.outcome.step_seconds,
+                "median_step_seconds": check.outcome.median_seconds,
+                "losses": check.outcome.losses,
+                "sample": check.sample,
+                "against_reference": [dataclasses.asdict(row) | {"passed": row.passed} for row in check.against_reference],
+                "against_pytorch": [dataclasses.asdict(row) | {"passed": row.passed} for row in check.against_pytorch],
+            }
+            for check in checks
+        ],
+    }
+    with atomic_write(path) as file:
+        file.write((json.dumps(_json_value(report), indent=1) + "\n").encode())
+
+
+def _train(
+    system: System, layout: ParameterLayout, params: np.ndarray, x_SBT: np.ndarray, y_SBT: np.ndarray, dtype: str
+) -> Outcome:
+    compute_dtype, matmul = jnp.dtype(dtype), system.matmul
+    schedule = learning_rate_schedule("cosine", LEARNING_RATE, steps=len(x_SBT))
+    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=matmul != "xla")
+    step = make_train_step(
+        layout,
+        optimizer,
+        schedule,
+        dtype=compute_dtype,
+        matmul=matmul,
+        donate=system.backend.donates,
+        loops=system.backend.loops,
+    )
+
+    def gradient(params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array) -> jax.Array:
+        return loss_and_gradient(params_N, x_ABT, y_ABT, layout, dtype=compute_dtype, matmul=matmul)[1]
+
+    with jax.default_device(system.device):
+        grads = layout.views(np.asarray(jax.jit(gradient)(params, x_SBT[:1], y_SBT[:1])))
+        state = create_state(params, optimizer)
+        started = time.perf_counter()
+        compiled = step.lower(state, x_SBT[:1], y_SBT[:1]).compile()
+        compile_seconds = time.perf_counter() - started
+        losses, seconds = [], []
+        for x_BT, y_BT in zip(x_SBT, y_SBT, strict=True):
+            started = time.perf_counter()
+            state, metrics = compiled(state, x_BT[None], y_BT[None])
+            # Some plugins do not wait in block_until_ready; a value on the host is there when the step is done.
+            losses.append(float(np.asarray(metrics.loss)))
+            seconds.append(time.perf_counter() - started)
+        return Outcome(system, losses, grads, np.asarray(state.params), compile_seconds, seconds)
+
+
+def _sample(
+    system: System, layout: ParameterLayout, params: np.ndarray, x_1T: np.ndarray, dtype: str
+) -> tuple[np.ndarray, list[int]]:
+    """The logits after a row of tokens, and what is generated after its first half, both with the same weights."""
+    compute_dtype = jnp.dtype(dtype)
+    with jax.default_device(system.device):
+        params_N = jnp.array(params)
+        last = np.int32(x_1T.shape[1] - 1)
+        logits = next_token_logits(params_N, x_1T, last, layout=layout, dtype=compute_dtype, matmul=system.matmul)
+        prompt = [int(token) for token in x_1T[0, : x_1T.shape[1] // 2]]
+        tokens = generate(params_N, layout, prompt, SAMPLE_TOKENS, dtype=compute_dtype, matmul=system.matmul)
+        return np.asarray(logits), list(tokens)
+
+
+def _pytorch_gradients(config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """The third witness; empty where PyTorch is not installed."""
+    try:
+        model = make_pytorch_model(config, params)
+    except Gpt2JaxError:
+        return {}
+    pytorch_loss(model, x_BT, y_BT)[1].backward()
+    return ParameterLayout(config).views(pytorch_gradients(model, config))
+
+
+def _json_value(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

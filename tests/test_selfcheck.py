@@ -1,0 +1,119 @@
+"""The check of a device against XLA on the CPU: it passes what agrees, fails what does not, and leaves a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_jax import selfcheck
+from gpt2_jax.backend import Backend
+from tests.conftest import REPOSITORY, TINY
+
+CPU = Backend("cpu", "cpu", "test")
+STEPS, BATCH_SIZE = 3, 2
+
+
+def imitated_plugin():
+    """A backend that lacks everything, on the CPU."""
+    lacks = frozenset({"donation", "custom_calls", "loops"})
+    return selfcheck.System("imitated", jax.devices("cpu")[0], "xla", Backend("metal", "METAL", "test", lacks, "jax-metal"))
+
+
+def check(systems, dtype="float32"):
+    tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, STEPS * BATCH_SIZE * TINY.max_sequence_length + 1)
+    return selfcheck.check_systems(systems, TINY, tokens, dtype=dtype, steps=STEPS, batch_size=BATCH_SIZE)
+
+
+@pytest.fixture(scope="module")
+def checks():
+    """In float32: XLA, the custom calls, the imitated plugin."""
+    return check([*selfcheck.systems_to_check(CPU, "float32"), imitated_plugin()])
+
+
+def test_systems_that_agree_pass(checks):
+    assert [row.max_absolute for row in checks[0].against_reference] == [0.0] * 18
+    for one in checks:
+        assert one.passed
+        names = [row.name for row in one.against_reference]
+        assert (names[0], names[-1], len(names)) == ("3 steps' losses", "logits", 18)
+        assert len(one.outcome.losses) == len(one.outcome.step_seconds) == STEPS
+        assert one.sample == checks[0].sample
+        assert len(one.sample) == selfcheck.SAMPLE_TOKENS
+
+
+def test_bfloat16_has_its_own_tolerance():
+    found = check(selfcheck.systems_to_check(CPU, "bfloat16"), "bfloat16")
+    assert all(one.passed for one in found)
+    assert found[-1].against_reference[1].max_relative > 1e-5  # it was computed in bfloat16
+
+
+def test_the_reference_is_plain_xla_and_the_custom_calls_are_checked_too():
+    systems = selfcheck.systems_to_check(CPU, "float32")
+    assert (systems[0].matmul, systems[0].device.platform) == ("xla", "cpu")
+    assert [system.matmul for system in systems[1:]] != []
+    assert "xla" not in [system.matmul for system in systems[1:]]
+
+
+@pytest.mark.torch
+def test_pytorch_is_a_witness(checks):
+    for one in checks:
+        assert len(one.against_pytorch) == 16
+        assert all(row.passed and row.max_absolute > 0 for row in one.against_pytorch)
+
+
+def test_a_wrong_gradient_fails_and_is_shown_by_its_tensor(checks, monkeypatch):
+    outcomes = [one.outcome for one in checks]
+    grads = outcomes[-1].grads
+    outcomes[-1] = dataclasses.replace(outcomes[-1], grads=grads | {"lnfb": grads["lnfb"] * np.float32(1.01)})
+    monkeypatch.setattr(selfcheck, "_train", lambda system, *_: {o.system.name: o for o in outcomes}[system.name])
+    monkeypatch.setattr(selfcheck, "_sample", lambda *_: (np.zeros(3, np.float32), [1]))
+    found = check([outcome.system for outcome in outcomes])
+    assert [one.passed for one in found] == [True] * (len(found) - 1) + [False]
+    shown = selfcheck.rows_to_show(found[-1].against_reference)
+    assert [label for label, row in shown if not row.passed] == ["grad lnfb"]
+    shown = selfcheck.rows_to_show(found[0].against_reference)
+    assert [label for label, _ in shown][:2] == ["3 steps' losses", "logits"]
+    assert shown[2][0].startswith("16 grads, worst ")
+
+
+def test_the_report_is_json_that_names_nobody(checks, tmp_path):
+    outcome = dataclasses.replace(checks[-1].outcome, losses=[float("nan"), 1.0, 2.0])
+    reported = [*checks[:-1], dataclasses.replace(checks[-1], outcome=outcome)]
+    path = tmp_path / "selfcheck.json"
+    selfcheck.write_report(path, reported, TINY, dtype="float32", environment={"MLX_ENABLE_TF32": "0"})
+    text = path.read_text(encoding="utf-8")
+    report = json.loads(text)
+    assert report["passed"]
+    assert report["versions"]["jax"] == jax.__version__
+    assert (report["systems"][0]["name"], report["systems"][-1]["name"]) == ("cpu, xla", "imitated")
+    assert report["systems"][-1]["losses"] == [None, 1.0, 2.0]
+    assert report["systems"][0]["median_step_seconds"] == np.median(report["systems"][0]["step_seconds"])
+    for private in (str(tmp_path), str(REPOSITORY), platform.node()):
+        assert private not in text
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "status", "last"), [("1e-3", 0, "all agree within tolerance"), ("float('nan')", 1, "FAILED: cpu, xla")]
+)
+def test_the_status_of_the_script_can_be_trusted(tmp_path, learning_rate, status, last):
+    """With a smaller model on one system; a loss that is not a number agrees with nothing."""
+    program = (
+        "import dataclasses, os, runpy, sys; os.environ['JAX_PLATFORMS'] = 'cpu'; from gpt2_jax import selfcheck; "
+        "small = dataclasses.replace(selfcheck.SMALL_MODEL, max_sequence_length=8, num_layers=1, num_heads=2, channels=16); "
+        f"selfcheck.SMALL_MODEL, selfcheck.LEARNING_RATE, selfcheck.SAMPLE_TOKENS = small, {learning_rate}, 4; "
+        "every = selfcheck.systems_to_check; selfcheck.systems_to_check = lambda *about: every(*about)[:1]; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(REPOSITORY / "scripts" / "selfcheck.py")
+    command = [sys.executable, "-c", program, script, "--backend", "cpu", "--output", str(tmp_path / "report.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == status, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == last
+    assert json.loads((tmp_path / "report.json").read_text())["passed"] == (status == 0)
