@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import checkpoint
+from gpt2_jax import checkpoint, memory
 from gpt2_jax.backend import Backend, open_device
 from gpt2_jax.config import RunConfig, format_config, load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
@@ -139,7 +139,11 @@ class _Run:
         started = time.perf_counter()
         x_ABT, y_ABT = self.next_batch()
         compiled = step_function.lower(state, x_ABT, y_ABT).compile()
-        self.display.line(f"compiled in {time.perf_counter() - started:.1f} s")
+        needed = memory.compiled_bytes(compiled)
+        self.display.line(
+            f"compiled in {time.perf_counter() - started:.1f} s"
+            + ("" if needed is None else f"; the step has {memory.gigabytes(needed)} of memory")
+        )
 
         in_flight: tuple[int, Metrics] | None = None
         clock = _StepClock(self.config.tokens_per_step)
@@ -235,6 +239,8 @@ class _Run:
         plot_path = self.folder / "loss.png"
         plot_loss(self.log, plot_path, baseline=self.baseline)
         self.display.line(f"average: {clock.average_seconds * 1000:.2f} ms a step, {clock.tokens_per_second:.0f} tok/s")
+        peak, of = memory.measured_peak()
+        self.display.line(f"peak memory: {memory.gigabytes(peak)} {of}")
         validations = self.log.records("validation")
         if self.baseline is not None and validations:
             first, last = validations[0]["loss"], validations[-1]["loss"]
@@ -343,6 +349,13 @@ def _start_table(
     )
     micro_batches = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length}"
     batch = f"{micro_batches} = {config.tokens_per_step:,} tokens a step"
+    needed = memory.estimate(
+        layout,
+        config.data.batch_size,
+        config.data.sequence_length,
+        config.compute.dtype,
+        num_micro_batches=config.num_micro_batches,
+    )
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
         f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
@@ -368,6 +381,7 @@ def _start_table(
         rows.append(("validation data", f"{config.data.validation}: {validation_loader.num_tokens:,} tokens"))
     rows += [
         ("batch", batch),
+        ("memory", f"{needed} expected in a step"),
         ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
         ("learning rate", rate),
         ("run folder", folder),

@@ -33,7 +33,7 @@ def test_every_path_of_the_tree_exists():
 def test_every_module_preset_and_script_is_in_the_tree():
     for path in (REPOSITORY / "gpt2_jax").glob("*.py"):
         assert path.name == "__init__.py" or f"gpt2_jax/{path.name} " in TREE
-    for folder in ("llmc", "interop"):
+    for folder in ("llmc", "interop", "benchmark"):
         for path in (REPOSITORY / "gpt2_jax" / folder).glob("*.py"):
             assert path.name == "__init__.py" or re.search(rf"\b{path.stem}\b", TREE), path
     for path in (REPOSITORY / "configs").glob("*.toml"):

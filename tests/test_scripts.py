@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -158,3 +159,30 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
         assert error.startswith(f"error: {path}: expected a model file (magic 20240326), found magic 0")
         assert "---> HINT: " in error
     assert not (tmp_path / "x").exists()
+
+
+def test_bench_matmul_ends_with_a_json_line_and_draws(tmp_path):
+    flags = ["--implementations", "numpy", "--tokens", "8", "--rounds", "1", "--plot", tmp_path / "ladder.png"]
+    output, _ = run("bench_matmul.py", *flags)
+    record = json.loads(output.splitlines()[-1])
+    assert [(total["implementation"], total["precision"]) for total in record["totals"]] == [("numpy", "F32_F32_F32")]
+    assert [(row["m"], row["k"], row["n"]) for row in record["rows"] if row["product"] == "fwd"] == [
+        *((8, 768, 2304), (8, 768, 768), (8, 768, 3072), (8, 3072, 768)),
+        (8, 768, 50304),
+    ]
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("bench_matmul.py", ["--implementations", "gemm"], "--implementations: expected some of naive"),
+        ("bench_matmul.py", ["--plot", "none/ladder.png"], "--plot: expected a .png file in a folder that exists"),
+        ("bench_train.py", ["--systems", "tensorflow"], "--systems: expected names of gpt2_jax"),
+        ("bench_train.py", ["--model", "d13"], "model descriptor: expected one of d6"),
+        ("bench_train.py", ["--sequence-length", "4096"], "--sequence-length 1 to 1024"),
+    ],
+)
+def test_wrong_flags_of_the_benches_are_one_clear_error(script, flags, message):
+    _, error = run(script, *flags, status=2)
+    assert message in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -64,6 +65,9 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     assert "unigram cross-entropy of the validation tokens" in output
     assert "validating on 9 batches" in output
     assert f"validation loss at step 8: {losses['validation'][-1][1]:.6f}" in output
+    assert re.search(r"  memory +0.00 GB \(0.00 parameters, .*\) expected in a step\n", output)
+    assert re.search(r"compiled in [\d.]+ s; the step has 0.00 GB of memory\n", output)
+    assert re.search(r"peak memory: \d+\.\d\d GB of the process\n", output)
 
 
 def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path):

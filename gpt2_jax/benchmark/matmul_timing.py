@@ -1,0 +1,262 @@
+"""The time that a training step's matrix products take, by every implementation in one run.
+
+One round of an implementation is the products of a step in the step's order: forward through the layers and the
+classifier, then back, dx and dw of each. So every weight is met once a round and comes from memory, not from a cache,
+as in training. The rounds of all implementations alternate, and medians over them are reported.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpt2_jax import matmul
+from gpt2_jax.backend import Backend
+from gpt2_jax.benchmark.machine import seconds_running
+from gpt2_jax.benchmark.products import (
+    IMPLEMENTATIONS,
+    PEER_PRECISIONS,
+    PRECISIONS,
+    PRODUCTS,
+    Linear,
+    Multiply,
+    Operands,
+    Rows,
+    Workshop,
+    dimensions,
+    flops,
+    make_operands,
+    rows_of,
+)
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig
+
+ERROR_ROWS = 4  # rows of a result, evenly spread, that are compared with float64
+_PAUSE = 0.05  # seconds after a round: the threads of OpenMP and OpenBLAS spin for some 20 ms when their work is done
+_PATIENCE = 9.0  # seconds; an implementation whose round would take longer is timed on slices of rows
+
+
+# (product, linear's name, layer) -> the compared rows of a result in float64
+_References = dict[tuple[str, str, int], np.ndarray]
+
+
+class _OutOfTimeError(Exception):
+    """A round did not end before its deadline."""
+
+
+@dataclass
+class Run:
+    """One implementation in one precision, and what was measured of it, by product and linear layer."""
+
+    implementation: str
+    precision: str
+    operands: Operands
+    references: _References
+    rows: Rows
+    multiply: Multiply
+    seconds: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # one mean a round
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)  # max|err| / max|ref|
+
+    def round(self, layers: Sequence[int], *, timed: bool = True, classifier: bool = True, deadline: float = math.inf) -> None:
+        """The products of a step with these layers. Results are kept until its end, as a step keeps them."""
+        body, head = self.operands.linears[:-1], self.operands.linears[-1]
+        forward = [("fwd", linear, layer) for layer in layers for linear in body]
+        middle = [(product, head, 0) for product in PRODUCTS] if classifier else []
+        backward = [(product, linear, layer) for layer in layers[::-1] for linear in body[::-1] for product in ("dx", "dw")]
+        seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+        results = []
+        for product, linear, layer in [*forward, *middle, *backward]:
+            started = time.perf_counter()
+            results.append((product, linear, layer, self.multiply(product, linear, layer)))
+            seconds[product, linear.name].append(time.perf_counter() - started)
+            if seconds_running() > deadline:
+                raise _OutOfTimeError
+        for product, linear, layer, result in results:
+            if (product, linear.name) not in self.errors:
+                self.errors[product, linear.name] = self._error(product, linear, layer, result)
+        if timed:
+            for key, values in seconds.items():
+                self.seconds[key].append(statistics.mean(values))
+
+    def _error(self, product: str, linear: Linear, layer: int, result: Any) -> float:
+        compared = _compared_rows(product, linear, self.operands)
+        key = (product, linear.name, layer)
+        if key not in self.references:
+            self.references[key] = self.operands.exact(product, linear, layer, compared)
+        found = rows_of(result, np.searchsorted(self.rows[product, linear.name], compared))
+        return float(np.abs(found - self.references[key]).max() / np.abs(self.references[key]).max())
+
+    def is_extrapolated(self, product: str, linear: Linear) -> bool:
+        return len(self.rows[product, linear.name]) < dimensions(product, linear, self.operands.tokens)[0]
+
+    def median_seconds(self, product: str, linear: Linear) -> float:
+        """Of one whole product; of a slice, times the share of the rows that it is."""
+        m = dimensions(product, linear, self.operands.tokens)[0]
+        return statistics.median(self.seconds[product, linear.name]) * m / len(self.rows[product, linear.name])
+
+
+class Refusal(NamedTuple):
+    """Why an implementation was not measured, in one precision or, with None, in any."""
+
+    implementation: str
+    precision: str | None
+    reason: str
+
+
+def measure(
+    config: ModelConfig,
+    tokens: int,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+    *,
+    rounds: int = 5,
+    seconds: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Run], list[Refusal]]:
+    """Time every implementation in every precision that it offers over a step's products at this many tokens.
+
+    With a limit of `seconds` of the whole program a round has one of the layers instead of all, the fastest come first,
+    and who but the first is not through a round by then is a refusal.
+    """
+    if unknown := sorted(set(implementations) - set(IMPLEMENTATIONS)):
+        known = ", ".join(IMPLEMENTATIONS)
+        raise Gpt2JaxError(f"--implementations: expected some of {known}, found {', '.join(unknown)}")
+    say("making the operands ...")
+    operands = make_operands(config, tokens)
+    workshop = Workshop(operands)
+    rates, refusals = _offered([name for name in IMPLEMENTATIONS if name in implementations], workshop)
+
+    quick = seconds is not None
+    layers_a_round = 1 if quick else config.num_layers
+    deadline = math.inf if seconds is None else seconds
+    # A third of the time goes to preparing: warming up, compiling, comparing with float64.
+    patience = _PATIENCE if seconds is None else max(0.1, (seconds - seconds_running()) / 1.5 / max(1, len(rates)))
+
+    def layers_of(turn: int) -> list[int]:
+        """Every run's next layers, none of which the run before it has just had in the caches."""
+        first = turn if quick else 0
+        return [(first + i) % config.num_layers for i in range(layers_a_round)]
+
+    runs: list[Run] = []
+    references: _References = {}
+    for names in sorted(rates, key=lambda names: -sum(rates[names].values())) if quick else rates:
+        implementation, precision = names
+        rows = _affordable_rows(operands, rates[names], layers_a_round, patience)
+        try:
+            multiply = workshop.prepare(implementation, precision, rows)
+            run = Run(implementation, precision, operands, references, rows, multiply)
+            # The first is measured in any case.
+            limit = deadline if runs else math.inf
+            run.round(range(layers_a_round), timed=False, classifier=not quick, deadline=limit)
+            if quick:
+                run.round(layers_of(len(runs) + 1), deadline=limit)
+        except _OutOfTimeError:
+            refusals.append(Refusal(implementation, precision, f"the {deadline:.0f} seconds were over"))
+        else:
+            runs.append(run)
+            say(f"{'measured' if quick else 'prepared'} {implementation} {precision}")
+        time.sleep(_PAUSE)
+    runs.sort(key=lambda run: list(rates).index((run.implementation, run.precision)))
+
+    for number in range(1 if quick else 0, rounds):
+        started = seconds_running()
+        try:
+            # Back and forth, so that none always follows the same neighbour.
+            for place, run in enumerate(runs[:: -1 if number % 2 else 1]):
+                run.round(layers_of(number * len(runs) + place), deadline=deadline)
+                time.sleep(_PAUSE)
+        except _OutOfTimeError:
+            break
+        say(f"round {number + 1} of {rounds} took {seconds_running() - started:.1f} s")
+    return runs, refusals
+
+
+_Rates = dict[str, float]  # by product, flop/s
+
+
+def _offered(implementations: Sequence[str], workshop: Workshop) -> tuple[dict[tuple[str, str], _Rates], list[Refusal]]:
+    """The rates of every implementation and precision that can be had, and the refusals of the others."""
+    unavailable = matmul.choose_implementation("auto", Backend("cpu", "cpu", "a bench of the CPU")).refusals
+    rates: dict[tuple[str, str], _Rates] = {}
+    refusals = []
+    for implementation in implementations:
+        if implementation in unavailable:
+            refusals.append(Refusal(implementation, None, unavailable[implementation]))
+            continue
+        for precision in PEER_PRECISIONS.get(implementation, PRECISIONS):
+            try:
+                rates[implementation, precision] = _rates(implementation, precision, workshop)
+            except RuntimeError as error:
+                refusals.append(Refusal(implementation, precision, _reason(error, precision)))
+    return rates, refusals
+
+
+def _rates(implementation: str, precision: str, workshop: Workshop) -> _Rates:
+    """Roughly: of the smallest linear layer's products, on more and more rows until they take long enough to tell."""
+    operands = workshop.operands
+    linear = min(operands.linears, key=lambda linear: linear.outputs * linear.inputs)
+    rates: _Rates = {}
+    share = 1 / 32
+    while len(rates) < len(PRODUCTS):
+        rows = {(product, linear.name): _slice(product, linear, operands, share) for product in PRODUCTS}
+        multiply = workshop.prepare(implementation, precision, rows)
+        for product in PRODUCTS:
+            seconds = 0.0
+            for _ in range(2):  # the first call compiles
+                started = time.perf_counter()
+                multiply(product, linear, 0)
+                seconds = time.perf_counter() - started
+            made = len(rows[product, linear.name]) / dimensions(product, linear, operands.tokens)[0]
+            work = made * flops(product, linear, operands.tokens)
+            if seconds > 0.005 or share == 1.0:
+                rates.setdefault(product, work / seconds)
+        share = min(1.0, 8 * share)
+    return rates
+
+
+def _affordable_rows(operands: Operands, rates: _Rates, layers: int, patience: float) -> Rows:
+    """All rows of every product when a round of them ends within the patience, else slices that take a third of it."""
+    work = {
+        product: sum(min(linear.layers, layers) * flops(product, linear, operands.tokens) for linear in operands.linears)
+        for product in PRODUCTS
+    }
+    whole = sum(work[product] / rates[product] for product in PRODUCTS) <= patience
+    # The same time for each kind of product: their rates can differ by a factor of ten.
+    shares = {product: 1.0 if whole else min(1.0, patience / 9 * rates[product] / work[product]) for product in PRODUCTS}
+    return {
+        (product, linear.name): _slice(product, linear, operands, shares[product])
+        for product in PRODUCTS
+        for linear in operands.linears
+    }
+
+
+def _slice(product: str, linear: Linear, operands: Operands, share: float) -> np.ndarray:
+    """Evenly spread rows of a product, among them those that are compared with float64."""
+    m = dimensions(product, linear, operands.tokens)[0]
+    if share == 1.0:
+        return np.arange(m)
+    return np.union1d(_compared_rows(product, linear, operands), _spread(m, round(m * share)))
+
+
+def _compared_rows(product: str, linear: Linear, operands: Operands) -> np.ndarray:
+    return _spread(dimensions(product, linear, operands.tokens)[0], ERROR_ROWS)
+
+
+def _spread(m: int, count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, m - 1, count).astype(np.int64))
+
+
+def _reason(error: Exception, precision: str) -> str:
+    """The reason in an implementation's refusal; any other error is none, and goes on its way."""
+    text = str(error).splitlines()[0]
+    if isinstance(error, NotImplementedError):
+        return text
+    if not text.startswith("UNIMPLEMENTED"):
+        raise error
+    return text.partition(f"{precision}: ")[2] or text

@@ -1,0 +1,183 @@
+"""Whole training steps of GPT-2, side by side: this project, plain JAX, PyTorch; each in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gpt2_jax import matmul
+from gpt2_jax.backend import Backend
+from gpt2_jax.benchmark import peak as peak_of
+from gpt2_jax.benchmark.chart import check_writable
+from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_running
+from gpt2_jax.benchmark.products import IMPLEMENTATIONS
+from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, progress, record, table, title
+from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS, Request, Result
+from gpt2_jax.errors import Gpt2JaxError
+
+_QUICK_SECONDS = 165.0  # of the whole program, so that it ends within 3 minutes
+_SECONDS = 300.0  # of one system
+_SLOWEST_PRODUCTS = 30.0  # seconds a step: an implementation that needs more is measured only when it is named
+_SCALING_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
+_SCALING_SEQUENCE_LENGTH = 256
+_SCALING_STEPS = 3
+_QUICK_PEAK_SECONDS = 20.0
+
+
+def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> list[System]:
+    """The systems that patterns such as 'pytorch', 'gpt2_jax:simd' or 'jax_plain:bfloat16' name; by default all, or the few of
+    `quick`."""
+    known = [
+        System(name, implementation, dtype)
+        for name in SYSTEMS
+        for implementation in (("auto", *matmul.IMPLEMENTATIONS) if name == "gpt2_jax" else ("",))
+        for dtype in DTYPES
+    ]
+    if not patterns and quick:
+        return [s for s in known if s.matmul == "auto" or s.name == "pytorch" or (s.name, s.dtype) == ("jax_plain", "float32")]
+    if not patterns:
+        # 'auto' is one of the others on the CPU, and the only one elsewhere.
+        return [s for s in known if s.matmul == "" or (s.matmul == "auto") == (backend != "cpu")]
+    chosen = []
+    for pattern in patterns:
+        parts = set(pattern.split(":"))
+        named = [s for s in known if parts <= set(s) and ("auto" in parts or s.matmul != "auto")]
+        if not named or "" in parts:
+            implementations = ", ".join(("auto", *matmul.IMPLEMENTATIONS))
+            raise Gpt2JaxError(
+                f"--systems: expected names of {', '.join(SYSTEMS)}, {', '.join(DTYPES)} or {implementations}, "
+                f"joined by colons, found {pattern!r}",
+                "--systems gpt2_jax:auto pytorch:bfloat16",
+            )
+        chosen += named
+    return [s for s in known if s in chosen]
+
+
+def bench_train(
+    work: Workload,
+    systems: Sequence[str] = (),
+    *,
+    steps: int = 10,
+    quick: bool = False,
+    scaling: bool = False,
+    plot: str | None = None,
+) -> bool:
+    """Measure, and print a table, what was refused, how it was counted, and the JSON line last.
+
+    False when a system failed that should have run.
+    """
+    if min(work.batch_size, steps) < 1 or not 1 <= work.sequence_length <= work.config.max_sequence_length:
+        raise Gpt2JaxError(
+            f"expected --batch-size and --steps of at least 1 and --sequence-length 1 to {work.config.max_sequence_length}, "
+            f"found {work.batch_size}, {steps} and {work.sequence_length}"
+        )
+    chosen = select_systems(systems, quick=quick, backend=work.backend)
+    if plot is not None:
+        check_writable(plot)
+    machine = describe_machine()
+    print(f"{title(work)}\n{machine_line(machine)}", flush=True)
+
+    peak = _measure_peak(work, quick)
+    measured = []
+    for number, system in enumerate(chosen):
+        if not systems and (reason := _too_slow(system, peak)):
+            measured.append(Measured(system, None, reason))
+        else:
+            left = _QUICK_SECONDS - seconds_running()
+            seconds = left / (len(chosen) - number) if quick else _SECONDS
+            measured.append(_measure(system, work, steps, seconds, timeout=max(1.0, left) if quick else None))
+        _say(progress(measured[-1], work))
+    by_tokens = _measure_scaling(work, chosen) if scaling else []
+
+    print(table(measured, by_tokens, work, peak))
+    line = record(measured, by_tokens, work, peak, machine)
+    if plot is not None:
+        plot_systems(measured, work, plot, machine_line(machine))
+        print(f"chart: {plot}")
+    print(json.dumps(line))
+    return not any(one.failed for one in measured)
+
+
+def _measure(system: System, work: Workload, steps: int, seconds: float, timeout: float | None) -> Measured:
+    request = Request(
+        name=system.name,
+        matmul=system.matmul,
+        dtype=system.dtype,
+        backend=work.backend,
+        model=dataclasses.asdict(work.config),
+        batch_size=work.batch_size,
+        sequence_length=work.sequence_length,
+        steps=steps,
+        seconds=seconds,
+    )
+    answer = _child("train_system", request, timeout)
+    if "failed" in answer:
+        return Measured(system, None, f"it failed: {answer['failed']}", failed=True)
+    if "refused" in answer:
+        return Measured(system, None, answer["refused"])
+    return Measured(system, Result(**answer))
+
+
+def _child(module: str, request: Any, timeout: float | None = None) -> dict[str, Any]:
+    """What a module of this folder, run in a process of its own, prints last: its JSON object, or one with the reason
+    why there is none under 'refused' or 'failed'."""
+    command = [sys.executable, "-m", f"gpt2_jax.benchmark.{module}", json.dumps(dataclasses.asdict(request))]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"refused": f"it had not ended after the {timeout:.0f} seconds that were left"}
+    if ended.returncode != 0:
+        return {"failed": (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]}
+    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return answer
+
+
+def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
+    """The best rate of products; with `quick` only this project's choices and PyTorch are asked for it."""
+    backend = Backend("cpu", "cpu", "a bench")
+    few = [*sorted({matmul.choose_implementation("auto", backend).name for dtype in DTYPES}), "pytorch"]
+    request = peak_of.Request(
+        backend=work.backend,
+        model=dataclasses.asdict(work.config),
+        tokens=work.tokens,
+        implementations=few if quick else list(IMPLEMENTATIONS),
+        rounds=1 if quick else 3,
+        seconds=_QUICK_PEAK_SECONDS if quick else None,
+    )
+    _say("measuring the matrix products alone, for the peak ...")
+    answer = _child("peak", request)
+    if "failed" in answer:
+        raise Gpt2JaxError(f"the matrix products alone: expected to measure them, found: {answer['failed']}")
+    _say(f"{answer['gflops']:,.1f} GFLOP/s by {answer['of']}")
+    return answer
+
+
+def _too_slow(system: System, peak: dict[str, Any]) -> str | None:
+    """Why an implementation that nobody named is left out."""
+    precisions = ("BF16_BF16_F32",) if system.dtype == "bfloat16" else ("F32_F32_F32", "BF16_BF16_F32_X3")
+    for total in peak["totals"]:
+        slow = total["seconds"] > _SLOWEST_PRODUCTS
+        if slow and total["implementation"] == system.matmul and total["precision"] in precisions:
+            return f"its products alone take {total['seconds']:.0f} s a step; --systems {system} measures it"
+    return None
+
+
+def _measure_scaling(work: Workload, chosen: list[System]) -> list[tuple[Workload, Measured]]:
+    """This project's own choice from 256 to 8192 tokens, sequences of 256 (or the model's longest, if that is less)."""
+    sequence_length = min(_SCALING_SEQUENCE_LENGTH, work.config.max_sequence_length)
+    result = []
+    for dtype in dict.fromkeys(system.dtype for system in chosen):
+        for tokens in _SCALING_TOKENS:
+            grown = dataclasses.replace(work, batch_size=tokens // sequence_length, sequence_length=sequence_length)
+            one = _measure(System("gpt2_jax", "auto", dtype), grown, _SCALING_STEPS, _SECONDS, timeout=None)
+            _say(f"{tokens} tokens: {progress(one, grown)}")
+            result.append((grown, one))
+    return result
+
+
+def _say(text: str) -> None:
+    print(f"[{seconds_running():4.0f} s] {text}", flush=True)

@@ -1,0 +1,231 @@
+"""What bench_train.py says of what it measured: the table, the JSON line, the picture."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gpt2_jax.benchmark.chart import Bar, draw_bars
+from gpt2_jax.benchmark.train_system import Result
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.memory import gigabytes
+
+
+class System(NamedTuple):
+    name: str
+    matmul: str  # an implementation of gpt2_jax or 'auto'; '' for the others
+    dtype: str
+
+    def __str__(self) -> str:
+        return ":".join(part for part in self if part)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every system trains."""
+
+    model_name: str
+    config: ModelConfig
+    batch_size: int
+    sequence_length: int
+    backend: str  # cpu or cuda
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def layout(self) -> ParameterLayout:
+        return ParameterLayout(self.config)
+
+
+def llmc_flops_per_token(layout: ParameterLayout, sequence_length: int) -> int:
+    """6 N + 6 L C T, as llm.c counts (train_gpt2.cu, gpt2_estimate_mfu): N with the padding, attention causal."""
+    config = layout.config
+    return 6 * layout.num_parameters + 6 * config.num_layers * config.channels * sequence_length
+
+
+def nanogpt_flops_per_token(layout: ParameterLayout, sequence_length: int) -> int:
+    """6 N + 12 L C T, as nanoGPT counts (model.py, estimate_mfu): N without the position table, attention in full."""
+    config = layout.config
+    parameters = layout.num_parameters - layout["wpe"].size
+    return 6 * parameters + 12 * config.num_layers * config.channels * sequence_length
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A system's steps, or why there are none."""
+
+    system: System
+    result: Result | None
+    reason: str = ""
+    failed: bool = False
+
+    @property
+    def seconds_per_step(self) -> float:
+        assert self.result is not None
+        return statistics.median(self.result.seconds)
+
+
+def progress(one: Measured, work: Workload) -> str:
+    if one.result is None:
+        return f"{one.system}: {one.reason}"
+    rate = work.tokens / one.seconds_per_step
+    return f"{_name(one)}: {one.seconds_per_step:.3f} s a step, {rate:,.0f} tok/s, median of {len(one.result.seconds)}"
+
+
+def _name(one: Measured) -> str:
+    """With the implementation that 'auto' came to."""
+    matmul_name = one.result.matmul if one.result is not None and one.system.matmul else one.system.matmul
+    return str(one.system._replace(matmul=matmul_name))
+
+
+def title(work: Workload) -> str:
+    sizes = f"{work.model_name} ({work.layout.num_parameters / 1e6:.1f}M parameters)"
+    return f"GPT-2 {sizes}, B={work.batch_size}, T={work.sequence_length}: {work.tokens:,} tokens a training step"
+
+
+def record(
+    measured: list[Measured],
+    by_tokens: list[tuple[Workload, Measured]],
+    work: Workload,
+    peak: dict[str, Any],
+    machine: dict[str, str | int],
+) -> dict[str, Any]:
+    """The JSON line."""
+    return {
+        "bench": "train",
+        "model": work.model_name,
+        "batch_size": work.batch_size,
+        "sequence_length": work.sequence_length,
+        "systems": [_system_record(one, work) for one in measured if one.result is not None],
+        "refused": [{**one.system._asdict(), "reason": one.reason} for one in measured if one.result is None],
+        "matmul_peak_gflops": peak["gflops"],
+        "scaling": [
+            {
+                "batch_size": grown.batch_size,
+                "sequence_length": grown.sequence_length,
+                **_system_record(one, grown),
+                "estimated_bytes": one.result.estimated_bytes,
+                "compiled_bytes": one.result.compiled_bytes,
+            }
+            for grown, one in by_tokens
+            if one.result is not None
+        ],
+        "machine": machine,
+    }
+
+
+def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
+    assert one.result is not None
+    return {
+        "name": one.system.name,
+        "matmul": one.result.matmul,
+        "dtype": one.system.dtype,
+        "seconds_per_step": one.seconds_per_step,
+        "tokens_per_second": work.tokens / one.seconds_per_step,
+        "gflops": _gflops(one, work),
+        "peak_memory_bytes": one.result.peak_memory_bytes,
+        "compile_seconds": one.result.compile_seconds,
+    }
+
+
+def _gflops(one: Measured, work: Workload) -> float:
+    """By llm.c's formula."""
+    return llmc_flops_per_token(work.layout, work.sequence_length) * work.tokens / one.seconds_per_step / 1e9
+
+
+def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], work: Workload, peak: dict[str, Any]) -> str:
+    nanogpt = nanogpt_flops_per_token(work.layout, work.sequence_length) / llmc_flops_per_token(
+        work.layout, work.sequence_length
+    )
+    pytorch = {one.system.dtype: one.seconds_per_step for one in measured if one.result and one.system.name == "pytorch"}
+    lines = [
+        "",
+        f"{'':<37}{'':>18}{'time, of':>10}{'GFLOP/s by':^20}{'':>7}{'peak':>10}{'compile':>9}{'loss after':>12}",
+        f"{'system':<17}{'matmul':<11}{'dtype':<9}{'s/step':>9}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}{'nanoGPT':>10}{'MFU':>7}"
+        f"{'memory':>10}{'s':>9}{'1 step':>12}",
+    ]
+    for one in measured:
+        if one.result is None:
+            continue
+        seconds, gflops = one.seconds_per_step, _gflops(one, work)
+        of_pytorch = f"{seconds / pytorch[one.system.dtype]:.2f}" if one.system.dtype in pytorch else "-"
+        loss = f"{one.result.losses[1]:.4f}" if len(one.result.losses) > 1 else "-"
+        lines.append(
+            f"{one.system.name:<17}{one.result.matmul:<11}{one.system.dtype:<9}{seconds:>9.3f}{work.tokens / seconds:>9,.0f}"
+            f"{of_pytorch:>10}{gflops:>10,.1f}{gflops * nanogpt:>10,.1f}{gflops / peak['gflops']:>7.1%}"
+            f"{gigabytes(one.result.peak_memory_bytes):>10}{one.result.compile_seconds:>9.1f}{loss:>12}"
+        )
+    lines += [f"not {one.system}: {one.reason}" for one in measured if one.result is None]
+    lines += ["", *_memory_lines(measured), *_scaling_lines(by_tokens), *_notes(measured, peak)]
+    return "\n".join(lines)
+
+
+def _memory_lines(measured: list[Measured]) -> list[str]:
+    return [
+        f"memory of {_name(one)}: {gigabytes(one.result.estimated_bytes)} estimated, "
+        f"{_of_estimate(one.result)} in the compiled step, {gigabytes(one.result.peak_memory_bytes)} at the peak"
+        for one in measured
+        if one.result is not None and one.result.estimated_bytes is not None
+    ]
+
+
+def _of_estimate(result: Result) -> str:
+    if result.compiled_bytes is None or result.estimated_bytes is None:
+        return "unknown"
+    return f"{gigabytes(result.compiled_bytes)} ({result.compiled_bytes / result.estimated_bytes:.2f} times that)"
+
+
+def _scaling_lines(by_tokens: list[tuple[Workload, Measured]]) -> list[str]:
+    if not by_tokens:
+        return []
+    heading = f"{'gpt2_jax:auto':<14}{'tokens':>8}{'B x T':>12}{'s/step':>10}{'tok/s':>9}{'time a token, of the first':>28}"
+    lines = [f"{heading}  compiled step"]
+    first: dict[str, float] = {}
+    for work, one in by_tokens:
+        if one.result is None:
+            lines.append(f"{one.system.dtype:<14}{work.tokens:>8}  {one.reason}")
+            continue
+        a_token = one.seconds_per_step / work.tokens
+        relative = a_token / first.setdefault(one.system.dtype, a_token)
+        lines.append(
+            f"{one.system.dtype:<14}{work.tokens:>8}{f'{work.batch_size} x {work.sequence_length}':>12}"
+            f"{one.seconds_per_step:>10.3f}{1 / a_token:>9,.0f}{relative:>28.2f}  {_of_estimate(one.result)}"
+        )
+    return [*lines, ""]
+
+
+def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
+    counts = {len(one.result.seconds) for one in measured if one.result is not None}
+    steps = " to ".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
+    return [
+        f"time: medians of {steps} step(s) after the first (one alone may be the first), forward, backward, clipping, AdamW;",
+        "  one system after the other, each in a process of its own, with the same random weights and tokens.",
+        "GFLOP/s: llm.c counts 6 N + 6 L C T a token, N with the vocabulary's padding; nanoGPT 6 N + 12 L C T, N without",
+        "  positions.",
+        f"MFU: llm.c's count over the best rate of matrix products alone in this run, {peak['gflops']:,.1f} GFLOP/s by",
+        f"  {peak['of']}.",
+        "memory: on the CPU the process's largest resident set, libraries included; on a GPU its allocator's peak.",
+        "loss: PyTorch and plain JAX have the vocabulary's padding in their softmax, which adds about 0.001.",
+    ]
+
+
+def plot_systems(measured: list[Measured], work: Workload, path: str, subtitle: str) -> None:
+    bars = []
+    for one in measured:
+        if one.result is None:
+            continue
+        of_matmul = f" ({one.result.matmul})" if one.system.name == "gpt2_jax" else ""
+        rate = work.tokens / one.seconds_per_step
+        bars.append(
+            Bar(
+                label=f"{one.system.name}{of_matmul}",
+                group=one.system.dtype,
+                value=rate,
+                text=f"{rate:,.0f} tok/s   {one.seconds_per_step:.3g} s/step   {_gflops(one, work):,.0f} GFLOP/s",
+            )
+        )
+    note = "medians of whole training steps; GFLOP/s by llm.c's count, 6 N + 6 L C T a token"
+    draw_bars(path, bars, title=title(work), subtitle=subtitle, axis="tokens a second (more is better)", note=note)

@@ -1,0 +1,226 @@
+"""One system's training steps, timed, in a process of its own: what bench_train.py starts for each.
+
+python -m gpt2_jax.benchmark.train_system REQUEST    REQUEST: the JSON object of a `Request`
+
+Prints one JSON object last: the fields of a `Result`, or {"refused": the reason}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpt2_jax import custom_calls, memory
+from gpt2_jax.backend import open_device, select_backend
+from gpt2_jax.benchmark.machine import seconds_running
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig, ParameterLayout
+
+SYSTEMS = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
+DTYPES = ("float32", "bfloat16")
+_LEARNING_RATE, _WEIGHT_DECAY = 3e-4, 0.1
+
+
+@dataclass(frozen=True)
+class Request:
+    name: str  # of SYSTEMS
+    matmul: str  # an implementation or 'auto', of gpt2_jax only
+    dtype: str
+    backend: str
+    model: dict[str, int]  # the sizes of a ModelConfig
+    batch_size: int
+    sequence_length: int
+    steps: int
+    seconds: float  # of the process, after which no step begins
+
+
+@dataclass(frozen=True)
+class Result:
+    matmul: str
+    seconds: list[float]  # of each timed step
+    compile_seconds: float
+    peak_memory_bytes: int
+    losses: list[float]  # of every step from the first
+    device: str
+    estimated_bytes: int | None = None  # of gpt2_jax only, as the next
+    compiled_bytes: int | None = None
+
+
+# A function that runs one step to its end and returns its loss, and what is known of the Result by then.
+_Prepared = tuple[Callable[[], float], dict[str, Any]]
+
+
+def measure_system(request: Request) -> Result:
+    """Steps on one batch of random tokens from the same random weights in every system.
+
+    NotImplementedError with the reason for a system that cannot be had.
+    """
+    layout = ParameterLayout(ModelConfig(**request.model))
+    shape = (2, request.batch_size, request.sequence_length)
+    x_BT, y_BT = np.random.default_rng(0).integers(0, layout.config.vocab_size, shape).astype(np.int32)
+    prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain}.get(request.name, _pytorch)
+    step, result = prepare(request, layout, random_parameters(layout), x_BT, y_BT)
+
+    losses: list[float] = []
+    seconds: list[float] = []
+    fewest = 2 if request.name == "pytorch_compiled" else 1
+    while len(seconds) < 1 + request.steps:
+        started = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - started)
+        if len(seconds) >= fewest and seconds_running() + seconds[-1] > request.seconds:
+            break
+    # The first warms up and, in PyTorch, compiles; it counts only when there was no time for a second one.
+    timed = seconds[1:] or seconds
+    if request.name == "pytorch_compiled":
+        result["compile_seconds"] = seconds[0] - statistics.median(timed)
+    return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": _peak(request), **result})
+
+
+def random_parameters(layout: ParameterLayout) -> np.ndarray:
+    """A flat buffer like a fresh model's: normals times 0.02, LayerNorm gains 1, biases 0, padding rows 0."""
+    # One block of normals, repeated: drawing them all takes seconds. Its length is a prime, so no row is another's twin.
+    params = np.resize(0.02 * np.random.default_rng(1).standard_normal(1_048_583, dtype=np.float32), layout.num_parameters)
+    for name, tensor in layout.views(params).items():
+        if name.endswith("b"):
+            tensor[...] = 0.0
+        elif name in ("ln1w", "ln2w", "lnfw"):
+            tensor[...] = 1.0
+    params[slice(*layout.padding_span)] = 0.0
+    return params
+
+
+def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+    import jax
+    import jax.numpy as jnp
+
+    from gpt2_jax.matmul import choose_implementation
+    from gpt2_jax.optimizer import adamw, learning_rate_schedule
+    from gpt2_jax.train_step import create_state, make_train_step
+
+    backend = select_backend(request.backend)
+    device = open_device(backend)
+    try:
+        matmul = choose_implementation(request.matmul, backend).name
+    except Gpt2JaxError as error:
+        raise NotImplementedError(str(error).splitlines()[0]) from None
+    schedule = learning_rate_schedule("constant", _LEARNING_RATE, steps=request.steps)
+    optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY)
+    state = create_state(params, optimizer)
+    train_step = make_train_step(
+        layout, optimizer, schedule, dtype=jnp.dtype(request.dtype), matmul=matmul, donate=backend.donates
+    )
+    x_ABT, y_ABT = jnp.asarray(x_BT[None]), jnp.asarray(y_BT[None])
+    started = time.perf_counter()
+    compiled = train_step.lower(state, x_ABT, y_ABT).compile()
+    compile_seconds = time.perf_counter() - started
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = jax.block_until_ready(compiled(state, x_ABT, y_ABT))
+        return float(metrics.loss)
+
+    estimate = memory.estimate(layout, request.batch_size, request.sequence_length, request.dtype)
+    return step, {
+        "matmul": matmul,
+        "compile_seconds": compile_seconds,
+        "device": device,
+        "estimated_bytes": estimate.total,
+        "compiled_bytes": memory.compiled_bytes(compiled),
+    }
+
+
+def _jax_plain(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+    import jax
+    import jax.numpy as jnp
+
+    from gpt2_jax.benchmark import plain_jax
+
+    device = open_device(select_backend(request.backend))
+    optimizer = plain_jax.make_optimizer(_LEARNING_RATE, _WEIGHT_DECAY)
+    tree = plain_jax.parameters_from_buffer(params, layout)
+    state = optimizer.init(tree)
+    cudnn = request.backend == "cuda" and request.dtype == "bfloat16"
+    train_step = plain_jax.make_train_step(
+        optimizer,
+        num_heads=layout.config.num_heads,
+        dtype=jnp.dtype(request.dtype),
+        attention="cudnn" if cudnn else None,
+    )
+    x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
+    started = time.perf_counter()
+    compiled = train_step.lower(tree, state, x, y).compile()
+    compile_seconds = time.perf_counter() - started
+
+    def step() -> float:
+        nonlocal tree, state
+        tree, state, loss = jax.block_until_ready(compiled(tree, state, x, y))
+        return float(loss)
+
+    return step, {"matmul": "xla", "compile_seconds": compile_seconds, "device": device}
+
+
+def _pytorch(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+    try:
+        import torch
+    except ImportError:
+        raise NotImplementedError("PyTorch is not installed: pip install -e '.[test]'") from None
+    from gpt2_jax.benchmark import pytorch_model
+
+    if request.backend == "cuda" and not torch.cuda.is_available():
+        raise NotImplementedError("this PyTorch sees no NVIDIA GPU")
+    device = torch.device(request.backend)
+    torch.set_num_threads(custom_calls.num_threads())
+    if request.backend == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default there
+    model = pytorch_model.model_from_buffer(params, layout).to(device)
+    optimizer = pytorch_model.make_optimizer(model, _LEARNING_RATE, _WEIGHT_DECAY)
+    forward = torch.compile(model) if request.name == "pytorch_compiled" else model
+    x, y = (torch.from_numpy(tokens).long().to(device) for tokens in (x_BT, y_BT))
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=request.dtype == "bfloat16")
+
+    def step() -> float:
+        with autocast:
+            loss = forward(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), pytorch_model.GRADIENT_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return float(loss.detach())
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return step, {"matmul": "pytorch", "compile_seconds": 0.0, "device": name}
+
+
+def _peak(request: Request) -> int:
+    """Bytes: of the device's allocator on an accelerator, else of the process, whose libraries are counted too."""
+    if not request.name.startswith("pytorch"):
+        return memory.measured_peak()[0]
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else memory.process_peak()
+
+
+def main() -> None:
+    request = Request(**json.loads(sys.argv[1]))
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # compile times are measured
+    try:
+        answer = dataclasses.asdict(measure_system(request))
+    except NotImplementedError as error:
+        answer = {"refused": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

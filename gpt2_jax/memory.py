@@ -1,0 +1,92 @@
+"""What a training step needs of memory: estimated before it starts, counted in the compiled step, and measured after."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpt2_jax.layout import ParameterLayout
+
+if TYPE_CHECKING:
+    import jax
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a training step, by what they hold."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.moments + self.activations
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{getattr(self, part) / 1e9:.2f} {part}" for part in ("parameters", "gradients", "moments", "activations")
+        )
+        return f"{gigabytes(self.total)} ({parts})"
+
+
+def estimate(
+    layout: ParameterLayout, batch_size: int, sequence_length: int, dtype: str, *, num_micro_batches: int = 1
+) -> MemoryEstimate:
+    """What a step over micro-batches of B x T tokens has to keep; activations in `dtype`, s bytes an element.
+
+    Parameters, gradients and each of the two moments are 4 N bytes; more than one micro-batch sums its gradients in one
+    more buffer of 4 N. Activations: B T (L s (16 C + H T) + 2 s C + (4 + s) V) bytes. A layer's 16 C + H T elements a
+    token are what its backward reads: both residuals, both LayerNorms' outputs, q, k, v, the softmax of every head, the
+    attention's output, and the MLP's 4 C before and 4 C after GELU (Korthikanti et al. 2022, equation 1, without
+    dropout). 2 C are the final LayerNorm's input and output, V the logits in float32 and their gradient.
+    """
+    config, s = layout.config, _BYTES[dtype]
+    B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
+    buffer = 4 * layout.num_parameters
+    return MemoryEstimate(
+        parameters=buffer,
+        gradients=buffer * (2 if num_micro_batches > 1 else 1),
+        moments=2 * buffer,
+        activations=B * T * (L * s * (16 * C + H * T) + 2 * s * C + (4 + s) * config.padded_vocab_size),
+    )
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What the compiler assigned to a compiled function: arguments, results that are not arguments reused, temporaries.
+
+    None where the backend does not tell.
+    """
+    try:
+        analysis = compiled.memory_analysis()
+    except (NotImplementedError, RuntimeError):
+        return None
+    if analysis is None:
+        return None
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes)
+
+
+def measured_peak() -> tuple[int, str]:
+    """The most bytes in use so far, and of what: of the first device where its allocator counts, else of the process."""
+    import jax
+
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        return int(statistics["peak_bytes_in_use"]), "on the device"
+    return process_peak(), "of the process"
+
+
+def process_peak() -> int:
+    """The most memory that this process has had resident, in bytes (its libraries included)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kibibytes on Linux
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,251 @@
+"""bench_train.py: the systems compute the same, are counted right, and every ending is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import jax
+import pytest
+
+from gpt2_jax import optimizer
+from gpt2_jax.benchmark import peak, pytorch_model, train, train_report, train_system
+from gpt2_jax.benchmark.train_report import System, Workload
+from gpt2_jax.benchmark.train_system import Request, Result, measure_system
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
+from gpt2_jax.matmul import IMPLEMENTATIONS
+
+# A vocabulary that is its own padding, so that the peers' softmax is over the same tokens.
+CONFIG = ModelConfig(max_sequence_length=16, vocab_size=256, num_layers=1, num_heads=2, channels=32)
+WORK = Workload("tiny", CONFIG, batch_size=3, sequence_length=16, backend="cpu")
+
+
+def request(name, dtype="float32", **changes):
+    standard = Request(name, "auto" if name == "gpt2_jax" else "", dtype, "cpu", dataclasses.asdict(CONFIG), 3, 16, 3, 1e9)
+    return dataclasses.replace(standard, **changes)
+
+
+@pytest.fixture
+def users_jax():
+    """The peers are written as a user writes JAX, who has none of the tests' strictness."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_systems_compute_the_same(users_jax, dtype):
+    results = {name: measure_system(request(name, dtype)) for name in ("gpt2_jax", "jax_plain", "pytorch")}
+    ours = results["gpt2_jax"].losses
+    assert len(ours) == 4
+    assert ours[-1] < ours[0] - 1e-3
+    # float32: four steps of roundings; bfloat16: 2^-8 of logits that are about 0.1 large, with no bias to one side.
+    tolerance = 2e-6 if dtype == "float32" else 2.0**-8 * 0.1
+    for name, result in results.items():
+        assert result.losses == pytest.approx(ours, abs=tolerance * ours[0]), name
+        assert len(result.seconds) == 3
+        assert result.peak_memory_bytes > 50_000_000
+    assert results["gpt2_jax"].estimated_bytes > 4 * 4 * ParameterLayout(CONFIG).num_parameters
+    assert results["gpt2_jax"].compiled_bytes > 4 * 4 * ParameterLayout(CONFIG).num_parameters
+
+
+def test_the_peers_optimizer_is_this_projects():
+    names = ("BETA1", "BETA2", "EPSILON", "GRADIENT_CLIP")
+    assert [getattr(pytorch_model, name) for name in names] == [getattr(optimizer, name) for name in names]
+
+
+def test_no_step_begins_after_the_time_is_over():
+    result = measure_system(request("pytorch", steps=50, seconds=0.0))
+    assert len(result.seconds) == len(result.losses) == 1
+
+
+def test_a_rung_that_cannot_be_had_is_a_reason():
+    with pytest.raises(NotImplementedError, match=r"--matmul simd.*not on cuda") as error:
+        refuse_rungs(lambda: measure_system(request("gpt2_jax", matmul="simd")))
+    assert "HINT" not in str(error.value)
+
+
+def refuse_rungs(call):
+    """Run it where there are no custom calls."""
+    from gpt2_jax import backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        accelerator = backend.Backend("cuda", "cpu", "a test", frozenset({"custom_calls"}))
+        patch.setattr(train_system, "select_backend", lambda _: accelerator)
+        patch.setattr(train_system, "open_device", lambda _: "a test")
+        return call()
+
+
+def test_flops_are_llmcs_and_nanogpts():
+    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    assert layout.num_parameters == 124_475_904
+    assert train_report.llmc_flops_per_token(layout, 1024) == 6 * 124_475_904 + 6 * 12 * 768 * 1024 == 803_478_528
+    assert train_report.nanogpt_flops_per_token(layout, 1024) == 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def select(*patterns, quick=False, backend="cpu"):
+    return [str(system) for system in train.select_systems(patterns, quick=quick, backend=backend)]
+
+
+def test_systems_by_default():
+    peers = [f"{name}:{dtype}" for name in ("jax_plain", "pytorch", "pytorch_compiled") for dtype in ("float32", "bfloat16")]
+    ours = [f"gpt2_jax:{matmul}:{dtype}" for matmul in IMPLEMENTATIONS for dtype in ("float32", "bfloat16")]
+    assert select() == ours + peers
+    auto = ["gpt2_jax:auto:float32", "gpt2_jax:auto:bfloat16"]
+    assert select(backend="cuda") == auto + peers
+    assert select(quick=True) == [*auto, "jax_plain:float32", "pytorch:float32", "pytorch:bfloat16"]
+
+
+def test_systems_by_name():
+    assert select("pytorch") == ["pytorch:float32", "pytorch:bfloat16"]
+    assert select("gpt2_jax:simd", "gpt2_jax:auto:bfloat16") == [
+        "gpt2_jax:auto:bfloat16",
+        "gpt2_jax:simd:float32",
+        "gpt2_jax:simd:bfloat16",
+    ]
+    assert len(select("gpt2_jax")) == 2 * len(IMPLEMENTATIONS)
+    assert select("jax_plain", "jax_plain:float32") == ["jax_plain:float32", "jax_plain:bfloat16"]
+    for wrong in ("torch", "pytorch:simd", "", "pytorch:"):
+        with pytest.raises(Gpt2JaxError, match="--systems: expected names of gpt2_jax, "):
+            select(wrong)
+
+
+def answers(monkeypatch, by_name):
+    """Let the child processes answer this, by system's name; and the peak be 100 GFLOP/s."""
+
+    def child(module, request, timeout=None):
+        if module == "peak":
+            totals = [{"implementation": "naive", "precision": "F32_F32_F32", "seconds": 95.0}]
+            return {"gflops": 100.0, "of": "a test", "totals": totals}
+        return by_name[request.name]
+
+    monkeypatch.setattr(train, "_child", child)
+
+
+def answer(matmul="xla", seconds=(2.0, 1.0, 4.0), losses=(5.5, 5.4, 5.3, 5.2), **more):
+    result = Result(matmul, list(seconds), 12.5, 3_000_000_000, list(losses), "cpu", **more)
+    return dataclasses.asdict(result)
+
+
+def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
+    ours = answer("threaded", (1.0,), estimated_bytes=2_000_000_000, compiled_bytes=2_200_000_000)
+    answers(monkeypatch, {"gpt2_jax": ours, "pytorch": answer("pytorch"), "jax_plain": {"refused": "no reason"}})
+    picture = tmp_path / "steps.png"
+    assert train.bench_train(WORK, ["gpt2_jax:auto", "pytorch:float32", "jax_plain:float32"], plot=str(picture))
+    *text, last = capsys.readouterr().out.splitlines()
+    record = json.loads(last)
+    assert {key: record[key] for key in ("bench", "model", "batch_size", "sequence_length")} == {
+        "bench": "train",
+        "model": "tiny",
+        "batch_size": 3,
+        "sequence_length": 16,
+    }
+    assert [(one["name"], one["matmul"], one["dtype"]) for one in record["systems"]] == [
+        ("gpt2_jax", "threaded", "float32"),
+        ("gpt2_jax", "threaded", "bfloat16"),
+        ("pytorch", "pytorch", "float32"),
+    ]
+    flops = 48 * train_report.llmc_flops_per_token(ParameterLayout(CONFIG), 16)
+    assert record["systems"][2] == {
+        "name": "pytorch",
+        "matmul": "pytorch",
+        "dtype": "float32",
+        "seconds_per_step": 2.0,
+        "tokens_per_second": 24.0,
+        "gflops": pytest.approx(flops / 2.0 / 1e9),
+        "peak_memory_bytes": 3_000_000_000,
+        "compile_seconds": 12.5,
+    }
+    assert record["refused"] == [{"name": "jax_plain", "matmul": "", "dtype": "float32", "reason": "no reason"}]
+    assert record["matmul_peak_gflops"] == 100.0
+    row = next(line.split() for line in text if line.startswith("gpt2_jax "))
+    assert row[:6] == ["gpt2_jax", "threaded", "float32", "1.000", "48", "0.50"]
+    assert f"{flops / 1e9 / 100.0:.1%}" in row
+    assert "not jax_plain:float32: no reason" in text
+    memory = "memory of gpt2_jax:threaded:float32: 2.00 GB estimated, 2.20 GB (1.10 times that) in the compiled step"
+    assert any(line.startswith(memory) for line in text)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):
+    config = dataclasses.replace(CONFIG, max_sequence_length=1024)
+    asked = []
+
+    def child(module, request, timeout=None):
+        if module == "peak":
+            return {"gflops": 100.0, "of": "a test", "totals": []}
+        tokens = request.batch_size * request.sequence_length
+        asked.append((tokens, request.sequence_length, request.matmul, request.dtype))
+        return answer("xla", (tokens / 1000 * 1.5 ** (tokens == 8192),), estimated_bytes=100, compiled_bytes=100)
+
+    monkeypatch.setattr(train, "_child", child)
+    train.bench_train(Workload("tiny", config, 4, 64, "cpu"), ["gpt2_jax:auto:bfloat16"], scaling=True)
+    assert asked[1:] == [(tokens, 256, "auto", "bfloat16") for tokens in (256, 512, 1024, 2048, 4096, 8192)]
+    *text, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["scaling"]
+    assert [row["batch_size"] * row["sequence_length"] for row in rows] == [256, 512, 1024, 2048, 4096, 8192]
+    relative = [line.split()[7] for line in text if line.startswith("bfloat16")]
+    assert relative == ["1.00"] * 5 + ["1.50"]
+
+
+def test_a_system_that_fails_is_told_and_counts(monkeypatch, capsys):
+    answers(monkeypatch, {"pytorch": {"failed": "RuntimeError: broken"}, "jax_plain": answer()})
+    assert not train.bench_train(WORK, ["pytorch:float32", "jax_plain:float32"])
+    output = capsys.readouterr().out
+    assert "not pytorch:float32: it failed: RuntimeError: broken" in output
+    assert len(json.loads(output.splitlines()[-1])["systems"]) == 1
+
+
+def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(monkeypatch, capsys):
+    names = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
+    answers(monkeypatch, {name: answer() for name in names})
+    train.bench_train(WORK)
+    refused = json.loads(capsys.readouterr().out.splitlines()[-1])["refused"]
+    reason = "its products alone take 95 s a step; --systems gpt2_jax:naive:float32 measures it"
+    assert refused == [{"name": "gpt2_jax", "matmul": "naive", "dtype": "float32", "reason": reason}]
+    train.bench_train(WORK, ["gpt2_jax:naive:float32"])
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["systems"]) == 1
+
+
+def test_a_peak_that_cannot_be_measured_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(train, "_child", lambda *_, **__: {"failed": "MemoryError"})
+    with pytest.raises(Gpt2JaxError, match=r"the matrix products alone: .*MemoryError"):
+        train.bench_train(WORK)
+
+
+@pytest.mark.parametrize(
+    ("work", "options"),
+    [
+        (dataclasses.replace(WORK, sequence_length=17), {}),
+        (dataclasses.replace(WORK, batch_size=0), {}),
+        (WORK, {"steps": 0}),
+        (WORK, {"plot": "no/such/folder/a.png"}),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_runs(work, options, capsys):
+    with pytest.raises(Gpt2JaxError, match="expected"):
+        train.bench_train(work, **options)
+    assert capsys.readouterr().out == ""
+
+
+def test_each_system_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
+    """A system's answer, a refusal, a failure, and one that does not end in time."""
+    assert train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, None).result.matmul == "pytorch"
+    assert "seconds that were left" in train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 0.1).reason
+    broken = dataclasses.replace(WORK, backend="quantum")
+    failed = train._measure(System("jax_plain", "", "float32"), broken, 2, 1e9, None)
+    assert failed.failed
+    assert "KeyError: 'quantum'" in failed.reason
+    (tmp_path / "torch.py").write_text("raise ImportError", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path) + os.pathsep + os.environ.get("PYTHONPATH", ""))
+    missing = train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, None)
+    assert (missing.failed, missing.reason) == (False, "PyTorch is not installed: pip install -e '.[test]'")
+
+
+def test_the_peak_is_the_best_of_the_steps_products():
+    found = peak.measure_peak(peak.Request("cpu", dataclasses.asdict(CONFIG), 48, ["xla", "numpy"], 1, None))
+    best = max(found["totals"], key=lambda total: total["gflops"])
+    assert found["gflops"] == best["gflops"] > 0
+    assert found["of"] == f"{best['implementation']} {best['precision']}"
+    assert peak._square_product_gflops(64) > 0
