@@ -185,12 +185,14 @@ def matmul_into(
     transpose_a: bool = False,
     accumulate: bool = False,
     implementation: str,
+    precision: str | None = None,
 ) -> jax.Array:
     """`target`'s buffer with the product of a and b written to the view's place, or added to what is there.
 
-    For the custom calls alone. Inside jit they write into the buffer itself if nothing else needs its old content.
+    `precision` as matmul's. For the custom calls alone. Inside jit they write into the buffer itself if nothing else needs
+    its old content.
     """
-    attributes = _attributes(a, b, transpose_a, False, implementation, None)
+    attributes = _attributes(a, b, transpose_a, False, implementation, precision)
     if target.shape != (attributes["m"], attributes["n"]):
         raise ValueError(f"matmul_into: expected a product of shape {target.shape}, found {a.shape} and {b.shape}")
     return jax_compat.ffi_call(

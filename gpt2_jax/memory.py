@@ -36,22 +36,23 @@ class MemoryEstimate:
 
 
 def estimate(
-    layout: ParameterLayout, batch_size: int, sequence_length: int, dtype: str, *, num_micro_batches: int = 1
+    layout: ParameterLayout, batch_size: int, sequence_length: int, dtype: str, *, gradient_buffers: int = 1
 ) -> MemoryEstimate:
     """What a step over micro-batches of B x T tokens has to keep; activations in `dtype`, s bytes an element.
 
-    Parameters, gradients and each of the two moments are 4 N bytes; more than one micro-batch sums its gradients in one
-    more buffer of 4 N. Activations: B T (L s (16 C + H T) + 2 s C + (4 + s) V) bytes. A layer's 16 C + H T elements a
-    token are what its backward reads: both residuals, both LayerNorms' outputs, q, k, v, the softmax of every head, the
-    attention's output, and the MLP's 4 C before and 4 C after GELU (Korthikanti et al. 2022, equation 1, without
-    dropout). 2 C are the final LayerNorm's input and output, V the logits in float32 and their gradient.
+    Parameters, gradients and each of the two moments are 4 N bytes; where the gradients of several micro-batches are
+    not added up in place, two buffers of them are needed. Activations are
+    B T (L s (16 C + H T) + 2 s C + (4 + s) V) bytes: a layer's 16 C + H T elements a token are what its backward reads,
+    both residuals, both LayerNorms' outputs, q, k, v, the softmax of every head, the attention's output, and the MLP's
+    4 C before and 4 C after GELU (Korthikanti et al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's
+    input and output, V the logits in float32 and their gradient.
     """
     config, s = layout.config, _BYTES[dtype]
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
     buffer = 4 * layout.num_parameters
     return MemoryEstimate(
         parameters=buffer,
-        gradients=buffer * (2 if num_micro_batches > 1 else 1),
+        gradients=buffer * gradient_buffers,
         moments=2 * buffer,
         activations=B * T * (L * s * (16 * C + H * T) + 2 * s * C + (4 + s) * config.padded_vocab_size),
     )

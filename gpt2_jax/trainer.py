@@ -354,7 +354,7 @@ def _start_table(
         config.data.batch_size,
         config.data.sequence_length,
         config.compute.dtype,
-        num_micro_batches=config.num_micro_batches,
+        gradient_buffers=2 if config.num_micro_batches > 1 and matmul.name == "xla" else 1,
     )
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "

@@ -90,7 +90,8 @@ class Run:
         key = (product, linear.name, layer)
         if key not in self.references:
             self.references[key] = self.operands.exact(product, linear, layer, compared)
-        found = rows_of(result, np.searchsorted(self.rows[product, linear.name], compared))
+        columns = dimensions(product, linear, self.operands.tokens)[2]
+        found = rows_of(result, np.searchsorted(self.rows[product, linear.name], compared), columns)
         return float(np.abs(found - self.references[key]).max() / np.abs(self.references[key]).max())
 
     def is_extrapolated(self, product: str, linear: Linear) -> bool:
@@ -202,7 +203,7 @@ def _rates(implementation: str, precision: str, workshop: Workshop) -> _Rates:
     operands = workshop.operands
     linear = min(operands.linears, key=lambda linear: linear.outputs * linear.inputs)
     rates: _Rates = {}
-    share = 1 / 32
+    share = 1 / 8
     while len(rates) < len(PRODUCTS):
         rows = {(product, linear.name): _slice(product, linear, operands, share) for product in PRODUCTS}
         multiply = workshop.prepare(implementation, precision, rows)

@@ -2,7 +2,8 @@
 
 Operands and results are as each implementation's own training step has them: row-major, weights (outputs, inputs) and
 float32, gradients of weights float32; where products are of bfloat16, x and dy are, and who cannot read a float32
-weight rounds it inside the time that is measured.
+weight rounds it inside the time that is measured. The custom calls write a weight's gradient to where it belongs, all
+others make a new array.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from gpt2_jax import custom_calls, matmul
 from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.views import WeightView
 
 # This project's own in the order of the ladder, then the peers.
 IMPLEMENTATIONS = (*matmul.RUNGS, "xla", "numpy", "pytorch")
@@ -106,6 +108,8 @@ def make_operands(config: ModelConfig, tokens: int, seed: int = 0) -> Operands:
 
 # (product, linear's name) -> which rows of the result are made
 Rows = dict[tuple[str, str], np.ndarray]
+# The same -> the operand that has those rows
+_First = dict[tuple[str, str], jax.Array]
 # (product, linear, layer) -> the result, computed when it is returned
 Multiply = Callable[[str, Linear, int], Any]
 
@@ -117,6 +121,8 @@ class Workshop:
         self.operands = operands
         self._weights = {name: [jnp.array(w) for w in layers] for name, layers in operands.weights.items()}
         self._arrays: dict[tuple[str, str, tuple[int, ...], jnp.dtype], jax.Array] = {}
+        # (linear's name, layer, elements) -> the memory that a gradient is written to
+        self._gradients: dict[tuple[str, int, int], jax.Array] = {}
 
     def prepare(self, implementation: str, precision: str, rows: Rows) -> Multiply:
         """An implementation with its operands in place, for these rows of these products.
@@ -187,15 +193,43 @@ class Workshop:
         for product, linear in self._each(rows):
             first[product, linear.name] = array(product, linear, self._first(product, linear, rows))
             x[linear.name] = array("x", linear, self.operands.x[linear.name])
+        if implementation != "xla":
+            return self._rung(implementation, precision, rows, first, x)
 
         def multiply(product: str, linear: Linear, layer: int) -> jax.Array:
-            # As in the step: gradients and logits are float32.
-            wide = product == "dw" or (product == "fwd" and linear.name == "wte")
-            function = _compiled(implementation, precision, product, jnp.dtype("float32") if wide else dtype)
+            function = _compiled(implementation, precision, product, _out_dtype(product, linear, dtype))
             b = x[linear.name] if product == "dw" else self._weights[linear.name][layer]
             return function(first[product, linear.name], b).block_until_ready()
 
         return multiply
+
+    def _rung(self, implementation: str, precision: str, rows: Rows, first: _First, x: dict[str, jax.Array]) -> Multiply:
+        dtype = next(iter(x.values())).dtype
+        elements: dict[str, int] = {}
+        for product, linear in self._each(rows):
+            if product == "dw":
+                size = elements[linear.name] = len(rows["dw", linear.name]) * linear.inputs
+                for layer in range(linear.layers):
+                    if (linear.name, layer, size) not in self._gradients:
+                        self._gradients[linear.name, layer, size] = jnp.zeros(size, jnp.float32)
+
+        def multiply(product: str, linear: Linear, layer: int) -> jax.Array:
+            a = first[product, linear.name]
+            if product == "dw":
+                key = (linear.name, layer, elements[linear.name])
+                function = _compiled_into(implementation, precision)
+                self._gradients[key] = function(self._gradients[key], a, x[linear.name]).block_until_ready()
+                return self._gradients[key]
+            function = _compiled(implementation, precision, product, _out_dtype(product, linear, dtype))
+            return function(a, self._weights[linear.name][layer]).block_until_ready()
+
+        return multiply
+
+
+def _out_dtype(product: str, linear: Linear, dtype: jnp.dtype) -> jnp.dtype:
+    """As in the step: gradients of weights and logits are float32."""
+    wide = product == "dw" or (product == "fwd" and linear.name == "wte")
+    return jnp.dtype("float32") if wide else dtype
 
 
 @cache
@@ -203,7 +237,7 @@ def _compiled(implementation: str, precision: str, product: str, out_dtype: jnp.
     def product_of(a: jax.Array, b: jax.Array) -> jax.Array:
         return matmul.matmul(
             a,
-            b.astype(a.dtype) if implementation == "xla" else b,
+            b,
             transpose_a=product == "dw",
             transpose_b=product == "fwd",
             out_dtype=out_dtype,
@@ -214,8 +248,20 @@ def _compiled(implementation: str, precision: str, product: str, out_dtype: jnp.
     return jax.jit(product_of)
 
 
-def rows_of(result: Any, rows: np.ndarray) -> np.ndarray:
+@cache
+def _compiled_into(implementation: str, precision: str) -> jax.stages.Wrapped:
+    def product_into(gradient: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
+        target = WeightView(gradient, 0, (dy.shape[1], x.shape[1]))
+        return matmul.matmul_into(target, dy, x, transpose_a=True, implementation=implementation, precision=precision)
+
+    return jax.jit(product_into, donate_argnums=(0,))
+
+
+def rows_of(result: Any, rows: np.ndarray, columns: int) -> np.ndarray:
     """Rows of any implementation's result, in float64."""
-    if isinstance(result, (np.ndarray, jax.Array)):
-        return np.asarray(result)[rows].astype(np.float64)
+    if isinstance(result, jax.Array):
+        # Not np.asarray, which a jax array remembers: memory with another owner is not written to in place.
+        result = np.from_dlpack(result) if result.dtype == jnp.float32 else np.asarray(result)  # type: ignore[arg-type]
+    if isinstance(result, np.ndarray):
+        return result.reshape(-1, columns)[rows].astype(np.float64)
     return result[rows].double().numpy()

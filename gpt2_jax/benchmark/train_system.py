@@ -110,11 +110,11 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     backend = select_backend(request.backend)
     device = open_device(backend)
     try:
-        matmul = choose_implementation(request.matmul, backend).name
+        matmul = choose_implementation(request.matmul, backend, request.dtype).name
     except Gpt2JaxError as error:
         raise NotImplementedError(str(error).splitlines()[0]) from None
     schedule = learning_rate_schedule("constant", _LEARNING_RATE, steps=request.steps)
-    optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY)
+    optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY, custom_call=matmul != "xla")
     state = create_state(params, optimizer)
     train_step = make_train_step(
         layout, optimizer, schedule, dtype=jnp.dtype(request.dtype), matmul=matmul, donate=backend.donates
