@@ -1,0 +1,277 @@
+#include "gpt2_products.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cpu_features.h"
+#include "kernels/kernel.h"
+#include "kernels/tile_kernel.h"
+#include "operand.h"
+#include "registry.h"
+#include "schedule.h"
+#include "schedule_tiles.h"
+#include "thread_pool.h"
+#include "timing.h"
+#include "workspace.h"
+
+namespace gpt2_jax {
+namespace {
+
+struct Weight {
+  const char* name;
+  int64_t outputs, inputs, layers;
+};
+
+constexpr Weight kWeights[] = {{"qkv", 2304, 768, 12},
+                               {"attproj", 768, 768, 12},
+                               {"fc", 3072, 768, 12},
+                               {"fcproj", 768, 3072, 12},
+                               {"classifier", 50304, 768, 1}};
+constexpr const char* kProducts[] = {"fwd", "dx", "dw"};
+constexpr Precision kPrecisions[] = {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
+                                     Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6};
+
+// What a step holds: weights and their gradients in one flat float32 buffer each, so that every
+// product meets its weight in memory, not in a cache; activations in the precision's own dtype.
+struct Memory {
+  Storage weights, gradients, x, dy;
+  Storage y;  // any result but a gradient of weights
+
+  Memory(int64_t tokens, DType dtype)
+      : weights(num_weights(), DType::kFloat32, 1),
+        gradients(num_weights(), DType::kFloat32, 2),
+        x(tokens * 3072, dtype, 3),
+        dy(tokens * 50304, dtype, 4),
+        y(tokens * 50304, dtype, 5) {}
+
+  static int64_t num_weights() {
+    int64_t count = 0;
+    for (const Weight& weight : kWeights) count += weight.outputs * weight.inputs * weight.layers;
+    return count;
+  }
+};
+
+// A product of the step: `kind` of kProducts, with the weight that starts at `offset`.
+Matmul product(Memory& memory, int kind, const Weight& weight, int64_t offset, int64_t tokens,
+               Precision precision) {
+  const Operand w = {memory.weights.data(), offset, weight.inputs, DType::kFloat32, kind == 0};
+  const Operand x = {memory.x.data(), 0, weight.inputs, memory.x.dtype(), false};
+  const Operand dy = {memory.dy.data(), 0, weight.outputs, memory.dy.dtype(), kind == 2};
+  Matmul matmul;
+  matmul.precision = precision;
+  if (kind == 2) {
+    matmul.m = weight.outputs, matmul.n = weight.inputs, matmul.k = tokens;
+    matmul.a = dy, matmul.b = x;
+    matmul.out = static_cast<float*>(memory.gradients.data()) + offset;
+    matmul.out_dtype = DType::kFloat32;
+  } else {
+    matmul.m = tokens;
+    matmul.n = kind == 0 ? weight.outputs : weight.inputs;
+    matmul.k = kind == 0 ? weight.inputs : weight.outputs;
+    matmul.a = kind == 0 ? x : dy;
+    matmul.b = w;
+    matmul.out = memory.y.data();
+    matmul.out_dtype = memory.y.dtype();
+  }
+  matmul.out_leading_dimension = matmul.n;
+  return matmul;
+}
+
+// max |out - float64| / max |float64| over some rows and columns of all parts of the output.
+double max_error(const Matmul& matmul) {
+  constexpr int64_t kRows = 7, kColumns = 61;
+  double error = 0, largest = 0;
+  visit_operand(matmul.a, Precision::kF32_F32_F32, [&](auto a) {
+    visit_operand(matmul.b, Precision::kF32_F32_F32, [&](auto b) {
+      for (int64_t r = 0; r < kRows; ++r) {
+        const int64_t i = r * (matmul.m - 1) / (kRows - 1);
+        for (int64_t c = 0; c < kColumns; ++c) {
+          const int64_t j = c * (matmul.n - 1) / (kColumns - 1);
+          double sum = 0;
+          for (int64_t p = 0; p < matmul.k; ++p)
+            sum += static_cast<double>(a.at(i, p)) * b.at(p, j);
+          const int64_t index = i * matmul.out_leading_dimension + j;
+          const float found = matmul.out_dtype == DType::kFloat32
+                                  ? static_cast<const float*>(matmul.out)[index]
+                                  : bfloat16_to_float(static_cast<uint16_t*>(matmul.out)[index]);
+          error = std::max(error, std::fabs(found - sum));
+          largest = std::max(largest, std::fabs(sum));
+        }
+      }
+    });
+  });
+  return error / largest;
+}
+
+void multiply_nothing(int64_t, const float*, const float*, float*, int64_t, bool) {}
+void multiply_no_tiles(const TileBlock&) {}
+
+// The rung with everything but its multiplications: packing, and the way out. nullptr for the rungs
+// that do not pack.
+std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& rung) {
+  if (rung == "amx") {
+    return [](const Matmul& matmul, Executor& executor) {
+      TileKernel kernel = *amx_kernel();
+      kernel.multiply = multiply_no_tiles;
+      tile_matmul(matmul, kernel, executor);
+    };
+  }
+  if (rung == "simd" || rung == "threaded") {
+    const bool threaded = rung == "threaded";
+    return [threaded](const Matmul& matmul, Executor& executor) {
+      Kernel kernel = best_kernel(cpu_features());
+      kernel.run = multiply_nothing;
+      InlineExecutor alone;
+      packed_matmul(matmul, kernel, threaded ? executor : alone);
+    };
+  }
+  return nullptr;
+}
+
+// The tile kernel on panels that stay in L1, by `num_threads` threads at once: no product is
+// faster.
+double peak_gflops(const TileKernel& kernel, int num_threads) {
+  constexpr int64_t kSteps = 8, kCalls = 4000;
+  const auto work = [&kernel] {
+    const Workspace memory(kBlockSums + kSteps * 4 * kTileBytes / 4);
+    std::fill(memory.data(), memory.data() + kBlockSums + kSteps * kTileBytes, 0.0f);
+    const auto* panels = reinterpret_cast<unsigned char*>(memory.data() + kBlockSums);
+    constexpr TilePass kPass[] = {{0, 0}};
+    TilePrefetch prefetch;
+    const TileBlock block = {panels,
+                             panels + kSteps * 2 * kTileBytes,
+                             2 * kTileBytes,
+                             2 * kTileBytes,
+                             2,
+                             2,
+                             kSteps,
+                             kPass,
+                             1,
+                             memory.data(),
+                             true,
+                             &prefetch};
+    kernel.configure();
+    for (int64_t i = 0; i < kCalls; ++i) kernel.multiply(block);
+    kernel.release();
+  };
+  const double seconds = median_seconds(0.1, [&] {
+    std::vector<std::thread> threads;
+    for (int i = 1; i < num_threads; ++i) threads.emplace_back(work);
+    work();
+    for (std::thread& thread : threads) thread.join();
+  });
+  return num_threads * kCalls * kSteps * 2.0 * kPanelLanes * kPanelLanes * kTileDepth / seconds *
+         1e-9;
+}
+
+struct Total {
+  double seconds = 0, packing = 0, flops = 0, error = 0;
+
+  void print(const char* what) const {
+    std::printf("  %-22s %9.1f ms %9.1f GFLOP/s", what, seconds * 1e3, flops / seconds * 1e-9);
+    if (packing > 0) std::printf("   packing %3.0f%%", 100 * packing / seconds);
+    std::printf("   error %.1e\n", error);
+  }
+};
+
+// All products with one rung in one precision.
+void bench_rung(const Implementation& rung, Precision precision, Memory& memory, int64_t tokens,
+                Executor& executor) {
+  constexpr double kBudget = 0.12;  // seconds a product
+  const auto packing = packing_alone(rung.name);
+  Total step, all[3];
+  bool extrapolated = false;
+  std::printf("%s %s\n", rung.name, name(precision));
+  for (int kind = 0; kind < 3; ++kind) {
+    int64_t first = 0;
+    for (const Weight& weight : kWeights) {
+      int64_t layer = 0;
+      const auto next = [&] {
+        const int64_t offset = first + layer++ % weight.layers * weight.outputs * weight.inputs;
+        return product(memory, kind, weight, offset, tokens, precision);
+      };
+      const Matmul whole = next();
+      int64_t rows = whole.m;
+      if (!packing) {
+        // A rung too slow for all of it computes its first rows: not fewer than it has in a block.
+        Matmul slice = whole;
+        slice.m = std::string(rung.name) == "naive" ? 1 : std::min<int64_t>(64, whole.m);
+        const double seconds = median_seconds(0, [&] { rung.run(slice, executor); });
+        if (seconds * whole.m > 2 * kBudget * slice.m) {
+          rows = std::max<int64_t>(slice.m, kBudget / seconds * slice.m);
+        }
+      }
+      extrapolated |= rows < whole.m;
+      Matmul last;
+      const auto run = [&](const auto& run_product) {
+        return median_seconds(kBudget, [&] {
+          last = next();
+          last.m = rows;
+          run_product(last, executor);
+        });
+      };
+      Total total;
+      if (packing) total.packing = run(packing);
+      total.seconds = run(rung.run) * whole.m / rows;
+      total.flops = 2.0 * whole.m * whole.n * whole.k;
+      total.error = max_error(last);
+      char what[64];
+      std::snprintf(what, sizeof(what), "%-4s%-11s%s", kProducts[kind], weight.name,
+                    rows < whole.m ? "slice" : "");
+      total.print(what);
+      for (Total* sum : {&step, &all[kind]}) {
+        sum->seconds += total.seconds * weight.layers;
+        sum->packing += total.packing * weight.layers;
+        sum->flops += total.flops * weight.layers;
+        sum->error = std::max(sum->error, total.error);
+      }
+      first += weight.layers * weight.outputs * weight.inputs;
+    }
+  }
+  for (int kind = 0; kind < 3; ++kind)
+    all[kind].print((std::string("all ") + kProducts[kind]).c_str());
+  step.print(extrapolated ? "step, extrapolated" : "step");
+}
+
+}  // namespace
+
+void bench_gpt2_products(int64_t tokens, int num_threads, const std::string& rungs) {
+  ThreadPool pool(num_threads - 1);  // the calling thread works too
+  PoolExecutor executor(pool, num_threads);
+  std::printf("GPT-2 124M, %d tokens, %d thread(s), kernel %s; a layer's products count 12 times\n",
+              static_cast<int>(tokens), num_threads, best_kernel(cpu_features()).name);
+  const Implementation* amx = find_implementation("amx");
+  if (amx->unavailable().empty()) {
+    for (const int threads : {1, num_threads}) {
+      std::printf("%s alone on panels in L1: %.0f GFLOP/s with %d thread(s)\n", amx_kernel()->name,
+                  peak_gflops(*amx_kernel(), threads), threads);
+    }
+  }
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Memory memory(tokens, dtype);
+    for (const Implementation& rung : implementations()) {
+      if (!rungs.empty() &&
+          ("," + rungs + ",").find("," + std::string(rung.name) + ",") == std::string::npos) {
+        continue;
+      }
+      if (!rung.unavailable().empty()) {
+        if (dtype == DType::kFloat32) {
+          std::printf("%s: not here: %s\n", rung.name, rung.unavailable().c_str());
+        }
+        continue;
+      }
+      for (const Precision precision : kPrecisions) {
+        // bfloat16 activations are for the one-pass mode, float32 ones for the others.
+        if ((dtype == DType::kBFloat16) != (precision == Precision::kBF16_BF16_F32)) continue;
+        const Matmul matmul = product(memory, 0, kWeights[0], 0, tokens, precision);
+        if (rung.refuse(matmul).empty()) bench_rung(rung, precision, memory, tokens, executor);
+      }
+    }
+  }
+}
+
+}  // namespace gpt2_jax
