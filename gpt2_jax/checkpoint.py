@@ -17,7 +17,7 @@ from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.header import atomic_write
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_file, write_model_file
-from gpt2_jax.llmc.state_file import TrainingState, read_state_file, write_state_file
+from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     model_path, state_path, done_path = _paths(folder, checkpoint.step)
     done_path.unlink(missing_ok=True)  # a set that is written again is incomplete meanwhile
     write_model_file(model_path, checkpoint.model, checkpoint.params)
-    state = TrainingState(step=checkpoint.step, m=checkpoint.m, v=checkpoint.v, loader=checkpoint.loader)
-    write_state_file(state_path, state)
+    state = TrainingState(checkpoint.step, checkpoint.m, checkpoint.v, (ProcessState(checkpoint.loader),))
+    write_state_files([state_path], state, ParameterLayout(checkpoint.model))
     with atomic_write(done_path):
         pass
     return model_path
@@ -65,10 +65,10 @@ def load_checkpoint(folder: str | os.PathLike, step: int) -> Checkpoint:
     """Read a complete set. Raises Gpt2JaxError for a damaged file, or a state whose step is not its name's."""
     model_path, state_path, _ = _paths(folder, step)
     model, params = read_model_file(model_path)
-    state = read_state_file(state_path, ParameterLayout(model).num_parameters)
+    state = read_state_files([state_path], ParameterLayout(model))
     if state.step != step:
         raise Gpt2JaxError(f"{state_path}: expected the state of step {step}, found step {state.step} in its header")
-    return Checkpoint(model=model, params=params, m=state.m, v=state.v, step=step, loader=state.loader)
+    return Checkpoint(model=model, params=params, m=state.m, v=state.v, step=step, loader=state.processes[0].loader)
 
 
 def _paths(folder: str | os.PathLike, step: int) -> tuple[Path, Path, Path]:
