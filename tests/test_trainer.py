@@ -44,8 +44,8 @@ def change(config, **sections):
 def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     folder = train(config, "tiny", CPU)
     assert {path.name for path in folder.iterdir()} == {
-        *("model_00000008.bin", "state_00000008_00000.bin", "DONE_00000008"),
-        *("config.toml", "log.jsonl", "loss.png"),
+        *("model_00000008.bin", "state_00000008_00000.bin", "run_00000008.json", "DONE_00000008"),
+        *("config.toml", "log.jsonl", "main.log", "loss.png"),
     }
     log = RunLog(folder / "log.jsonl")
     losses = {event: [(row["step"], row["loss"]) for row in log.records(event)] for event in ("train", "validation")}

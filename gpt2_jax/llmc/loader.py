@@ -66,7 +66,7 @@ class TokenLoader:
         self._rank_offset = process_rank * self._rank_tokens
         self.num_tokens = 0  # of all shards, the dropped tails included: what llm.c counts an epoch by
         self.num_batches = 0  # until the order repeats
-        self.last_place: Place | None = None  # of the last batch that was taken
+        self.last_place = Place(self.paths[0], 0)  # of the last batch that was taken
         for path in self.paths:
             size = len(open_token_shard(path))
             if size < self._sample_tokens + 1:

@@ -6,8 +6,10 @@ checkpoint on the host (llm.c llmc/cuda_utils.cuh, llmc/adamw.cuh).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from gpt2_jax.layout import ParameterLayout
@@ -67,13 +69,18 @@ def stochastically_rounded(params: np.ndarray, layout: ParameterLayout, tensor_s
     return rounded.view(np.float32)
 
 
+def rounded_to_nearest(params: np.ndarray) -> np.ndarray:
+    """`params` float32 rounded to the nearest of bfloat16's values, ties to even, still float32."""
+    return params.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+@dataclass
 class RoundingStream:
     """The xorshift stream that the seeds of a run's updates come from, as llm.c advances it: one draw for the embedding's
     gradient of every micro-batch, then, if the update is applied, one for each tensor in checkpoint order."""
 
-    def __init__(self, state: int = FIRST_STATE, last_update_state: int = FIRST_STATE):
-        self.state = state
-        self.last_update_state = last_update_state  # before the seeds of the last update were drawn
+    state: int = FIRST_STATE
+    last_update_state: int = FIRST_STATE  # before the seeds of the last update were drawn
 
     def next_seeds(self, num_micro_batches: int) -> np.ndarray:
         """The seeds (16,) uint32 of the next update, if it will be applied. The stream stays where it is."""

@@ -24,6 +24,7 @@ from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_m
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file, write_tokenizer_file
+from gpt2_jax.run_record import Averages, RunRecord, read_run_record, write_run_record
 from tests.contract.guard import no_hang
 
 SMALL = ModelConfig(max_sequence_length=8, vocab_size=10, num_layers=1, num_heads=1, channels=8)
@@ -94,6 +95,17 @@ def valid(folder: Path) -> Callable[[str], bytes]:
     for reader, write in writers.items():
         write(folder / f"{reader}.bin")
     return lambda reader: (folder / f"{reader}.bin").read_bytes()
+
+
+@given(kept=st.integers(0, 2**32), junk=st.binary(max_size=30))
+def test_damaged_record_of_a_run_is_read_or_refused(folder, kept, junk):
+    windows = {"loss": np.array([1.5, np.nan], np.float32)}
+    path = folder / "run.json"
+    write_run_record(path, RunRecord(2, 4, "float32", windows, Averages(3, 0.5, 100.0), {"run": {"steps": 3}}))
+    content = path.read_bytes()
+    path.write_bytes(content[: kept % len(content)] + junk + content[kept % len(content) + len(junk) :])
+    with no_hang(), suppress(Gpt2JaxError):
+        read_run_record(path)
 
 
 def outcome(reader: str, path: str) -> str:

@@ -323,7 +323,6 @@ def test_skipping_batches_is_taking_them(tmp_path, shuffle, skipped):
 def test_last_place_is_where_the_batch_was_read(tmp_path, shuffle):
     pattern, _ = write_shards(tmp_path, tuple(2 * size for size in SIZES))
     loader = loader_of(pattern, shuffle=shuffle, process_rank=1, num_processes=2)
-    assert loader.last_place is None
     for _ in range(20):
         tokens = next_tokens(loader)
         shard = open_token_shard(loader.last_place.path)
