@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shlex
 import tomllib
 import types
 import typing
@@ -22,6 +23,7 @@ import tyro
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, is_descriptor, model_config_from_descriptor
+from gpt2_jax.llmc.command_line import translate
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class ComputeSettings:
     """What products and activations are computed in. Parameters, gradients and moments are float32 in either."""
     matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx"] = "auto"
     """Who makes the matrix products: xla, or on the CPU one of this project's own custom calls."""
+    recompute: Literal["none", "gelu", "layernorm", "block"] = "none"
+    """What the backward pass computes anew rather than keep: GELU; LayerNorms too; all of a block but its input."""
     matmul_precision: Literal["default", "highest"] = "default"
     """float32 products: default lets NVIDIA GPUs use TF32; highest is full float32 (for comparing with others)."""
 
@@ -208,6 +212,8 @@ class _CommandLine:
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     config: str | None = None
     """TOML file with settings; see configs/."""
+    llmc: str | None = None
+    """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as TOML and stop."""
 
@@ -223,8 +229,12 @@ def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfi
     first_look.add_argument("--config")
     first_look.add_argument("--resume", action="store_true")
     first_look.add_argument("--out-dir", "--out_dir")
+    first_look.add_argument("--llmc")
     try:
         seen, _ = first_look.parse_known_args(arguments)
+        if seen.llmc is not None:
+            arguments = _translated(seen.llmc) + arguments
+            seen, _ = first_look.parse_known_args(arguments)
     except argparse.ArgumentError:
         seen = argparse.Namespace(config=None, resume=False, out_dir=None)
     saved = saved_config_path(seen.out_dir) if seen.resume and seen.out_dir else None
@@ -241,6 +251,15 @@ def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfi
     command.settings.validate()
     name = Path(seen.config or command.settings.model.init).stem.replace(":", "-")
     return command.settings, name, command.print_config
+
+
+def _translated(llmc: str) -> list[str]:
+    """The arguments for llm.c's command line, which are printed, each line a comment of TOML."""
+    translation = translate(llmc)
+    print(f"# train_gpt2cu {llmc}\n# is here: python scripts/train.py {shlex.join(translation.arguments)}")
+    for remark in translation.remarks:
+        print(f"# {remark}")
+    return translation.arguments
 
 
 def saved_config_path(out_dir: str | Path) -> Path:
