@@ -477,18 +477,18 @@ def _read_questions(config: RunConfig, model: ModelConfig) -> list[MultipleChoic
 def _resumed_state(
     fresh: TrainState, config: RunConfig, resumed: checkpoint.Checkpoint, train_loader: TokenLoader, display: Display
 ) -> TrainState:
-    """A fresh state of the saved parameters made what was saved, and the training data where they stood; says what cannot be the same."""
-    if resumed.loader is not None:
-        train_loader.restore(resumed.loader)
-    else:
-        train_loader.skip(resumed.step * config.num_micro_batches)
-        display.line("the checkpoint is of several processes: the training data go on in the order of one process")
+    """A fresh state of the saved parameters made the saved one, and the data put where they stood; says what is other."""
     windows = empty_windows()
     if resumed.record is None:
         display.line("the checkpoint has no run_*.json: the outlier window begins empty")
     else:
         _check_record(resumed.record, config, display)
         windows = np.stack([resumed.record.windows[name] for name in WATCHED])
+    if resumed.loader is not None:
+        train_loader.restore(resumed.loader)
+    else:
+        train_loader.skip(resumed.step * config.num_micro_batches)
+        display.line("the checkpoint is of several processes: the training data go on in the order of one process")
     moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
     return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
 

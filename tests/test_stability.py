@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.stability import WINDOW, empty_windows, judge, squared_norms
+from gpt2_jax.stability import WINDOW, empty_windows, gradient_norms, judge
 
 
 class Detector:
@@ -96,15 +97,26 @@ def test_what_is_not_finite_is_refused_and_forgotten(bad, which):
     np.testing.assert_array_equal(windows, [row[kept] for row in steps])
 
 
-def test_squared_norms_tell_the_tensors_apart(tiny_layout):
+@pytest.mark.parametrize("custom_call", [False, True])
+def test_norms_tell_which_tensors_are_not_finite(tiny_layout, custom_call):
     grads = np.random.default_rng(3).normal(size=tiny_layout.num_parameters).astype(np.float32)
     views = tiny_layout.views(grads)
     views["fcw"][1, 2, 3] = np.nan
     views["lnfb"][-1] = np.inf
-    found = np.asarray(squared_norms(jnp.asarray(grads), tiny_layout))
-    for tensor, value in zip(tiny_layout.tensors, found, strict=True):
+    norm, found = jax.jit(partial(gradient_norms, layout=tiny_layout, custom_call=custom_call))(grads)
+    assert not np.isfinite(norm)
+    for tensor, value in zip(tiny_layout.tensors, found.tolist(), strict=True):
         if tensor.name in ("fcw", "lnfb"):
             assert not np.isfinite(value)
         else:
             expected = np.square(views[tensor.name], dtype=np.float64).sum()
             assert abs(value - expected) <= 1e-5 * expected
+
+
+@pytest.mark.parametrize("custom_call", [False, True])
+def test_the_norm_is_that_of_the_whole_buffer(tiny_layout, custom_call):
+    grads = np.random.default_rng(3).normal(size=tiny_layout.num_parameters).astype(np.float32)
+    norm, _ = jax.jit(partial(gradient_norms, layout=tiny_layout, custom_call=custom_call))(grads)
+    expected = np.linalg.norm(grads.astype(np.float64))
+    # Sums of at most 203 * 128 squares in float32, then one of 16: far below 2^-24 times the longest sum's depth.
+    assert abs(float(norm) - expected) <= 1e-5 * expected
