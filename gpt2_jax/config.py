@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shlex
 import tomllib
 import types
 import typing
@@ -22,6 +23,7 @@ import tyro
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, is_descriptor, model_config_from_descriptor
+from gpt2_jax.llmc.command_line import translate
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class DataSettings:
     """Tokens of one optimizer step, a multiple of B * T: more than B * T accumulates gradients; 0 means B * T."""
     shuffle: bool = True
     """Permute shards and samples in llm.c's order (seed 42); off: one after another."""
+    overfit_one_batch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """For debugging: train on nothing but the first batch of the validation data, in every step."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ class OptimizerSettings:
     """The schedule ends at this fraction of the peak."""
     weight_decay: float = 0.0
     """Decoupled decay of the matrices and embeddings."""
+    skip_loss_z: float = 0.0
+    """Refuse an update whose loss lies more than so many standard deviations above the last 128 steps' mean; 0: never."""
+    skip_gradient_z: float = 0.0
+    """The same for the gradient's norm."""
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """A loss or gradient that is not finite never reaches the parameters; then the run ends, or goes on with a warning."""
+    master_weights: bool = True
+    """Off: in bfloat16 the parameters hold only what bfloat16 can represent, rounded stochastically as llm.c does."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,8 @@ class EvaluationSettings:
     """Show generated text before the first step, every so many steps, and after the last; 0: never."""
     sample_tokens: int = 64
     """Tokens of each sample."""
+    hellaswag: str = ""
+    """llm.c's hellaswag_val.bin: score its questions whenever there is a validation, but for the first; empty: never."""
     prompt: str = ""
     """Text that each sample continues; empty: the end-of-text token, as in llm.c."""
 
@@ -96,6 +110,10 @@ class RunSettings:
     """Continue from the newest complete checkpoint in --out-dir."""
     checkpoint_every: int = 0
     """Steps between checkpoints; one is always written after the last step. 0: only that one."""
+    keep_checkpoints: int = 0
+    """Checkpoints to keep, older ones are deleted; 0: all."""
+    major_checkpoint_every: int = 0
+    """Checkpoints of multiples of so many steps are never deleted; 0: none is safe."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,8 @@ class ComputeSettings:
     """What products and activations are computed in. Parameters, gradients and moments are float32 in either."""
     matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas"] = "auto"
     """Who makes the matrix products: xla, or on the CPU one of this project's own custom calls."""
+    recompute: Literal["none", "gelu", "layernorm", "block"] = "none"
+    """What the backward pass computes anew rather than keep: GELU; LayerNorms too; all of a block but its input."""
     matmul_precision: Literal["default", "highest"] = "default"
     """float32 products: default lets NVIDIA GPUs, and MLX on an M5, use TF32; highest is full float32 (for comparing
     with others)."""
@@ -137,6 +157,8 @@ class RunConfig:
             (self.evaluation, "sample_tokens", 1),
             (self.run, "steps", 0),
             (self.run, "checkpoint_every", 0),
+            (self.run, "keep_checkpoints", 0),
+            (self.run, "major_checkpoint_every", 0),
         ):
             if getattr(section, name) < lowest:
                 raise Gpt2JaxError(f"{_flag(name)}: expected at least {lowest}, found {getattr(section, name)}")
@@ -144,7 +166,7 @@ class RunConfig:
             raise Gpt2JaxError(
                 "--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off"
             )
-        for name in ("learning_rate", "weight_decay", "final_learning_rate_fraction"):
+        for name in ("learning_rate", "weight_decay", "final_learning_rate_fraction", "skip_loss_z", "skip_gradient_z"):
             value = getattr(self.optimizer, name)
             if not (math.isfinite(value) and value >= 0):
                 raise Gpt2JaxError(f"{_flag(name)}: expected a finite number of at least 0, found {value}")
@@ -168,6 +190,11 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         return self.num_micro_batches * self.data.batch_size * self.data.sequence_length
 
+    @property
+    def rounds_parameters(self) -> bool:
+        """Whether the parameters hold only bfloat16's values, rounded stochastically at each update."""
+        return self.compute.dtype == "bfloat16" and not self.optimizer.master_weights
+
 
 def model_config_from_settings(settings: ModelSettings) -> ModelConfig | None:
     """The sizes that a descriptor and its overrides give; None when `init` names a file, whose own sizes hold."""
@@ -188,6 +215,8 @@ class _CommandLine:
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     config: str | None = None
     """TOML file with settings; see configs/."""
+    llmc: str | None = None
+    """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as TOML and stop."""
 
@@ -203,11 +232,17 @@ def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfi
     first_look.add_argument("--config")
     first_look.add_argument("--resume", action="store_true")
     first_look.add_argument("--out-dir", "--out_dir")
+    first_look.add_argument("--llmc")
     try:
         seen, _ = first_look.parse_known_args(arguments)
+        if seen.llmc is not None:
+            arguments = _translated(seen.llmc) + arguments
+            seen, _ = first_look.parse_known_args(arguments)
     except argparse.ArgumentError:
         seen = argparse.Namespace(config=None, resume=False, out_dir=None)
-    preset = seen.config or (saved_config_path(seen.out_dir) if seen.resume and seen.out_dir else None)
+    saved = saved_config_path(seen.out_dir) if seen.resume and seen.out_dir else None
+    # A folder that llm.c wrote has none: the command line alone says what its run was.
+    preset = seen.config or (saved if saved is not None and saved.exists() else None)
     defaults = RunConfig() if preset is None else load_config(preset)
     command = tyro.cli(
         _CommandLine,
@@ -219,6 +254,15 @@ def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfi
     command.settings.validate()
     name = Path(seen.config or command.settings.model.init).stem.replace(":", "-")
     return command.settings, name, command.print_config
+
+
+def _translated(llmc: str) -> list[str]:
+    """The arguments for llm.c's command line, which are printed, each line a comment of TOML."""
+    translation = translate(llmc)
+    print(f"# train_gpt2cu {llmc}\n# is here: python scripts/train.py {shlex.join(translation.arguments)}")
+    for remark in translation.remarks:
+        print(f"# {remark}")
+    return translation.arguments
 
 
 def saved_config_path(out_dir: str | Path) -> Path:

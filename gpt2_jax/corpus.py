@@ -1,4 +1,4 @@
-"""Text to token shards: the built-in text, llm.c's tinyshakespeare, or a file of the user's own.
+"""Text to token shards: the built-in text, llm.c's tinyshakespeare, or a file of the user's own; HellaSwag's questions.
 
 Every document begins with the end-of-text token, as in llm.c's shards.
 """
@@ -9,6 +9,7 @@ import ast
 import hashlib
 import http.client
 import importlib.util
+import json
 import os
 import urllib.request
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice, write_eval_file
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
@@ -115,12 +117,55 @@ def encode_documents(documents: Sequence[str]) -> np.ndarray:
 
 def write_corpus(corpus: Corpus, name: str, output_dir: str | os.PathLike) -> tuple[Path, Path]:
     """Write NAME_train.bin and NAME_val.bin and return their paths."""
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Gpt2JaxError(f"{folder}: expected a folder to write shards to, found: {error.strerror}") from None
+    folder = _output_folder(output_dir)
     paths = folder / f"{name}_train.bin", folder / f"{name}_val.bin"
     for path, tokens in zip(paths, corpus, strict=True):
         write_token_shard(path, tokens)
     return paths
+
+
+def write_examples(examples: Sequence[MultipleChoice], name: str, output_dir: str | os.PathLike) -> Path:
+    """Write NAME.bin and return its path."""
+    path = _output_folder(output_dir) / f"{name}.bin"
+    write_eval_file(path, examples)
+    return path
+
+
+def _output_folder(output_dir: str | os.PathLike) -> Path:
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Gpt2JaxError(f"{folder}: expected a folder to write to, found: {error.strerror}") from None
+    return folder
+
+
+def hellaswag(path: str | os.PathLike) -> list[MultipleChoice]:
+    """The questions of HellaSwag's JSONL file (hellaswag_val.jsonl: 10,042), each ending after a space, as llm.c has them.
+
+    Gpt2JaxError, naming the line, for one that is not an object with 'ctx', four 'endings' and the 'label' of one.
+    """
+    tokenizer = gpt2_tokenizer()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected HellaSwag's JSONL file, found: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Gpt2JaxError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#x} at {error.start}") from None
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            question = json.loads(line)
+            context, endings, label = question["ctx"], question["endings"], question["label"]
+            if not (context and isinstance(context, str) and len(endings) == NUM_COMPLETIONS and label in range(len(endings))):
+                raise ValueError("other values")
+            parts = [
+                np.array(tokenizer.encode_ordinary(text), np.uint16) for text in (context, *(f" {end}" for end in endings))
+            ]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Gpt2JaxError(
+                f"{path}: expected an object with ctx, {NUM_COMPLETIONS} endings and the label of one on line {number}, "
+                f"found: {error}"
+            ) from None
+        examples.append(MultipleChoice(int(label), parts[0], tuple(parts[1:])))
+    return examples

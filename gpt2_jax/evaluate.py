@@ -1,4 +1,4 @@
-"""Validation loss, and the loss of knowing nothing but word frequencies to hold against it."""
+"""Validation loss, the loss of knowing nothing but word frequencies to hold against it, and HellaSwag."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import model
+from gpt2_jax import classifier, model
+from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
+from gpt2_jax.views import views
+
+LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for shards of billions
 
@@ -25,13 +30,24 @@ def make_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
     return jax.jit(loss)
 
 
+def make_token_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> LossFunction:
+    """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target."""
+
+    def token_losses(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
+        tensors = views(params_N, layout)
+        h_BTC = model.hidden_states(tensors, x_BT, layout.config.num_heads, dtype=dtype, matmul=matmul)
+        return classifier.token_losses(h_BTC, tensors.wte, y_BT, layout.config.vocab_size, matmul=matmul)
+
+    return jax.jit(token_losses)
+
+
 def validation_loss(
-    loss_function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    loss_function: LossFunction,
     params_N: jax.Array,
     loader: TokenLoader,
     num_batches: int,
 ) -> float:
-    """Mean loss over the first `num_batches` batches of a sequential loader, which starts over."""
+    """Mean loss over the first `num_batches` batches of a sequential loader, which starts over, and again at its end."""
     loader.reset()
     losses = [loss_function(params_N, *map(jnp.asarray, loader.next_batch())) for _ in range(num_batches)]
     return float(np.mean([np.float64(loss) for loss in losses]))
@@ -56,3 +72,47 @@ def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence
     train, validation = counts(train_paths) + 1, counts(validation_paths)
     log_probability = np.log(train / train.sum())
     return float(-(validation * log_probability).sum() / validation.sum())
+
+
+def check_questions(examples: Sequence[MultipleChoice], path: str, *, vocab_size: int, sequence_length: int) -> None:
+    """Gpt2JaxError, naming the file, unless every question fits below `sequence_length` and has tokens of the vocabulary."""
+    longest = max(example.longest for example in examples)
+    largest = max(int(part.max()) for example in examples for part in (example.context, *example.completions))
+    if longest >= sequence_length or largest >= vocab_size:
+        raise Gpt2JaxError(
+            f"{path}: expected questions below {sequence_length} tokens, with token ids below {vocab_size}, "
+            f"found one of {longest} tokens and id {largest}",
+            "a larger --sequence-length, or --hellaswag '' to go without",
+        )
+
+
+def num_right_answers(
+    token_loss_function: LossFunction, params_N: jax.Array, examples: Sequence[MultipleChoice], batch_size: int
+) -> int:
+    """How many questions the model answers rightly, by llm.c's rule: of the four endings it takes the one whose tokens
+    have the lowest mean loss after the context, in float32, the first of equals.
+
+    As many questions as fit into `batch_size` rows, four each, but at least one, are scored at a time.
+    """
+    at_a_time = max(1, batch_size // NUM_COMPLETIONS)
+    # Causal attention: what lies behind a row's end changes nothing, so rows are as short as the longest question allows.
+    width = max(example.longest for example in examples) - 1
+    right = 0
+    for start in range(0, len(examples), at_a_time):
+        batch = examples[start : start + at_a_time]
+        x_BT = np.zeros((at_a_time * NUM_COMPLETIONS, width), dtype=np.int32)
+        y_BT = np.zeros_like(x_BT)
+        rows = [np.concatenate([example.context, part]) for example in batch for part in example.completions]
+        for row, tokens in enumerate(rows):
+            x_BT[row, : tokens.size - 1], y_BT[row, : tokens.size - 1] = tokens[:-1], tokens[1:]
+        losses_BT = np.asarray(token_loss_function(params_N, jnp.asarray(x_BT), jnp.asarray(y_BT)))
+        for number, example in enumerate(batch):
+            first = example.context.size - 1
+            losses = losses_BT[number * NUM_COMPLETIONS :]
+            means = [
+                # cumsum adds one after the other, as llm.c does; sum would add in pairs.
+                np.cumsum(losses[i, first : first + part.size], dtype=np.float32)[-1] / np.float32(part.size)
+                for i, part in enumerate(example.completions)
+            ]
+            right += int(np.argmin(means)) == example.label
+    return right

@@ -127,17 +127,29 @@ class TensorSpec:
         return self.offset + self.size
 
     @property
+    def num_layers(self) -> int:
+        """Layers that are stacked in the tensor; 1 for a tensor that is not stacked."""
+        return self.shape[0] if self.stacked else 1
+
+    @property
     def layer_shape(self) -> tuple[int, ...]:
         """Shape of one layer's part; the whole shape for a tensor that is not stacked."""
         return self.shape[1:] if self.stacked else self.shape
 
+    @property
+    def layer_size(self) -> int:
+        """Elements of one layer's part."""
+        return math.prod(self.layer_shape)
+
     def layer_offset(self, layer: int) -> int:
         """Offset of one layer's part in the buffer."""
-        return self.offset + layer * math.prod(self.layer_shape) if self.stacked else self.offset
+        return self.offset + layer * self.layer_size if self.stacked else self.offset
 
 
 class ParameterLayout:
     """Names, shapes, offsets and decay of the 16 tensors of one model, in llm.c's checkpoint order."""
+
+    NUM_TENSORS = 16
 
     def __init__(self, config: ModelConfig):
         self.config = config

@@ -35,8 +35,8 @@ class Optimizer(NamedTuple):
 
     init: Callable[[jax.Array], AdamWState]
     update: Callable[..., tuple[jax.Array, AdamWState]]
-    # (grads, norm of grads, state, params) -> (new params, new state)
-    apply: Callable[[jax.Array, jax.Array, AdamWState, jax.Array], tuple[jax.Array, AdamWState]]
+    # (grads, norm of grads, whether to apply them at all, state, params) -> (new params, new state)
+    apply: Callable[[jax.Array, jax.Array, jax.Array, AdamWState, jax.Array], tuple[jax.Array, AdamWState]]
 
 
 def global_norm(grads_N: jax.Array, *, custom_call: bool = False) -> jax.Array:
@@ -72,8 +72,8 @@ def adamw(
     and decoupled decay of the layout's decayed tensors (1-D and stacked bias tensors never decay).
 
     update(grads, state, params) returns -lr * (m_hat / (sqrt(v_hat) + epsilon) + weight_decay * params), to be added
-    by optax.apply_updates. `params` is required. `apply` does both; with `custom_call` (on the CPU) in one pass over
-    the four buffers, written in place inside jit.
+    by optax.apply_updates. `params` is required. `apply` does both, or nothing but count the step; with `custom_call`
+    (on the CPU) in one pass over the four buffers, written in place inside jit.
     """
 
     def init(params_N: jax.Array) -> AdamWState:
@@ -83,7 +83,12 @@ def adamw(
     def update(grads_N: jax.Array, state: AdamWState, params_N: jax.Array | None = None) -> tuple[jax.Array, AdamWState]:
         if params_N is None:
             raise ValueError("adamw: expected params in update(grads, state, params), found none")
-        grads_N = grads_N * clip_scale(global_norm(grads_N), max_norm)
+        return clipped_update(grads_N, global_norm(grads_N), state, params_N)
+
+    def clipped_update(
+        grads_N: jax.Array, norm: jax.Array, state: AdamWState, params_N: jax.Array
+    ) -> tuple[jax.Array, AdamWState]:
+        grads_N = grads_N * clip_scale(norm, max_norm)
         m_N = beta1 * state.m + (1.0 - beta1) * grads_N
         v_N = beta2 * state.v + (1.0 - beta2) * jnp.square(grads_N)
         updates_done = (state.step + 1).astype(jnp.float32)
@@ -94,17 +99,20 @@ def adamw(
             direction_N += jnp.where(_decays(layout), weight_decay, 0.0) * params_N
         return -schedule(state.step) * direction_N, AdamWState(state.step + 1, m_N, v_N)
 
-    def apply(grads_N: jax.Array, _: jax.Array, state: AdamWState, params_N: jax.Array) -> tuple[jax.Array, AdamWState]:
-        updates_N, state = update(grads_N, state, params_N)
-        return params_N + updates_N, state
+    def apply(
+        grads_N: jax.Array, norm: jax.Array, applies: jax.Array, state: AdamWState, params_N: jax.Array
+    ) -> tuple[jax.Array, AdamWState]:
+        updates_N, new = clipped_update(grads_N, norm, state, params_N)
+        kept = AdamWState(new.step, jnp.where(applies, new.m, state.m), jnp.where(applies, new.v, state.v))
+        return jnp.where(applies, params_N + updates_N, params_N), kept
 
     def apply_by_custom_call(
-        grads_N: jax.Array, norm: jax.Array, state: AdamWState, params_N: jax.Array
+        grads_N: jax.Array, norm: jax.Array, applies: jax.Array, state: AdamWState, params_N: jax.Array
     ) -> tuple[jax.Array, AdamWState]:
         custom_calls.load()
         updates_done = (state.step + 1).astype(jnp.float32)
         corrections = [1.0 / (1.0 - jnp.power(beta, updates_done)) for beta in (beta1, beta2)]
-        scalars = jnp.stack([clip_scale(norm, max_norm), schedule(state.step), *corrections])
+        scalars = jnp.stack([clip_scale(norm, max_norm), schedule(state.step), *corrections, applies.astype(jnp.float32)])
         buffer = jax.ShapeDtypeStruct(params_N.shape, params_N.dtype)
         params_N, m_N, v_N = jax_compat.ffi_call(
             custom_calls.ADAMW,

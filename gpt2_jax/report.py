@@ -48,14 +48,21 @@ class Display:
         total_steps: int,
         *,
         loss: float,
+        loss_z: float,
         norm: float,
+        norm_z: float,
         learning_rate: float,
         seconds: float,
+        utilization: float | None,
         tokens_per_second: float,
     ) -> None:
-        """One training step's figures."""
-        rate = f"{seconds * 1000:.2f} ms | {tokens_per_second:.0f} tok/s"
-        figures = f"loss {loss:.6f} | norm {norm:.4f} | lr {learning_rate:.2e} | {rate}"
+        """One training step's figures, as llm.c shows them; z-scores are nan until their window is full, and the MFU
+        (`utilization`, of 1) is left out where it is not known."""
+        mfu = "" if utilization is None else f"{100 * utilization:.1f}% MFU | "
+        figures = (
+            f"loss {loss:.6f} ({loss_z:+.2f}z) | norm {norm:.4f} ({norm_z:+.2f}z) | lr {learning_rate:.2e} | "
+            f"{seconds * 1000:.2f} ms | {mfu}{tokens_per_second:.0f} tok/s"
+        )
         if not self._console.is_terminal:
             self.line(f"step {step:>{len(str(total_steps))}}/{total_steps} | {figures}")
             return
@@ -68,27 +75,48 @@ class Display:
 
 
 class RunLog:
-    """The run's log.jsonl: one JSON object a line, each with 'event' and 'step', written through at once."""
+    """The run's log.jsonl: one JSON object a line, each with 'event' and 'step', written through at once.
+
+    Beside it main.log, which has llm.c's lines of the same events.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.main_path = self.path.with_name("main.log")
 
     def write(self, event: str, step: int, **values: float | int | str) -> None:
-        record = {"event": event, "step": step, **values}
+        """Append a record; a number that is not finite becomes null, which JSON has no other word for."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+        }
+        self._append(self.path, json.dumps({"event": event, "step": step, **finite}, ensure_ascii=False, allow_nan=False))
+        # llm.c counts the updates done before a training step, which leaves it one behind.
+        lines = {
+            "train": "s:{before} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}",
+            "validation": "s:{step} tel:{loss:.4f}",
+            "hellaswag": "s:{step} eval:{accuracy:.4f}",
+        }
+        if event in lines:
+            self._append(self.main_path, lines[event].format(step=step, before=step - 1, **values))
+
+    @staticmethod
+    def _append(path: Path, line: str) -> None:
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
         except OSError as error:
-            raise Gpt2JaxError(f"{self.path}: expected to append to the log, found: {error.strerror}") from None
+            raise Gpt2JaxError(f"{path}: expected to append to the log, found: {error.strerror}") from None
 
     def records(self, event: str) -> list[dict[str, Any]]:
         """All records of one kind, in order of their step; of a step that was run twice, the last."""
         by_step: dict[int, dict[str, Any]] = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        # A line that a crash or a full disk cut short may end within a character.
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # a line that a crash cut short
+                continue
             if record["event"] == event:
                 by_step[record["step"]] = record
         return [by_step[step] for step in sorted(by_step)]
@@ -104,7 +132,7 @@ def plot_loss(log: RunLog, path: str | os.PathLike, *, baseline: float | None = 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for event, style in (("train", {"linewidth": 1.0}), ("validation", {"marker": "o", "markersize": 4})):
-        records = [record for record in log.records(event) if math.isfinite(record["loss"])]
+        records = [record for record in log.records(event) if record["loss"] is not None]
         axes.plot([record["step"] for record in records], [record["loss"] for record in records], label=event, **style)
     if baseline is not None:
         axes.axhline(baseline, color="gray", linestyle="--", label=f"unigram cross-entropy ({baseline:.2f})")

@@ -10,15 +10,19 @@ from jax import lax
 
 from gpt2_jax import in_place, jax_compat, model
 from gpt2_jax.layout import ParameterLayout
-from gpt2_jax.optimizer import AdamWState, Optimizer, Schedule, global_norm
+from gpt2_jax.optimizer import AdamWState, Optimizer, Schedule
+from gpt2_jax.stability import Verdict, empty_windows, gradient_norms, judge
+from gpt2_jax.stochastic_rounding import stochastically_rounded
 
 
 @struct.dataclass
 class TrainState:
-    """Three flat float32 buffers of num_parameters each (parameters and both moments) and the number of updates done."""
+    """Three flat float32 buffers of num_parameters each (parameters and both moments), the number of updates done (the
+    refused ones included), and the windows of the outlier detector."""
 
     params: jax.Array
     optimizer: AdamWState
+    windows: jax.Array  # (2, 128) float32, of stability.py
     # Where gradients are written in place: the last step's, (num_parameters,), whose memory the next step overwrites.
     grads: jax.Array | None = None
 
@@ -30,6 +34,8 @@ class Metrics:
     loss: jax.Array  # mean cross-entropy before the update, nats per token
     gradient_norm: jax.Array  # before clipping
     learning_rate: jax.Array
+    squared_norms: jax.Array  # (16,), of every tensor's gradient
+    verdict: Verdict  # whether the update was applied, and why not
 
 
 def writes_in_place(matmul: str) -> bool:
@@ -41,7 +47,7 @@ def create_state(params_N: np.ndarray, optimizer: Optimizer, *, matmul: str = "x
     """A fresh state on the default device from a buffer on the host, which is copied."""
     params = jnp.array(params_N)
     grads = jnp.zeros_like(params) if writes_in_place(matmul) else None
-    return TrainState(params=params, optimizer=optimizer.init(params), grads=grads)
+    return TrainState(params=params, optimizer=optimizer.init(params), windows=jnp.array(empty_windows()), grads=grads)
 
 
 def loss_and_gradient(
@@ -120,22 +126,37 @@ def make_train_step(
     matmul: str,
     donate: bool = True,
     loops: bool = True,
+    max_loss_z: float = 0.0,
+    max_gradient_z: float = 0.0,
 ) -> jax.stages.Wrapped:
     """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated.
 
-    `donate` and `loops` are what the backend's record says.
+    `donate` and `loops` are what the backend's record says. An update that is not finite, or an outlier by these
+    z-scores, leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (16,) uint32, the
+    step rounds the new parameters to bfloat16's values.
     """
 
-    def step(state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, tensor_seeds: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         loss, grads_N = loss_and_gradient(
             state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, grads_N=state.grads, loops=loops
         )
         # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
         grads_N = lax.optimization_barrier(grads_N)
-        norm = global_norm(grads_N, custom_call=matmul != "xla")
-        params_N, optimizer_state = optimizer.apply(grads_N, norm, state.optimizer, state.params)
-        metrics = Metrics(loss=loss, gradient_norm=norm, learning_rate=schedule(state.optimizer.step))
+        norm, squared_norms_S = gradient_norms(grads_N, layout, custom_call=matmul != "xla")
+        verdict, windows = judge(loss, norm, state.windows, max_loss_z=max_loss_z, max_gradient_z=max_gradient_z)
+        params_N, optimizer_state = optimizer.apply(grads_N, norm, verdict.applies, state.optimizer, state.params)
+        if tensor_seeds is not None:  # parameters that were not updated are rounded already, and stay
+            params_N = stochastically_rounded(params_N, layout, tensor_seeds)
+        metrics = Metrics(
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=schedule(state.optimizer.step),
+            squared_norms=squared_norms_S,
+            verdict=verdict,
+        )
         kept_N = None if state.grads is None else grads_N
-        return TrainState(params=params_N, optimizer=optimizer_state, grads=kept_N), metrics
+        return TrainState(params=params_N, optimizer=optimizer_state, windows=windows, grads=kept_N), metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())

@@ -6,10 +6,12 @@ Metrics are read one step late, while the next step is computing, so that the de
 from __future__ import annotations
 
 import dataclasses
-import math
+import shlex
 import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +21,27 @@ from gpt2_jax import checkpoint, memory
 from gpt2_jax.backend import Backend, open_device
 from gpt2_jax.config import RunConfig, format_config, load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.evaluate import make_loss_function, unigram_cross_entropy, validation_loss
+from gpt2_jax.evaluate import (
+    check_questions,
+    make_loss_function,
+    make_token_loss_function,
+    num_right_answers,
+    unigram_cross_entropy,
+    validation_loss,
+)
+from gpt2_jax.flops import flops_per_token, peak_flops
 from gpt2_jax.generate import generate, prompt_tokens
-from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.interrupts import StopRequest, stop_requests
+from gpt2_jax.layout import ModelConfig, ParameterLayout, is_descriptor
+from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file
 from gpt2_jax.llmc.header import atomic_write
-from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.llmc.loader import Place, TokenLoader
+from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.matmul import Choice, choose_implementation, precision_of
 from gpt2_jax.optimizer import AdamWState, adamw, learning_rate_schedule
 from gpt2_jax.report import Display, RunLog, plot_loss
+from gpt2_jax.run_record import Averages, RunRecord
+from gpt2_jax.stability import WATCHED, WINDOW, empty_windows
 from gpt2_jax.tokenizer import gpt2_tokenizer
 from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step
 from gpt2_jax.weights import load_weights
@@ -49,15 +64,20 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         _check_resumable(config)
         newest = checkpoint.newest_step(config.run.out_dir)
         display.line(f"loading the checkpoint of step {newest} ...")
-        resumed = checkpoint.load_checkpoint(config.run.out_dir, newest)
+        resumed = checkpoint.load_checkpoint(config.run.out_dir, newest, master_weights=not config.rounds_parameters)
         model, params = resumed.model, resumed.params
     else:
         if config.run.out_dir:
             _refuse_used_folder(Path(config.run.out_dir))
         display.line(f"making the weights of {config.model.init} ...")
         model, params = load_weights(config.model)
+    if config.rounds_parameters or (
+        config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
+    ):
+        params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
     layout = ParameterLayout(model)
     train_loader, validation_loader = _open_loaders(config, model)
+    questions = _read_questions(config, model)
     steps = config.run.steps or train_loader.num_tokens // config.tokens_per_step
     if steps < 1:
         raise Gpt2JaxError(
@@ -73,21 +93,23 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
     optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=matmul.name != "xla")
-    if resumed is None:
-        state = create_state(params, optimizer, matmul=matmul.name)
-    else:
-        train_loader.restore(resumed.loader)
-        moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
-        state = dataclasses.replace(create_state(resumed.params, optimizer, matmul=matmul.name), optimizer=moments)
-    first_step = 1 if resumed is None else resumed.step + 1
+    state = create_state(params, optimizer, matmul=matmul.name)
+    if resumed is not None:
+        state = _resumed_state(state, config, resumed, train_loader, display)
+    done = 0 if resumed is None else resumed.step
+    rounding = RoundingStream() if resumed is None else resumed.rounding
+    averages = Averages() if resumed is None or resumed.record is None else resumed.record.averages
     del params, resumed
 
     folder = _open_folder(config, name)
-    run = _Run(config, folder, layout, steps, train_loader, validation_loader, matmul.name, display)
+    clock = _StepClock(config.tokens_per_step, averages)
+    peak = peak_flops(jax.devices()[0].device_kind, config.compute.dtype)
+    run = _Run(config, folder, layout, steps, train_loader, validation_loader, questions, matmul.name, display, clock, peak)
+    run.rounding = rounding
     with display:
         display.table(_start_table(config, backend, device, matmul, layout, steps, train_loader, validation_loader, folder))
-        if first_step > steps:
-            display.line(f"nothing to do: {folder} is at step {first_step - 1} of {steps}; a larger --steps goes on")
+        if done >= steps:
+            display.line(f"nothing to do: {folder} is at step {done} of {steps}; a larger --steps goes on")
             return folder
         step_function = make_train_step(
             layout,
@@ -97,9 +119,20 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             matmul=matmul.name,
             donate=backend.donates,
             loops=backend.loops,
+            max_loss_z=config.optimizer.skip_loss_z,
+            max_gradient_z=config.optimizer.skip_gradient_z,
         )
-        run.train(state, step_function, first_step)
+        with stop_requests() as request:
+            run.train(state, step_function, done + 1, request)
     return folder
+
+
+class _Batch(NamedTuple):
+    """The micro-batches of one step, and where each begins."""
+
+    x_ABT: np.ndarray  # int32
+    y_ABT: np.ndarray  # int32
+    places: list[Place]
 
 
 class _Run:
@@ -113,18 +146,24 @@ class _Run:
         steps: int,
         train_loader: TokenLoader,
         validation_loader: TokenLoader | None,
+        questions: list[MultipleChoice],
         matmul: str,
         display: Display,
+        clock: _StepClock,
+        peak: float | None,
     ):
         self.config, self.folder, self.layout, self.steps = config, folder, layout, steps
-        self.train_loader, self.validation_loader = train_loader, validation_loader
+        self.train_loader, self.validation_loader, self.questions = train_loader, validation_loader, questions
         self.dtype, self.matmul = jnp.dtype(config.compute.dtype), matmul
-        self.display = display
+        self.display, self.clock, self.peak = display, clock, peak
         self.log = RunLog(folder / "log.jsonl")
         self.loss_function = make_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
+        self.token_loss_function = make_token_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
+        self.rounding = RoundingStream()
         self.baseline: float | None = None
+        self.failures: set[str] = set()
 
-    def train(self, state: TrainState, step_function: jax.stages.Wrapped, first_step: int) -> None:
+    def train(self, state: TrainState, step_function: jax.stages.Wrapped, first_step: int, request: StopRequest) -> None:
         if self.validation_loader is not None:
             self.baseline = unigram_cross_entropy(
                 self.train_loader.paths, self.validation_loader.paths, self.layout.config.vocab_size
@@ -137,77 +176,125 @@ class _Run:
             self.sample(0, state)
         self.display.line("compiling the training step ...")
         started = time.perf_counter()
-        x_ABT, y_ABT = self.next_batch()
-        compiled = step_function.lower(state, x_ABT, y_ABT).compile()
+        batch = self.next_batch()
+        compiled = step_function.lower(state, batch.x_ABT, batch.y_ABT, self.tensor_seeds()).compile()
         needed = memory.compiled_bytes(compiled)
         self.display.line(
             f"compiled in {time.perf_counter() - started:.1f} s"
             + ("" if needed is None else f"; the step has {memory.gigabytes(needed)} of memory")
         )
+        if request.signal is not None:
+            self.stop(first_step - 1, request)
 
-        in_flight: tuple[int, Metrics] | None = None
-        clock = _StepClock(self.config.tokens_per_step)
+        in_flight: tuple[int, Metrics, list[Place]] | None = None
+        self.clock.restart()
         for step in range(first_step, self.steps + 1):
-            state, metrics = compiled(state, x_ABT, y_ABT)
+            state, metrics = compiled(state, batch.x_ABT, batch.y_ABT, self.tensor_seeds())
             if in_flight is not None:
-                self.report(*in_flight, clock)
-            in_flight = (step, metrics)
-            last = step == self.steps
-            validates = self.validation_loader is not None and (last or step % self.config.evaluation.validate_every == 0)
-            samples = _due(step, self.config.evaluation.sample_every) or (last and self.config.evaluation.sample_every > 0)
-            saves = last or _due(step, self.config.run.checkpoint_every)
-            if validates or samples or saves:
-                self.report(*in_flight, clock)
+                self.report(*in_flight)
+            in_flight = (step, metrics, batch.places)
+            last, stops = step == self.steps, request.signal is not None
+            evaluates = (last or _due(step, self.config.evaluation.validate_every)) and not stops
+            samples = (last or _due(step, self.config.evaluation.sample_every)) and not stops
+            saves = last or stops or _due(step, self.config.run.checkpoint_every)
+            # Rounding needs seeds, and which come next depends on whether this update was applied.
+            if evaluates or samples or saves or self.config.rounds_parameters:
+                self.report(*in_flight)
                 in_flight = None
-                if saves:
-                    self.save(step, state)
-                if validates:
-                    self.validate(step, state)
-                if samples:
-                    self.sample(step, state)
-                clock.restart()
+            if saves:
+                self.save(step, state, last=last)
+            if stops and not last:
+                self.stop(step, request)
+            if evaluates:
+                self.validate(step, state)
+                self.answer_questions(step, state)
+            if samples:
+                self.sample(step, state)
+            if evaluates or samples or saves:
+                self.clock.restart()
             if not last:
-                x_ABT, y_ABT = self.next_batch()
-        self.finish(clock)
+                batch = self.next_batch()
+        self.finish()
 
-    def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next step's micro-batches, inputs and targets, (A, B, T) int32 each."""
-        batches = [self.train_loader.next_batch() for _ in range(self.config.num_micro_batches)]
-        return np.stack([x for x, _ in batches]), np.stack([y for _, y in batches])
+    def next_batch(self) -> _Batch:
+        """The micro-batches of the next step; the same in every step when one batch is to be overfitted."""
+        if self.config.data.overfit_one_batch:
+            self.train_loader.reset()
+        batches, places = [], []
+        for _ in range(self.config.num_micro_batches):
+            batches.append(self.train_loader.next_batch())
+            places.append(self.train_loader.last_place)
+        return _Batch(np.stack([x for x, _ in batches]), np.stack([y for _, y in batches]), places)
 
-    def report(self, step: int, metrics: Metrics, clock: _StepClock) -> None:
-        """Wait for a step's metrics, show and log them. Gpt2JaxError for a loss or norm that is not finite."""
+    def tensor_seeds(self) -> np.ndarray | None:
+        """The seeds that the next update rounds the parameters with; None when it does not."""
+        return self.rounding.next_seeds(self.config.num_micro_batches) if self.config.rounds_parameters else None
+
+    def report(self, step: int, metrics: Metrics, places: list[Place]) -> None:
+        """Wait for a step's metrics, show and log them. Gpt2JaxError for a loss or gradient that is not finite, if
+        that is to end the run."""
         loss, norm, learning_rate = (float(value) for value in (metrics.loss, metrics.gradient_norm, metrics.learning_rate))
-        seconds = clock.step_done()
-        tokens_per_second = self.config.tokens_per_step / seconds
+        loss_z, norm_z = np.asarray(metrics.verdict.z_scores).tolist()
+        applied = bool(metrics.verdict.applies)
+        seconds = self.clock.step_done()
+        self.rounding.step_done(self.config.num_micro_batches, applied=applied)
+        achieved = flops_per_token(self.layout, self.config.data.sequence_length) * self.config.tokens_per_step / seconds
         self.display.step(
             step,
             self.steps,
             loss=loss,
+            loss_z=loss_z,
             norm=norm,
+            norm_z=norm_z,
             learning_rate=learning_rate,
             seconds=seconds,
-            tokens_per_second=tokens_per_second,
+            utilization=None if self.peak is None else achieved / self.peak,
+            tokens_per_second=self.clock.smoothed_tokens_per_second,
         )
-        self.log.write(
-            "train", step, loss=loss, norm=norm, lr=learning_rate, seconds=seconds, tokens_per_second=tokens_per_second
+        self.log_event(
+            "train",
+            step,
+            loss=loss,
+            norm=norm,
+            lr=learning_rate,
+            loss_z=loss_z,
+            norm_z=norm_z,
+            applied=applied,
+            seconds=seconds,
+            tokens_per_second=self.config.tokens_per_step / seconds,
         )
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Gpt2JaxError(
-                f"step {step}: expected a finite loss and gradient norm, found {loss} and {norm}; nothing was saved from it on",
-                f"a lower --learning-rate, or --resume --out-dir {self.folder} from the newest checkpoint",
+        if not metrics.verdict.is_finite:
+            problem = _not_finite(step, loss, norm, np.asarray(metrics.squared_norms), self.layout, places)
+            if self.config.optimizer.nonfinite == "raise":
+                raise Gpt2JaxError(
+                    f"{problem}; the parameters are those before this step",
+                    f"--resume --out-dir {self.folder} with a lower --learning-rate or --nonfinite skip",
+                )
+            self.display.line(f"update skipped: {problem}")
+        elif not applied:
+            self.display.line(
+                f"update skipped: step {step} is an outlier, its loss {loss_z:+.2f}z, its gradient {norm_z:+.2f}z"
             )
 
     def validate(self, step: int, state: TrainState) -> None:
         if self.validation_loader is None:
             return
-        batches = self.validation_loader.num_batches
-        if self.config.evaluation.validation_batches != -1:
-            batches = min(batches, self.config.evaluation.validation_batches)
+        batches = self.config.evaluation.validation_batches
+        if batches == -1:  # llm.c's count: dropped tails are counted, and made up for by the first batches
+            batches = self.validation_loader.num_tokens // (self.config.data.batch_size * self.config.data.sequence_length)
         self.display.line(f"validating on {batches} batches ...")
         loss = validation_loss(self.loss_function, state.params, self.validation_loader, batches)
         self.display.line(f"validation loss at step {step}: {loss:.6f}")
-        self.log.write("validation", step, loss=loss)
+        self.log_event("validation", step, loss=loss)
+
+    def answer_questions(self, step: int, state: TrainState) -> None:
+        if not self.questions:
+            return
+        total = len(self.questions)
+        self.display.line(f"scoring {total} HellaSwag questions ...")
+        right = num_right_answers(self.token_loss_function, state.params, self.questions, self.config.data.batch_size)
+        self.display.line(f"HellaSwag at step {step}: {right}/{total} = {right / total:.6f}")
+        self.log_event("hellaswag", step, right=right, total=total, accuracy=right / total)
 
     def sample(self, step: int, state: TrainState) -> None:
         if self.config.evaluation.sample_every == 0:
@@ -227,18 +314,81 @@ class _Run:
         # Of a vocabulary that is not GPT-2's only the ids can be shown.
         text = prompt + tokenizer.decode(list(tokens)) if speaks_gpt2 else " ".join(map(str, tokens))
         self.display.line(f"{text}\n---")
-        self.log.write("sample", step, text=text)
+        self.log_event("sample", step, text=text)
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, *, last: bool) -> None:
+        """Write a checkpoint and delete those that need not be kept. What cannot be written is reported, and the run
+        goes on; but Gpt2JaxError if there is no later step to save."""
         params, m, v = (np.asarray(buffer) for buffer in (state.params, state.optimizer.m, state.optimizer.v))
-        saved = checkpoint.Checkpoint(self.layout.config, params, m, v, step, self.train_loader.state())
-        path = checkpoint.save_checkpoint(self.folder, saved)
+        data, run = self.config.data, self.config.run
+        record = RunRecord(
+            batch_size=data.batch_size,
+            sequence_length=data.sequence_length,
+            dtype=self.config.compute.dtype,
+            windows=dict(zip(WATCHED, np.asarray(state.windows), strict=True)),
+            averages=self.clock.averages,
+            settings=dataclasses.asdict(self.config),
+        )
+        saved = checkpoint.Checkpoint(
+            model=self.layout.config,
+            params=params,
+            m=m,
+            v=v,
+            step=step,
+            loader=self.train_loader.state(),
+            dtype=self.config.compute.dtype,
+            master_weights=self.config.optimizer.master_weights,
+            rounding=self.rounding,
+            record=record,
+        )
+        try:
+            path = checkpoint.save_checkpoint(self.folder, saved)
+        except Gpt2JaxError as error:
+            if last:
+                raise
+            self.display.line(f"NO checkpoint of step {step}: {error}\nthe run goes on; {self.newest_checkpoint()}")
+            return
         self.display.line(f"checkpoint of step {step}: {path}")
+        self.attempt(
+            lambda: checkpoint.delete_old_checkpoints(
+                self.folder,
+                step,
+                every=run.checkpoint_every,
+                keep=run.keep_checkpoints,
+                major_every=run.major_checkpoint_every,
+            )
+        )
 
-    def finish(self, clock: _StepClock) -> None:
+    def newest_checkpoint(self) -> str:
+        steps = checkpoint.complete_steps(self.folder)
+        return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+    def stop(self, step: int, request: StopRequest) -> None:
+        """End the program as a signal asked, with the command that goes on."""
+        assert request.signal is not None
+        self.display.line(f"stopped by {request.signal.name} after step {step} of {self.steps}; {self.newest_checkpoint()}")
+        if checkpoint.complete_steps(self.folder):
+            folder = shlex.quote(str(self.folder))
+            self.display.line(f"to go on:\npython scripts/train.py --resume --out-dir {folder}")
+        request.end_program()
+
+    def log_event(self, event: str, step: int, **values: float | int | str) -> None:
+        self.attempt(lambda: self.log.write(event, step, **values))
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Do what the run can do without; a failure is reported, the same one once."""
+        try:
+            write()
+        except Gpt2JaxError as error:
+            if str(error) not in self.failures:
+                self.display.line(f"{error}\nthe run goes on without it")
+            self.failures.add(str(error))
+
+    def finish(self) -> None:
         plot_path = self.folder / "loss.png"
-        plot_loss(self.log, plot_path, baseline=self.baseline)
-        self.display.line(f"average: {clock.average_seconds * 1000:.2f} ms a step, {clock.tokens_per_second:.0f} tok/s")
+        self.attempt(lambda: plot_loss(self.log, plot_path, baseline=self.baseline))
+        seconds = self.clock.average_seconds
+        self.display.line(f"average: {seconds * 1000:.2f} ms a step, {self.config.tokens_per_step / seconds:.0f} tok/s")
         peak, of = memory.measured_peak()
         self.display.line(f"peak memory: {memory.gigabytes(peak)} {of}")
         validations = self.log.records("validation")
@@ -254,12 +404,13 @@ class _Run:
 class _StepClock:
     """Seconds from one step's end to the next; what happens between two segments (validation, checkpoints) is left out.
 
-    The first step of a run is left out of the average, as it includes warming up.
+    The first step of a process is left out of the averages, as it includes warming up.
     """
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, tokens_per_step: int, averages: Averages):
         self._tokens_per_step = tokens_per_step
-        self._seconds: list[float] = []
+        self.averages = averages
+        self._warm_up_seconds: float | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -268,16 +419,34 @@ class _StepClock:
     def step_done(self) -> float:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self._seconds.append(seconds)
+        if self._warm_up_seconds is None:
+            self._warm_up_seconds = seconds
+        else:
+            self.averages = self.averages.with_step(seconds, self._tokens_per_step)
         return seconds
 
     @property
     def average_seconds(self) -> float:
-        return float(np.mean(self._seconds[1:] or self._seconds))
+        """Of the steps so far, a resumed run's earlier ones included."""
+        if self.averages.steps:
+            return self.averages.seconds / self.averages.steps
+        return self._warm_up_seconds or 0.0
 
     @property
-    def tokens_per_second(self) -> float:
-        return self._tokens_per_step / self.average_seconds
+    def smoothed_tokens_per_second(self) -> float:
+        return self.averages.tokens_per_second or self._tokens_per_step / self.average_seconds
+
+
+def _not_finite(
+    step: int, loss: float, norm: float, squared_norms: np.ndarray, layout: ParameterLayout, places: Sequence[Place]
+) -> str:
+    names = [tensor.name for tensor, value in zip(layout.tensors, squared_norms, strict=True) if not np.isfinite(value)]
+    tensors = "all tensors" if len(names) == len(layout.tensors) else ", ".join(names) or "no single tensor"
+    batches = "; ".join(f"{place.path} at token {place.token}" for place in places[:8]) + (" ..." if len(places) > 8 else "")
+    return (
+        f"step {step}: expected a finite loss and gradient, found a loss of {loss} and a gradient norm of {norm}, not finite "
+        f"in {tensors}, for the batch of {batches}"
+    )
 
 
 def _due(step: int, every: int) -> bool:
@@ -291,10 +460,59 @@ def _open_loaders(config: RunConfig, model: ModelConfig) -> tuple[TokenLoader, T
             f"--sequence-length {model.max_sequence_length}",
         )
     sizes = (config.data.batch_size, config.data.sequence_length)
-    train_loader = TokenLoader(config.data.train, *sizes, vocab_size=model.vocab_size, shuffle=config.data.shuffle)
+    overfits = config.data.overfit_one_batch
+    train_loader = TokenLoader(
+        config.data.validation if overfits else config.data.train,
+        *sizes,
+        vocab_size=model.vocab_size,
+        shuffle=config.data.shuffle and not overfits,
+    )
     if config.evaluation.validate_every == 0:
         return train_loader, None
     return train_loader, TokenLoader(config.data.validation, *sizes, vocab_size=model.vocab_size)
+
+
+def _read_questions(config: RunConfig, model: ModelConfig) -> list[MultipleChoice]:
+    path = config.evaluation.hellaswag
+    if not path:
+        return []
+    questions = read_eval_file(path)
+    check_questions(questions, path, vocab_size=model.vocab_size, sequence_length=config.data.sequence_length)
+    return questions
+
+
+def _resumed_state(
+    fresh: TrainState, config: RunConfig, resumed: checkpoint.Checkpoint, train_loader: TokenLoader, display: Display
+) -> TrainState:
+    """A fresh state of the saved parameters made the saved one, and the data put where they stood; says what is other."""
+    windows = empty_windows()
+    if resumed.record is None:
+        display.line("the checkpoint has no run_*.json: the outlier window begins empty")
+    else:
+        _check_record(resumed.record, config, display)
+        windows = np.stack([resumed.record.windows[name] for name in WATCHED])
+    if resumed.loader is not None:
+        train_loader.restore(resumed.loader)
+    else:
+        train_loader.skip(resumed.step * config.num_micro_batches)
+        display.line("the checkpoint is of several processes: the training data go on in the order of one process")
+    moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
+    return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
+
+
+def _check_record(record: RunRecord, config: RunConfig, display: Display) -> None:
+    """Gpt2JaxError for a record of another batch size or sequence length, with which the data would be others."""
+    for name in ("batch_size", "sequence_length"):
+        before, now = getattr(record, name), getattr(config.data, name)
+        if before != now:
+            raise Gpt2JaxError(
+                f"--resume: expected the run's data.{name} = {before}, found {now}",
+                "leave it out: a resumed run takes its settings from its folder",
+            )
+    if {name: window.size for name, window in record.windows.items()} != dict.fromkeys(WATCHED, WINDOW):
+        raise Gpt2JaxError(f"--resume: expected the record of {WINDOW} values each of {' and '.join(WATCHED)}, found others")
+    if record.dtype != config.compute.dtype:
+        display.line(f"so far the run was computed in {record.dtype}, from here on in {config.compute.dtype}")
 
 
 def _refuse_used_folder(folder: Path) -> None:
@@ -306,8 +524,11 @@ def _refuse_used_folder(folder: Path) -> None:
 
 
 def _check_resumable(config: RunConfig) -> None:
-    """The model and the data of a run cannot change under it."""
-    saved = load_config(saved_config_path(config.run.out_dir))
+    """The model and the data of a run cannot change under it. A folder that llm.c wrote does not say what they were."""
+    path = saved_config_path(config.run.out_dir)
+    if not path.exists():
+        return
+    saved = load_config(path)
     for section in ("model", "data"):
         before, now = dataclasses.asdict(getattr(saved, section)), dataclasses.asdict(getattr(config, section))
         for key, value in now.items():

@@ -28,9 +28,11 @@ FLAGS = {
     *("--config", "--print-config"),
     *("--init", "--num-layers", "--num-heads", "--channels", "--max-sequence-length", "--vocab-size"),
     *("--train", "--validation", "--batch-size", "--sequence-length", "--total-batch-size", "--shuffle", "--no-shuffle"),
+    "--overfit-one-batch",
     *("--learning-rate", "--schedule", "--warmup-steps", "--final-learning-rate-fraction", "--weight-decay"),
+    *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
-    *("--steps", "--out-dir", "--resume", "--checkpoint-every"),
+    *("--steps", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision"),
 }
 
@@ -53,7 +55,7 @@ def test_the_flags_are_frozen(capsys):
     settings = {
         "--" + f.name.replace("_", "-") for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(s.default_factory)
     }
-    assert settings | {"--config", "--print-config", "--no-shuffle"} == FLAGS
+    assert settings | {"--config", "--print-config", "--no-shuffle", "--no-master-weights"} == FLAGS
 
 
 def test_command_line_over_file_over_defaults(tmp_path):
@@ -124,6 +126,8 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
         (["--total-batch-size", "9000"], "--total-batch-size 8192"),
         (["--learning-rate", "nan"], "--learning-rate: expected a finite number"),
         (["--weight-decay", "-1"], "--weight-decay"),
+        (["--skip-loss-z", "-1"], "--skip-loss-z: expected a finite number"),
+        (["--keep-checkpoints", "-1"], "--keep-checkpoints: expected at least 0"),
         (["--validation-batches", "0"], "--validate-every 0"),
         (["--resume"], "--resume: expected the run's folder"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import urllib.error
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from gpt2_jax import corpus
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.eval_file import read_eval_file
 from gpt2_jax.llmc.token_shard import open_token_shard
 from gpt2_jax.tokenizer import gpt2_tokenizer
 
@@ -93,3 +95,49 @@ def test_tinyshakespeares_recipe(monkeypatch):
     expected = gpt2_tokenizer().encode("<|endoftext|>" + text.replace("\n\n", "\n\n<|endoftext|>"), allowed_special="all")
     assert validation.tolist() == expected[:4]
     assert train.tolist() == expected[4:]
+
+
+QUESTION = {
+    "ind": 24,
+    "ctx": "Roof shingle removal: A man is sitting on a roof. he",
+    "endings": ["a.", "b b.", "c.", "d."],
+    "label": 3,
+}
+
+
+def test_hellaswags_questions_have_endings_after_a_space(tmp_path):
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.write_text("\n".join(json.dumps(QUESTION | {"label": label}) for label in (3, 0)), encoding="utf-8")
+    examples = corpus.hellaswag(path)
+    assert [example.label for example in examples] == [3, 0]
+    tokenizer = gpt2_tokenizer()
+    assert tokenizer.decode(examples[0].context.tolist()) == QUESTION["ctx"]
+    assert [tokenizer.decode(part.tolist()) for part in examples[1].completions] == [" a.", " b b.", " c.", " d."]
+    written = corpus.write_examples(examples, "hellaswag_val", tmp_path / "data")
+    assert written == tmp_path / "data" / "hellaswag_val.bin"
+    assert [example.label for example in read_eval_file(written)] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        json.dumps({"ctx": "a"}),
+        json.dumps(QUESTION | {"label": 4}),
+        json.dumps(QUESTION | {"label": "x"}),
+        json.dumps(QUESTION | {"endings": ["a"]}),
+        json.dumps(QUESTION | {"endings": 5}),
+        json.dumps(QUESTION | {"ctx": ""}),
+        json.dumps(QUESTION | {"ctx": 5}),
+        "[" * 100_000,
+    ],
+    ids=range(12),
+)
+def test_a_line_that_is_no_question_is_named(tmp_path, line):
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.write_text(json.dumps(QUESTION) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(Gpt2JaxError, match="expected an object with ctx, 4 endings and the label of one on line 2"):
+        corpus.hellaswag(path)

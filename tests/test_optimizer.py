@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.optimizer import SCHEDULES, adamw, clip_scale, global_norm, learning_rate_schedule
+from gpt2_jax.optimizer import SCHEDULES, AdamWState, adamw, clip_scale, global_norm, learning_rate_schedule
 from tests.conftest import TINY
 
 STEPS, LEARNING_RATE, WEIGHT_DECAY = 5, 1e-2, 0.1
@@ -167,7 +167,9 @@ def test_the_custom_call_equals_the_reference(tiny_layout, tiny_params, gradient
     params = jnp.array(tiny_params)
     state = optimizer.init(params)
     apply = jax.jit(
-        lambda grads, state, params: optimizer.apply(grads, global_norm(grads, custom_call=True), state, params),
+        lambda grads, state, params: optimizer.apply(
+            grads, global_norm(grads, custom_call=True), jnp.array(True), state, params
+        ),
         donate_argnums=(1, 2),
     )
     for grads in gradients:
@@ -184,3 +186,15 @@ def test_the_custom_call_equals_the_reference(tiny_layout, tiny_params, gradient
 def test_the_custom_calls_norm_is_exact_to_a_rounding(gradients):
     expected = np.linalg.norm(gradients[0].astype(np.float64))
     assert abs(float(global_norm(jnp.asarray(gradients[0]), custom_call=True)) - expected) <= 2.0**-22 * expected
+
+
+@pytest.mark.parametrize("custom_call", [False, True])
+def test_an_update_that_is_refused_counts_and_changes_nothing(tiny_layout, tiny_params, gradients, custom_call):
+    optimizer = adamw(lambda count: jnp.float32(0.1), tiny_layout, weight_decay=WEIGHT_DECAY, custom_call=custom_call)
+    params, m, v = (jnp.array(gradients[i]) for i in range(3))
+    grads = jnp.full_like(params, jnp.nan)
+    apply = jax.jit(lambda *arguments: optimizer.apply(grads, jnp.float32(jnp.nan), jnp.array(False), *arguments))
+    new_params, new = apply(AdamWState(jnp.array(4, jnp.int32), m, v), params)
+    for found, before in ((new_params, params), (new.m, m), (new.v, v)):
+        np.testing.assert_array_equal(found, before)
+    assert int(new.step) == 5

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
 from gpt2_jax.optimizer import adamw, learning_rate_schedule
 from gpt2_jax.train_step import create_state, loss_and_gradient, make_train_step
 
@@ -84,3 +85,43 @@ def test_the_caller_keeps_its_own_buffer(tiny_layout, tiny_params, tiny_batch):
     optimizer, step = make_step(tiny_layout)
     jax.block_until_ready(step(create_state(params, optimizer), tiny_batch[0][None], tiny_batch[1][None]))
     np.testing.assert_array_equal(params, tiny_params)
+
+
+def buffers(state):
+    return [np.asarray(buffer) for buffer in (state.params, state.optimizer.m, state.optimizer.v)]
+
+
+@pytest.mark.parametrize("outlier", ["not finite", "z-score"])
+def test_a_refused_update_changes_nothing_but_the_count(tiny_layout, tiny_params, tiny_batch, outlier):
+    x, y = tiny_batch[0][None], tiny_batch[1][None]
+    params = tiny_params.copy()
+    if outlier == "not finite":
+        tiny_layout.views(params)["qkvw"][1, 5, 5] = np.inf
+    optimizer, step = make_step(tiny_layout, max_gradient_z=2.0, donate=False)
+    state = create_state(params, optimizer)
+    state = state.replace(optimizer=state.optimizer._replace(m=state.params * 2, v=jnp.square(state.params)))
+    if outlier == "z-score":
+        windows = np.random.default_rng(0).normal(5.0, 0.1, (2, 128)).astype(np.float32)
+        windows[1] = np.linspace(1e-4, 2e-4, 128)  # a gradient like this one's was never seen
+        state = state.replace(windows=jnp.asarray(windows))
+    new, metrics = step(state, x, y)
+    assert not metrics.verdict.applies
+    assert bool(metrics.verdict.is_finite) == (outlier == "z-score")
+    for found, before in zip(buffers(new), buffers(state), strict=True):
+        np.testing.assert_array_equal(found, before)
+    assert (int(state.optimizer.step), int(new.optimizer.step)) == (0, 1)
+    unchanged = np.array_equal(new.windows, state.windows, equal_nan=True)
+    assert unchanged == (outlier == "not finite")
+
+
+def test_with_seeds_the_new_parameters_are_the_rounded_ones(tiny_layout, tiny_params, tiny_batch):
+    x, y = tiny_batch[0][None], tiny_batch[1][None]
+    seeds = RoundingStream().next_seeds(1)
+    optimizer, step = make_step(tiny_layout, donate=False)
+    state = create_state(rounded_to_nearest(tiny_params), optimizer)
+    plain, _ = step(state, x, y)
+    rounded, _ = step(state, x, y, seeds)
+    expected = stochastically_rounded(np.asarray(plain.params), tiny_layout, seeds)
+    np.testing.assert_array_equal(np.asarray(rounded.params), expected)
+    np.testing.assert_array_equal(np.asarray(rounded.optimizer.m), np.asarray(plain.optimizer.m))
+    assert (expected != np.asarray(plain.params)).any()

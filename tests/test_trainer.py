@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import math
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +16,18 @@ from gpt2_jax import checkpoint, custom_calls
 from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig, load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.llmc.model_file import read_model_file, write_model_file
+from gpt2_jax.initialize import initialize_parameters
+from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
+from gpt2_jax.llmc.loader import Place, TokenLoader
+from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
+from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
+from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.matmul import RUNGS
 from gpt2_jax.report import RunLog
-from gpt2_jax.trainer import train
+from gpt2_jax.run_record import read_run_record
+from gpt2_jax.trainer import _not_finite, train
 from tests.conftest import TINY
 
 CPU = Backend("cpu", "cpu", "test")
@@ -46,8 +57,8 @@ def change(config, **sections):
 def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     folder = train(config, "tiny", CPU)
     assert {path.name for path in folder.iterdir()} == {
-        *("model_00000008.bin", "state_00000008_00000.bin", "DONE_00000008"),
-        *("config.toml", "log.jsonl", "loss.png"),
+        *("model_00000008.bin", "state_00000008_00000.bin", "run_00000008.json", "DONE_00000008"),
+        *("config.toml", "log.jsonl", "main.log", "loss.png"),
     }
     log = RunLog(folder / "log.jsonl")
     losses = {event: [(row["step"], row["loss"]) for row in log.records(event)] for event in ("train", "validation")}
@@ -84,6 +95,170 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path):
         assert (folder / name).read_bytes() == (straight / name).read_bytes()
     rows = [[row["loss"] for row in RunLog(path / "log.jsonl").records("train")] for path in (straight, folder)]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("variant", ["outlier skip", "bfloat16", "no masters"])
+def test_a_run_resumed_twice_equals_a_straight_one_to_the_bit(config, variant, tmp_path):
+    """With shuffling, accumulation and the outlier skip on: after the window is full most updates are refused."""
+    config = change(
+        config,
+        data={"total_batch_size": 64},
+        optimizer={"skip_loss_z": 0.5, "skip_gradient_z": 0.5},
+        compute={"dtype": "float32" if variant == "outlier skip" else "bfloat16"},
+        run={"steps": 150, "checkpoint_every": 70},
+        evaluation={"sample_every": 0, "validate_every": 0},
+    )
+    config = change(config, optimizer={"master_weights": variant != "no masters"})
+    straight = train(change(config, run={"out_dir": str(tmp_path / "straight")}), "tiny", CPU)
+    folder = train(config, "tiny", CPU)
+    for step in (140, 150):
+        for path in folder.glob(f"*{step:08d}*"):
+            path.unlink()
+    for steps in (140, 150):
+        # The last checkpoint of the first part is the start of the second; the schedule is constant here.
+        train(change(config, run={"resume": True, "steps": steps}), "tiny", CPU)
+    for name in ("model_00000150.bin", "state_00000150_00000.bin"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    rows = [RunLog(path / "log.jsonl").records("train") for path in (straight, folder)]
+    for key in ("loss", "norm", "loss_z", "norm_z", "applied"):
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
+    assert not all(row["applied"] for row in rows[0])
+    windows = [read_run_record(path / "run_00000150.json").windows for path in (straight, folder)]
+    np.testing.assert_array_equal(windows[0]["loss"], windows[1]["loss"])
+    assert read_model_config(folder / "model_00000150.bin") == TINY
+
+
+def test_without_masters_the_parameters_are_bfloat16s_and_move_by_llmcs_noise(config):
+    config = change(config, compute={"dtype": "bfloat16"}, optimizer={"master_weights": False}, run={"steps": 3})
+    saved = checkpoint.load_checkpoint(train(config, "tiny", CPU), 3)
+    np.testing.assert_array_equal(saved.params, rounded_to_nearest(saved.params))
+    stream = RoundingStream()
+    for _ in range(3):
+        stream.step_done(1, applied=True)
+    assert saved.rounding == stream
+
+
+def test_a_bfloat16_run_begins_with_bfloat16s_values_as_llmcs_does(config):
+    config = change(config, optimizer={"learning_rate": 0.0, "weight_decay": 0.0}, run={"steps": 1})
+    saved = checkpoint.load_checkpoint(train(change(config, compute={"dtype": "bfloat16"}), "tiny", CPU), 1)
+    np.testing.assert_array_equal(saved.params, rounded_to_nearest(initialize_parameters(TINY)))
+
+
+def test_a_set_without_its_record_resumes_with_an_empty_window(config, capsys):
+    folder = train(config, "tiny", CPU)
+    (folder / "run_00000008.json").unlink()
+    train(change(config, run={"resume": True, "steps": 9}), "tiny", CPU)
+    assert "the outlier window begins empty" in capsys.readouterr().out
+    window = read_run_record(folder / "run_00000009.json").windows["loss"]
+    assert np.isnan(window[:-1]).all()
+    assert np.isfinite(window[-1])
+
+
+def test_a_record_of_another_sequence_length_is_refused(config):
+    folder = train(config, "tiny", CPU)
+    saved_config_path(folder).unlink()
+    with pytest.raises(Gpt2JaxError, match=r"expected the run's data.sequence_length = 16, found 8"):
+        train(change(config, run={"resume": True}, data={"sequence_length": 8, "total_batch_size": 0}), "tiny", CPU)
+
+
+def test_a_folder_of_llmcs_resumes(config, tiny_shards, capsys):
+    """Of two processes with ZeRO: two states, no config.toml, no record."""
+    layout, folder = ParameterLayout(TINY), Path(config.run.out_dir)
+    folder.mkdir()
+    params, m, v = np.abs(np.random.default_rng(0).normal(0, 0.02, (3, layout.num_parameters))).astype(np.float32)
+    params[slice(*layout.padding_span)] = 0
+    write_model_file(folder / "model_00000005.bin", TINY, rounded_to_nearest(params), "bfloat16")
+    processes = tuple(
+        ProcessState(TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True, process_rank=r, num_processes=2).state())
+        for r in range(2)
+    )
+    states = [folder / f"state_00000005_0000{rank}.bin" for rank in range(2)]
+    write_state_files(states, TrainingState(5, m, v, processes, params), layout, zero=True)
+    (folder / "DONE_00000005").touch()
+    train(change(config, run={"resume": True, "steps": 6}, optimizer={"learning_rate": 0.0}), "tiny", CPU)
+    assert "the checkpoint is of several processes" in capsys.readouterr().out
+    saved = checkpoint.load_checkpoint(folder, 6)
+    np.testing.assert_array_equal(saved.params, params)
+    loader = TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True)
+    loader.skip(6)
+    assert saved.loader.sample_index == loader.state().sample_index == 6
+
+
+def test_old_checkpoints_are_deleted(config):
+    config = change(config, run={"checkpoint_every": 2, "keep_checkpoints": 1, "major_checkpoint_every": 4})
+    assert checkpoint.complete_steps(train(config, "tiny", CPU)) == [4, 8]
+
+
+def test_a_full_disk_is_reported_and_the_run_goes_on(config, monkeypatch, capsys):
+    replace = os.replace
+    full = {"state_00000004_00000.bin"}
+
+    def sometimes_full(source, target):
+        if Path(target).name in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sometimes_full)
+    config = change(config, run={"checkpoint_every": 2})
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert re.search(r"NO checkpoint of step 4: .*No space left on device.*\n.*the newest checkpoint is of step 2", output)
+    assert checkpoint.complete_steps(folder) == [2, 6, 8]
+
+    full.add("model_00000009.bin")
+    with pytest.raises(Gpt2JaxError, match=r"model_00000009.bin: .*No space left"):
+        train(change(config, run={"resume": True, "steps": 9}), "tiny", CPU)
+    assert checkpoint.newest_step(folder) == 8
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(config, monkeypatch, capsys):
+    def refuse(self, path, *_):
+        raise Gpt2JaxError(f"{self}: expected to append to the log, found: No space left on device")
+
+    monkeypatch.setattr(RunLog, "write", lambda self, *_, **__: refuse("log.jsonl", None))
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert output.count("log.jsonl: expected to append to the log, found: No space left on device") == 1
+    assert checkpoint.newest_step(folder) == 8
+
+
+def test_overfitting_takes_the_first_validation_batch_every_time(config, tiny_shards):
+    config = change(config, data={"overfit_one_batch": True}, run={"steps": 30}, evaluation={"sample_every": 0})
+    folder = train(config, "tiny", CPU)
+    losses = [row["loss"] for row in RunLog(folder / "log.jsonl").records("train")]
+    assert losses[-1] < losses[0] - 2
+    loader = TokenLoader(tiny_shards[1], 2, 16, vocab_size=203)
+    loader.next_batch()
+    assert checkpoint.load_checkpoint(folder, 30).loader == loader.state()
+
+
+def questions(count):
+    random = np.random.default_rng(3)
+    sizes = random.integers(1, 4, (count, 5))
+    parts = [[random.integers(0, 203, size).astype(np.uint16) for size in row] for row in sizes]
+    return [MultipleChoice(i % 4, row[0], tuple(row[1:])) for i, row in enumerate(parts)]
+
+
+def test_hellaswag_is_scored_at_every_validation_but_the_first(config, tmp_path, capsys):
+    write_eval_file(tmp_path / "hellaswag.bin", questions(11))
+    config = change(config, evaluation={"hellaswag": str(tmp_path / "hellaswag.bin"), "sample_every": 0})
+    folder = train(config, "tiny", CPU)
+    rows = RunLog(folder / "log.jsonl").records("hellaswag")
+    assert [(row["step"], row["total"]) for row in rows] == [(4, 11), (8, 11)]
+    lines = (folder / "main.log").read_text().splitlines()
+    assert [line.split()[0] + " " + line.split()[1].split(":")[0] for line in lines] == [
+        *["s:0 tel", "s:0 trl", "s:1 trl", "s:2 trl", "s:3 trl", "s:4 tel", "s:4 eval"],
+        *["s:4 trl", "s:5 trl", "s:6 trl", "s:7 trl", "s:8 tel", "s:8 eval"],
+    ]
+    assert f"s:8 eval:{rows[-1]['right'] / 11:.4f}" in lines
+    assert f"HellaSwag at step 8: {rows[-1]['right']}/11 = " in capsys.readouterr().out
+
+
+def test_questions_longer_than_a_sequence_are_refused(config, tmp_path):
+    write_eval_file(tmp_path / "hellaswag.bin", questions(11))
+    config = change(config, evaluation={"hellaswag": str(tmp_path / "hellaswag.bin")}, data={"sequence_length": 5})
+    with pytest.raises(Gpt2JaxError, match=r"hellaswag.bin: expected questions below 5 tokens"):
+        train(config, "tiny", CPU)
 
 
 def test_a_finished_run_has_nothing_to_resume(config, capsys):
@@ -145,12 +320,54 @@ def test_an_epoch_is_the_default(config):
     assert checkpoint.newest_step(folder) == 2000 // 32
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config):
-    config = change(config, optimizer={"learning_rate": 1e30}, evaluation={"validate_every": 0, "sample_every": 0})
-    with pytest.raises(Gpt2JaxError, match=r"expected a finite loss"):
+def poisoned(config, tmp_path):
+    """A run from weights of which one in the second layer's fcw is infinite."""
+    params = initialize_parameters(TINY)
+    ParameterLayout(TINY).views(params)["lnfb"][3] = np.inf
+    write_model_file(tmp_path / "poisoned.bin", TINY, params)
+    no_sizes = dict.fromkeys(dataclasses.asdict(TINY))
+    evaluation = {"validate_every": 0, "sample_every": 0}
+    return change(
+        config, model={"init": str(tmp_path / "poisoned.bin"), **no_sizes}, evaluation=evaluation, data={"shuffle": False}
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config, tmp_path, tiny_shards):
+    config = poisoned(config, tmp_path)
+    with pytest.raises(Gpt2JaxError) as raised:
         train(config, "tiny", CPU)
+    message = str(raised.value)
+    assert "step 1: expected a finite loss and gradient, found a loss of nan" in message
+    assert "not finite in all tensors" in message
+    assert f"for the batch of {tiny_shards[0]} at token 0" in message
     with pytest.raises(Gpt2JaxError, match="complete checkpoint"):
         checkpoint.newest_step(config.run.out_dir)
+
+
+def test_with_skip_a_loss_that_is_not_finite_is_reported_and_never_reaches_the_parameters(config, tmp_path, capsys):
+    config = change(poisoned(config, tmp_path), optimizer={"nonfinite": "skip"}, run={"steps": 2})
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "update skipped: step 1: expected a finite loss" in output
+    assert "tiny_train.bin at token 32" in output
+    saved = checkpoint.load_checkpoint(folder, 2)
+    np.testing.assert_array_equal(saved.params, read_model_file(tmp_path / "poisoned.bin")[1])
+    assert (saved.m == 0).all()
+    assert [row["loss"] for row in RunLog(folder / "log.jsonl").records("train")] == [None, None]
+    # What llm.c would have drawn: the embedding's seed alone.
+    stream = RoundingStream()
+    for _ in range(2):
+        stream.step_done(1, applied=False)
+    assert saved.rounding == stream
+
+
+def test_the_message_names_the_tensors_whose_gradient_is_not_finite(tiny_layout):
+    squared = np.ones(16, np.float32)
+    squared[[4, 15]] = np.nan, np.inf
+    places = [Place("a.bin", 7), Place("b.bin", 0)]
+    message = _not_finite(12, 3.5, math.nan, squared, tiny_layout, places)
+    assert message.startswith("step 12: expected a finite loss and gradient, found a loss of 3.5 and a gradient norm of nan")
+    assert message.endswith("not finite in qkvw, lnfb, for the batch of a.bin at token 7; b.bin at token 0")
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
           std::to_string(count) + " and another of " + std::to_string(found));
     }
   }
-  if (scalars.element_count() != 4 || decay_spans.size() % 2 != 0) {
+  if (scalars.element_count() != 5 || decay_spans.size() % 2 != 0) {
     return ffi::Error::InvalidArgument(
-        "gpt2_jax_adamw: expected 4 scalars and pairs of decay spans, found " +
+        "gpt2_jax_adamw: expected 5 scalars and pairs of decay spans, found " +
         std::to_string(scalars.element_count()) + " and " + std::to_string(decay_spans.size()) +
         " bounds");
   }
@@ -63,11 +63,16 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
 
   const float* const s = scalars.typed_data();
   const AdamWConstants constants = {s[0], s[1], beta1, beta2, s[2], s[3], epsilon};
+  const AdamWUpdate update = {static_cast<int64_t>(count),
+                              gradients.typed_data(),
+                              updated(params, params_out),
+                              updated(m, m_out),
+                              updated(v, v_out),
+                              spans.data(),
+                              static_cast<int64_t>(spans.size())};
+  if (s[4] == 0.0f) return ffi::Error::Success();
   XlaExecutor executor(pool, num_threads);
-  adamw_update(
-      {static_cast<int64_t>(count), gradients.typed_data(), updated(params, params_out),
-       updated(m, m_out), updated(v, v_out), spans.data(), static_cast<int64_t>(spans.size())},
-      constants, executor);
+  adamw_update(update, constants, executor);
   return ffi::Error::Success();
 }
 

@@ -103,8 +103,9 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_column_sums(XLA_FFI_CallFrame* call_fram
 
 // One AdamW update of flat buffers in one pass; adamw/adamw.h has the formula.
 //
-//   arguments   gradients, params, m, v: f32, of one length; scalars: f32, 4 elements: gradient
-//               scale, learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t)
+//   arguments   gradients, params, m, v: f32, of one length; scalars: f32, 5 elements: gradient
+//               scale, learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t), and 0 to leave the
+//               buffers as they are, else 1
 //   results     params, m, v. Where XLA aliases them to the arguments, which it should, nothing is
 //               copied
 //   attributes  decay_spans               int64 array: start and stop of each span that decays

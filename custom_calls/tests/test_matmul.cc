@@ -100,13 +100,8 @@ std::vector<Candidate> candidates() {
     if (!rung.unavailable().empty()) continue;
     const std::string name = rung.name;
     const bool fast = name != "naive" && name != "blocked";
-<<<<<<< HEAD
     all.push_back({name, small, fast ? kLargeShapes : std::vector<Shape>(),
-                   fast && !is_foreign(name) ? ragged : none, name == "amx", rung.run});
-=======
-    all.push_back({name, small, fast ? kLargeShapes : std::vector<Shape>(), fast ? ragged : none,
-                   name == "amx", false, rung.run});
->>>>>>> 78af22a (The bench times every product of a GPT-2 step, with each rung's packing share and error)
+                   fast && !is_foreign(name) ? ragged : none, name == "amx", false, rung.run});
   }
   for (const Kernel& kernel : kernels()) {
     if (kernel.features & ~cpu_features_seen()) continue;

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,13 @@ class LoaderState:
     shard_permutation: np.ndarray | None = None  # int32
     sample_permutation: np.ndarray | None = None  # int32, of the open shard
     generator: np.ndarray | None = None  # random.GENERATOR_STRUCT
+
+
+class Place(NamedTuple):
+    """Where a batch begins."""
+
+    path: str  # of its shard
+    token: int  # offset in the shard
 
 
 class TokenLoader:
@@ -58,6 +66,7 @@ class TokenLoader:
         self._rank_offset = process_rank * self._rank_tokens
         self.num_tokens = 0  # of all shards, the dropped tails included: what llm.c counts an epoch by
         self.num_batches = 0  # until the order repeats
+        self.last_place = Place(self.paths[0], 0)  # of the last batch that was taken
         for path in self.paths:
             size = len(open_token_shard(path))
             if size < self._sample_tokens + 1:
@@ -84,23 +93,30 @@ class TokenLoader:
         Raises Gpt2JaxError, naming shard and position, for a token id that the model's vocabulary lacks.
         """
         if self._sample_index >= self._num_samples:
-            if self._shard_index == len(self.paths) - 1:
-                self.reset()
-            else:
-                self._open(self._shard_index + 1)
+            self._open_next()
         sample = self._sample_index if self._sample_order is None else int(self._sample_order[self._sample_index])
         start = sample * self._sample_tokens + self._rank_offset
         tokens = self._shard[start : start + self._rank_tokens + 1].astype(np.int32)
+        self.last_place = Place(self.paths[self._shard_order[self._shard_index]], start)
         if tokens.max() >= self.vocab_size:
             first = int(np.argmax(tokens >= self.vocab_size))
             raise Gpt2JaxError(
-                f"{self.paths[self._shard_order[self._shard_index]]}: expected token ids below {self.vocab_size}, "
+                f"{self.last_place.path}: expected token ids below {self.vocab_size}, "
                 f"found {tokens[first]} at token {start + first}",
                 "a shard made with this model's tokenizer",
             )
         self._sample_index += 1
         shape = (self.batch_size, self.sequence_length)
         return tokens[:-1].reshape(shape), tokens[1:].reshape(shape)
+
+    def skip(self, num_batches: int) -> None:
+        """Go on as if `num_batches` batches had been taken."""
+        while num_batches:
+            if self._sample_index >= self._num_samples:
+                self._open_next()
+            skipped = min(num_batches, self._num_samples - self._sample_index)
+            self._sample_index += skipped
+            num_batches -= skipped
 
     def state(self) -> LoaderState:
         if self._generator is None or self._sample_order is None:
@@ -135,6 +151,12 @@ class TokenLoader:
                 "resume with the --batch-size, --sequence-length and data that the run was started with",
             )
         self._sample_index = state.sample_index
+
+    def _open_next(self) -> None:
+        if self._shard_index == len(self.paths) - 1:
+            self.reset()
+        else:
+            self._open(self._shard_index + 1)
 
     def _open(self, shard_index: int, sample_order: np.ndarray | None = None) -> None:
         """Open the shard at this place of the order, at its first sample, with a new or the given order of samples."""

@@ -34,6 +34,11 @@ def read_model_config(path: str | os.PathLike) -> ModelConfig:
     return _read_checked_header(path)[0]
 
 
+def read_model_dtype(path: str | os.PathLike) -> str:
+    """What a model file's version says that it holds, 'float32' or 'bfloat16'; checked as by `read_model_config`."""
+    return "float32" if _read_checked_header(path)[1] in (1, 3) else "bfloat16"
+
+
 def read_model_file(path: str | os.PathLike) -> tuple[ModelConfig, np.ndarray]:
     """The sizes and the parameters (num_parameters,) float32 of a model file, in one read for version 3.
 

@@ -1,14 +1,21 @@
-"""llm.c's training state: both AdamW moments, the step, and where the data loader stands."""
+"""llm.c's training state: both AdamW moments, the step, and where the data loader stands; one file a process.
+
+With ZeRO-1 each process keeps a part of the buffers: of every layer of every tensor the elements [r * s, (r + 1) * s),
+s being the layer's size over the number of processes, packed in the order of the tensors.
+"""
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TRAINING_STATE,
@@ -20,92 +27,213 @@ from gpt2_jax.llmc.header import (
 )
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.random import GENERATOR_STRUCT
+from gpt2_jax.llmc.rounding import FIRST_STATE
 
+_WHAT = "a training state file"
 _HINT = "python scripts/train.py --resume --out-dir DIR   (takes the newest complete checkpoint)"
-_FIRST_ROUNDING_STATE = 13371337  # llm.c's seed of the stochastic rounding stream of rank 0
 _MAX_PERMUTATION = 2**31 - 1
+
+
+class ProcessState(NamedTuple):
+    """What each process has of its own: its loader, and its generator of stochastic rounding, now and at the start of
+    the last update."""
+
+    loader: LoaderState
+    rounding_state: int = FIRST_STATE
+    last_rounding_state: int = FIRST_STATE
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a state file of one process without ZeRO holds. `m`, `v`, `master` are (num_parameters,) float32."""
+    """What the state files of all processes hold together. `m`, `v`, `master` are (num_parameters,) float32."""
 
     step: int  # optimizer updates done, the next one to run
     m: np.ndarray
     v: np.ndarray
-    loader: LoaderState
+    processes: tuple[ProcessState, ...]  # by rank
     master: np.ndarray | None = None
-    # The generator of stochastic rounding: now, and at the start of the last update.
-    rounding_state: int = _FIRST_ROUNDING_STATE
-    last_rounding_state: int = _FIRST_ROUNDING_STATE
 
 
-def write_state_file(path: str | os.PathLike, state: TrainingState) -> None:
-    """Write the state of one process (rank 0 of 1). Words that llm.c leaves uninitialised are zero."""
-    shuffled = state.loader.generator is not None
-    header = header_words(
-        {0: MAGIC_TRAINING_STATE, 1: 1, 2: 1, 3: 0, 4: int(state.master is not None), 5: int(shuffled), 10: state.step}
+def write_state_files(
+    paths: Sequence[str | os.PathLike], state: TrainingState, layout: ParameterLayout, *, zero: bool = False
+) -> None:
+    """Write the file of every process, by rank, words that llm.c leaves uninitialised as zero. With `zero` each holds its
+    ZeRO-1 part of the buffers, else all of them; Gpt2JaxError if the number of processes does not divide every layer."""
+    num_processes = len(state.processes)
+    for rank, (path, process) in enumerate(zip(paths, state.processes, strict=True)):
+        buffers = [buffer for buffer in (state.m, state.v, state.master) if buffer is not None]
+        if zero:
+            buffers = [_part(buffer, layout, rank, num_processes) for buffer in buffers]
+        _write_process(path, state, process, rank, buffers)
+
+
+def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout) -> TrainingState:
+    """Read the files of all processes, by rank, and merge them; Gpt2JaxError if they are not exactly those of one step."""
+    first = _read_header(paths[0])
+    if first.num_processes != len(paths):
+        raise Gpt2JaxError(
+            f"{paths[0]}: expected the state of one of {len(paths)} process(es), found one of {first.num_processes}", _HINT
+        )
+    processes: list[ProcessState] = []
+    parts: list[list[np.ndarray]] = []  # of each rank the buffers, if they are parts
+    for rank, path in enumerate(paths):
+        header = _read_header(path)
+        if header.rank != rank or header[:4] != first[:4]:
+            raise Gpt2JaxError(
+                f"{path}: expected the state of rank {rank} of {first.num_processes} process(es) at step {first.step}, "
+                f"found rank {header.rank} of {header.num_processes} at step {header.step}",
+                _HINT,
+            )
+        size, loader = _read_loader(path, header, layout)
+        processes.append(ProcessState(loader, header.rounding_state, header.last_rounding_state))
+        if parts and size != parts[0][0].size:
+            raise Gpt2JaxError(f"{path}: expected buffers of {parts[0][0].size} elements as in rank 0's, found {size}", _HINT)
+        # Without ZeRO every process has the same whole buffers.
+        if rank == 0 or size < layout.num_parameters:
+            parts.append([read_array(path, "<f4", size, HEADER_BYTES + 4 * size * i) for i in range(header.num_buffers)])
+    buffers = parts[0] if len(parts) == 1 else [_merge(list(same), layout) for same in zip(*parts, strict=True)]
+    return TrainingState(first.step, buffers[0], buffers[1], tuple(processes), buffers[2] if first.has_master else None)
+
+
+def num_processes_of(path: str | os.PathLike) -> int:
+    """How many processes wrote their states beside this one; Gpt2JaxError if it is no state file."""
+    return _read_header(path).num_processes
+
+
+class _Header(NamedTuple):
+    num_processes: int
+    has_master: int
+    shuffled: int
+    step: int
+    rank: int
+    rounding_state: int
+    last_rounding_state: int
+    shard_index: int
+    sample_index: int
+    file_size: int
+
+    @property
+    def num_buffers(self) -> int:
+        return 2 + self.has_master
+
+
+def _read_header(path: str | os.PathLike) -> _Header:
+    words, size = read_header(path, what=_WHAT, magic=MAGIC_TRAINING_STATE, versions=(1,), hint=_HINT)
+    num_processes, rank, has_master, shuffled = map(int, words[2:6])
+    step = int(words[10])
+    if not 0 <= rank < num_processes or has_master not in (0, 1) or shuffled not in (0, 1) or step < 0:
+        raise Gpt2JaxError(
+            f"{path}: expected a rank below the number of processes, master and shuffle words of 0 or 1 and a step >= 0, "
+            f"found rank {rank} of {num_processes}, {has_master}, {shuffled}, {step}",
+            _HINT,
+        )
+    rounding_state, last_rounding_state = map(int, words[20:24].view("<u8"))
+    shard_index, sample_index = map(int, words[30:34].view("<u8"))
+    return _Header(
+        num_processes=num_processes,
+        has_master=has_master,
+        shuffled=shuffled,
+        step=step,
+        rank=rank,
+        rounding_state=rounding_state,
+        last_rounding_state=last_rounding_state,
+        shard_index=shard_index,
+        sample_index=sample_index,
+        file_size=size,
     )
-    header[20:24] = np.array([state.rounding_state, state.last_rounding_state], dtype="<u8").view("<i4")
-    header[30:34] = np.array([state.loader.shard_index, state.loader.sample_index], dtype="<u8").view("<i4")
+
+
+def _read_loader(path: str | os.PathLike, header: _Header, layout: ParameterLayout) -> tuple[int, LoaderState]:
+    """The elements of one buffer in this file, whole or a ZeRO-1 part, and the loader's state behind the buffers.
+
+    The header does not say which it is; only one of them fits the length of the file.
+    """
+    sizes = [layout.num_parameters]
+    if header.num_processes > 1 and layout.num_parameters % header.num_processes == 0:
+        sizes.append(layout.num_parameters // header.num_processes)
+    for size in sizes:
+        try:
+            return size, _read_loader_at(path, header, HEADER_BYTES + 4 * size * header.num_buffers)
+        except Gpt2JaxError:
+            if size == sizes[-1]:
+                raise
+    raise AssertionError("every size was tried")
+
+
+def _read_loader_at(path: str | os.PathLike, header: _Header, offset: int) -> LoaderState:
+    if not header.shuffled:
+        check_size(path, what=_WHAT, size=header.file_size, expected=offset, hint=_HINT)
+        return LoaderState(header.shard_index, header.sample_index)
+    permutations = []
+    for _ in range(2):
+        count = int(read_array(path, "<u8", 1, offset)[0]) if offset + 8 <= header.file_size else 0
+        # Checked against the file before anything of that size is allocated.
+        if not 1 <= count <= _MAX_PERMUTATION or offset + 8 + 4 * count > header.file_size:
+            raise Gpt2JaxError(
+                f"{path}: expected {_WHAT} with a loader permutation at byte {offset}, found {header.file_size} bytes and "
+                f"{count} entries (truncated or damaged)",
+                _HINT,
+            )
+        permutations.append(read_array(path, "<i4", count, offset + 8))
+        offset += 8 + 4 * count
+    check_size(path, what=_WHAT, size=header.file_size, expected=offset + GENERATOR_STRUCT.itemsize, hint=_HINT)
+    generator = read_array(path, GENERATOR_STRUCT, 1, offset)[0]
+    return LoaderState(header.shard_index, header.sample_index, permutations[0], permutations[1], generator)
+
+
+def _write_process(
+    path: str | os.PathLike, state: TrainingState, process: ProcessState, rank: int, buffers: list[np.ndarray]
+) -> None:
+    loader = process.loader
+    header = header_words(
+        {
+            0: MAGIC_TRAINING_STATE,
+            1: 1,
+            2: len(state.processes),
+            3: rank,
+            4: int(state.master is not None),
+            5: int(loader.generator is not None),
+            10: state.step,
+        }
+    )
+    header[20:24] = np.array([process.rounding_state, process.last_rounding_state], dtype="<u8").view("<i4")
+    header[30:34] = np.array([loader.shard_index, loader.sample_index], dtype="<u8").view("<i4")
     with atomic_write(path) as file:
         file.write(header.tobytes())
-        for buffer in (state.m, state.v, state.master):
-            if buffer is not None:
-                file.write(np.ascontiguousarray(buffer, dtype="<f4").data)
-        if state.loader.generator is not None:
-            for permutation in (state.loader.shard_permutation, state.loader.sample_permutation):
+        for buffer in buffers:
+            file.write(np.ascontiguousarray(buffer, dtype="<f4").data)
+        if loader.generator is not None:
+            for permutation in (loader.shard_permutation, loader.sample_permutation):
                 assert permutation is not None  # a shuffled loader's state has all three
                 file.write(struct.pack("<Q", permutation.size))
                 file.write(np.ascontiguousarray(permutation, dtype="<i4").tobytes())
-            file.write(state.loader.generator.tobytes())
+            file.write(loader.generator.tobytes())
 
 
-def read_state_file(path: str | os.PathLike, num_parameters: int) -> TrainingState:
-    """Read the state of one process for a model of `num_parameters`; Gpt2JaxError if the file is not exactly that."""
-    what = "a training state file"
-    header, size = read_header(path, what=what, magic=MAGIC_TRAINING_STATE, versions=(1,), hint=_HINT)
-    num_processes, rank, has_master, shuffled = map(int, header[2:6])
-    step = int(header[10])
-    if (num_processes, rank) != (1, 0):
-        raise Gpt2JaxError(f"{path}: expected the state of rank 0 of 1 process, found rank {rank} of {num_processes}", _HINT)
-    if has_master not in (0, 1) or shuffled not in (0, 1) or step < 0:
-        raise Gpt2JaxError(
-            f"{path}: expected master and shuffle words of 0 or 1 and a step >= 0, found {has_master}, {shuffled}, {step}",
-            _HINT,
-        )
-    rounding_state, last_rounding_state = map(int, header[20:24].view("<u8"))
-    shard_index, sample_index = map(int, header[30:34].view("<u8"))
+def _part(buffer: np.ndarray, layout: ParameterLayout, rank: int, num_processes: int) -> np.ndarray:
+    """The ZeRO-1 part of a buffer that a process keeps, (num_parameters / num_processes,)."""
+    pieces = _layers_by_process(buffer, layout, num_processes)
+    return np.concatenate([piece[:, rank].reshape(-1) for piece in pieces])
 
-    buffers_end = HEADER_BYTES + 4 * num_parameters * (2 + has_master)
-    if not shuffled:
-        check_size(path, what=what, size=size, expected=buffers_end, hint=_HINT)
-        loader = LoaderState(shard_index, sample_index)
-    else:
-        offset = buffers_end
-        permutations = []
-        for _ in range(2):
-            count = int(read_array(path, "<u8", 1, offset)[0]) if offset + 8 <= size else 0
-            # Checked against the file before anything of that size is allocated.
-            if not 1 <= count <= _MAX_PERMUTATION or offset + 8 + 4 * count > size:
-                raise Gpt2JaxError(
-                    f"{path}: expected {what} with a loader permutation at byte {offset}, found {size} bytes and "
-                    f"{count} entries (truncated or damaged)",
-                    _HINT,
-                )
-            permutations.append(read_array(path, "<i4", count, offset + 8))
-            offset += 8 + 4 * count
-        check_size(path, what=what, size=size, expected=offset + GENERATOR_STRUCT.itemsize, hint=_HINT)
-        generator = read_array(path, GENERATOR_STRUCT, 1, offset)[0]
-        loader = LoaderState(shard_index, sample_index, permutations[0], permutations[1], generator)
 
-    buffers = [read_array(path, "<f4", num_parameters, HEADER_BYTES + 4 * num_parameters * i) for i in range(2 + has_master)]
-    return TrainingState(
-        step=step,
-        m=buffers[0],
-        v=buffers[1],
-        loader=loader,
-        master=buffers[2] if has_master else None,
-        rounding_state=rounding_state,
-        last_rounding_state=last_rounding_state,
-    )
+def _merge(parts: list[np.ndarray], layout: ParameterLayout) -> np.ndarray:
+    """The buffer whose ZeRO-1 parts, by rank, these are."""
+    buffer = np.empty(layout.num_parameters, dtype=np.float32)
+    start = 0
+    for piece in _layers_by_process(buffer, layout, len(parts)):
+        layers, _, size = piece.shape
+        for rank, part in enumerate(parts):
+            piece[:, rank] = part[start : start + layers * size].reshape(layers, size)
+        start += layers * size
+    return buffer
+
+
+def _layers_by_process(buffer: np.ndarray, layout: ParameterLayout, num_processes: int) -> list[np.ndarray]:
+    """Of every tensor a view (layers, num_processes, elements of one process)."""
+    for tensor in layout.tensors:
+        if tensor.layer_size % num_processes:
+            raise Gpt2JaxError(
+                f"ZeRO-1 state: expected a number of processes that divides the {tensor.layer_size} elements of each layer "
+                f"of {tensor.name}, found {num_processes}"
+            )
+    return [buffer[tensor.offset : tensor.stop].reshape(tensor.num_layers, num_processes, -1) for tensor in layout.tensors]

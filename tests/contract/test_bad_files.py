@@ -17,16 +17,19 @@ from hypothesis import strategies as st
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.debug_state import DebugState, read_debug_state, write_debug_state
+from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file, write_eval_file
 from gpt2_jax.llmc.header import HEADER_BYTES
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
-from gpt2_jax.llmc.state_file import TrainingState, read_state_file, write_state_file
+from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file, write_tokenizer_file
+from gpt2_jax.run_record import Averages, RunRecord, read_run_record, write_run_record
 from tests.contract.guard import no_hang
 
 SMALL = ModelConfig(max_sequence_length=8, vocab_size=10, num_layers=1, num_heads=1, channels=8)
-N = ParameterLayout(SMALL).num_parameters
+LAYOUT = ParameterLayout(SMALL)
+N = LAYOUT.num_parameters
 ALLOWED_BYTES = 8_000_000
 
 
@@ -47,8 +50,9 @@ READERS: dict[str, Callable[[str], object]] = {
     "debug_state": lambda path: read_debug_state(path, SMALL),
     "token_shard": lambda path: open_token_shard(path).max(),
     "tokenizer": read_tokenizer_file,
-    "state_sequential": lambda path: read_state_file(path, N),
-    "state_shuffled": lambda path: read_state_file(path, N),
+    "state_sequential": lambda path: read_state_files([path], LAYOUT),
+    "state_shuffled": lambda path: read_state_files([path], LAYOUT),
+    "eval": read_eval_file,
     "loader": read_all_batches,
 }
 every_reader = pytest.mark.parametrize("reader", READERS)
@@ -70,10 +74,12 @@ def valid(folder: Path) -> Callable[[str], bytes]:
     write_token_shard(shard, tokens)
 
     def training_state(path: Path, shuffle: bool) -> None:
-        write_state_file(path, TrainingState(7, params, params**2, loader_of(str(shard), shuffle=shuffle).state()))
+        process = ProcessState(loader_of(str(shard), shuffle=shuffle).state())
+        write_state_files([path], TrainingState(7, params, params**2, (process,)), LAYOUT)
 
     x_BT, y_BT = tokens[:16].reshape(2, 8), tokens[1:17].reshape(2, 8)
     debug_state = DebugState(x_BT, y_BT, random.normal(size=(2, 8, 10)), np.float32(2), params)
+    choices = [MultipleChoice(i, tokens[:3], tuple(tokens[3 + j : 5 + 2 * j + i] for j in range(4))) for i in range(3)]
     writers: dict[str, Callable[[Path], None]] = {
         "model_float32": lambda path: write_model_file(path, SMALL, params),
         "model_bfloat16": lambda path: write_model_file(path, SMALL, params, "bfloat16"),
@@ -83,11 +89,23 @@ def valid(folder: Path) -> Callable[[str], bytes]:
         "tokenizer": lambda path: write_tokenizer_file(path, [bytes([i] * (i + 1)) for i in range(10)], 9),
         "state_sequential": lambda path: training_state(path, False),
         "state_shuffled": lambda path: training_state(path, True),
+        "eval": lambda path: write_eval_file(path, choices),
         "loader": lambda path: write_token_shard(path, tokens),
     }
     for reader, write in writers.items():
         write(folder / f"{reader}.bin")
     return lambda reader: (folder / f"{reader}.bin").read_bytes()
+
+
+@given(kept=st.integers(0, 2**32), junk=st.binary(max_size=30))
+def test_damaged_record_of_a_run_is_read_or_refused(folder, kept, junk):
+    windows = {"loss": np.array([1.5, np.nan], np.float32)}
+    path = folder / "run.json"
+    write_run_record(path, RunRecord(2, 4, "float32", windows, Averages(3, 0.5, 100.0), {"run": {"steps": 3}}))
+    content = path.read_bytes()
+    path.write_bytes(content[: kept % len(content)] + junk + content[kept % len(content) + len(junk) :])
+    with no_hang(), suppress(Gpt2JaxError):
+        read_run_record(path)
 
 
 def outcome(reader: str, path: str) -> str:
@@ -195,7 +213,7 @@ def test_damaged_loader_part_of_a_state_is_restored_or_refused(folder, valid, da
     path.write_bytes(content)
     loader = loader_of(str(folder / "tokens.bin"), shuffle=True)
     with suppress(Gpt2JaxError):
-        loader.restore(read_state_file(path, N).loader)
+        loader.restore(read_state_files([path], LAYOUT).processes[0].loader)
         for _ in range(2 * loader.num_batches):
             loader.next_batch()
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import resource
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
-from gpt2_jax.checkpoint import Checkpoint, load_checkpoint, newest_step, save_checkpoint
+from gpt2_jax.checkpoint import (
+    Checkpoint,
+    complete_steps,
+    delete_old_checkpoints,
+    load_checkpoint,
+    newest_step,
+    save_checkpoint,
+)
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.loader import LoaderState, TokenLoader
-from gpt2_jax.llmc.model_file import write_model_file
+from gpt2_jax.llmc.model_file import read_model_file, write_model_file
+from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
+from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
+from gpt2_jax.run_record import Averages, RunRecord
 from tests.conftest import TINY
 
 MODEL_BYTES = 1024 + 4 * ParameterLayout(TINY).num_parameters
@@ -29,7 +43,10 @@ def checkpoint_of(step: int, loader: LoaderState | None = None) -> Checkpoint:
     layout = ParameterLayout(TINY)
     params, m, v = np.random.default_rng(step).normal(size=(3, layout.num_parameters)).astype(np.float32)
     params[slice(*layout.padding_span)] = 0
-    return Checkpoint(TINY, params, m, v, step, loader or LoaderState(0, 3))
+    windows = {name: np.full(128, np.nan, np.float32) for name in ("loss", "gradient_norm")}
+    windows["loss"][-3:] = params[:3]
+    record = RunRecord(2, 16, "float32", windows, Averages(step, 0.25 * step, 100.0), {"run": {"steps": 40}})
+    return Checkpoint(TINY, params, m, v, step, loader or LoaderState(0, 3), record=record)
 
 
 def assert_newest_is(folder: Path, saved: Checkpoint) -> None:
@@ -39,6 +56,10 @@ def assert_newest_is(folder: Path, saved: Checkpoint) -> None:
     for name in ("params", "m", "v"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(saved, name), err_msg=name)
     assert loaded.loader == saved.loader
+    assert loaded.rounding == saved.rounding
+    for name, window in saved.record.windows.items():
+        np.testing.assert_array_equal(loaded.record.windows[name], window, err_msg=name)
+    assert loaded.record.averages == saved.record.averages
 
 
 def names(folder: Path) -> set[str]:
@@ -46,10 +67,10 @@ def names(folder: Path) -> set[str]:
 
 
 def set_of(step: int) -> set[str]:
-    return {f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"DONE_{step:08d}"}
+    return {f"model_{step:08d}.bin", f"state_{step:08d}_00000.bin", f"run_{step:08d}.json", f"DONE_{step:08d}"}
 
 
-def test_set_has_llmcs_three_names_and_is_loaded_as_it_was_saved(tmp_path):
+def test_set_has_llmcs_three_names_and_our_record_and_is_loaded_as_it_was_saved(tmp_path):
     saved = checkpoint_of(5)
     assert save_checkpoint(tmp_path, saved) == tmp_path / "model_00000005.bin"
     assert names(tmp_path) == set_of(5)
@@ -75,7 +96,14 @@ def test_newest_of_several_sets_is_found_by_its_number(tmp_path):
     assert newest_step(tmp_path) == 100
 
 
-@pytest.mark.parametrize("missing", sorted(set_of(10)))
+def test_set_without_its_record_is_complete(tmp_path):
+    save_checkpoint(tmp_path, checkpoint_of(5))
+    (tmp_path / "run_00000005.json").unlink()
+    assert newest_step(tmp_path) == 5
+    assert load_checkpoint(tmp_path, 5).record is None
+
+
+@pytest.mark.parametrize("missing", sorted(set_of(10) - {"run_00000010.json"}))
 def test_set_that_lacks_one_of_its_files_is_passed_over(tmp_path, missing):
     old = checkpoint_of(5)
     save_checkpoint(tmp_path, old)
@@ -130,7 +158,8 @@ def fail_at_call(monkeypatch: pytest.MonkeyPatch, function: str, number: int) ->
     monkeypatch.setattr(os, function, counting)
 
 
-# fsync is called for the model, its folder, the state, its folder, DONE, its folder; replace for each of the three.
+# fsync is called for the model, its folder, the state, its folder, the record, its folder, DONE, its folder; replace for
+# each of the four.
 @pytest.mark.parametrize(
     ("function", "number"),
     [
@@ -139,9 +168,12 @@ def fail_at_call(monkeypatch: pytest.MonkeyPatch, function: str, number: int) ->
         ("fsync", 3),
         ("fsync", 4),
         ("fsync", 5),
+        ("fsync", 6),
+        ("fsync", 7),
         ("replace", 1),
         ("replace", 2),
         ("replace", 3),
+        ("replace", 4),
     ],
 )
 def test_save_that_fails_at_any_write_leaves_the_set_before_it(tmp_path, monkeypatch, function, number):
@@ -152,8 +184,7 @@ def test_save_that_fails_at_any_write_leaves_the_set_before_it(tmp_path, monkeyp
         with pytest.raises(Gpt2JaxError, match="No space left on device") as raised:
             save_checkpoint(tmp_path, new)
     assert str(tmp_path) in str(raised.value)
-    assert "DONE_00000010" not in names(tmp_path)
-    assert names(tmp_path) <= set_of(5) | set_of(10)
+    assert names(tmp_path) == set_of(5)
     assert_newest_is(tmp_path, old)
 
     save_checkpoint(tmp_path, new)
@@ -162,14 +193,14 @@ def test_save_that_fails_at_any_write_leaves_the_set_before_it(tmp_path, monkeyp
 
 def test_set_whose_very_last_sync_fails_is_complete_all_the_same(tmp_path, monkeypatch):
     new = checkpoint_of(10)
-    fail_at_call(monkeypatch, "fsync", 6)
+    fail_at_call(monkeypatch, "fsync", 8)
     with pytest.raises(Gpt2JaxError, match="No space left on device"):
         save_checkpoint(tmp_path, new)
     assert_newest_is(tmp_path, new)
 
 
-@pytest.mark.parametrize(("allowed_bytes", "new_files"), [(MODEL_BYTES - 1, set()), (MODEL_BYTES, {"model_00000010.bin"})])
-def test_save_on_a_disk_that_takes_no_more_leaves_the_set_before_it(tmp_path, allowed_bytes, new_files):
+@pytest.mark.parametrize("allowed_bytes", [MODEL_BYTES - 1, MODEL_BYTES])
+def test_save_on_a_disk_that_takes_no_more_leaves_the_set_before_it_and_nothing_else(tmp_path, allowed_bytes):
     """The model does not fit; the model fits, but not the state with its two buffers."""
     old = checkpoint_of(5)
     save_checkpoint(tmp_path, old)
@@ -180,7 +211,7 @@ def test_save_on_a_disk_that_takes_no_more_leaves_the_set_before_it(tmp_path, al
             save_checkpoint(tmp_path, checkpoint_of(10))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert names(tmp_path) == set_of(5) | new_files
+    assert names(tmp_path) == set_of(5)
     assert_newest_is(tmp_path, old)
 
 
@@ -199,13 +230,14 @@ def test_marker_is_written_after_model_and_state(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", recording)
     save_checkpoint(tmp_path, checkpoint_of(5))
-    assert [any(name.startswith("DONE") for name in files) for files in seen] == [False, False, True]
+    assert [any(name.startswith("DONE") for name in files) for files in seen] == [False, False, False, True]
     assert seen[-1] == set_of(5)
 
 
 def test_state_with_another_step_than_its_name_is_refused(tmp_path):
     save_checkpoint(tmp_path, checkpoint_of(5))
-    for name in set_of(5):
+    (tmp_path / "run_00000005.json").unlink()
+    for name in set_of(5) - {"run_00000005.json"}:
         (tmp_path / name).rename(tmp_path / name.replace("00000005", "00000007"))
     with pytest.raises(Gpt2JaxError) as raised:
         load_checkpoint(tmp_path, 7)
@@ -222,10 +254,215 @@ def test_state_of_another_model_is_refused(tmp_path):
         load_checkpoint(tmp_path, 5)
 
 
-@pytest.mark.parametrize("name", ["model_00000005.bin", "state_00000005_00000.bin"])
+@pytest.mark.parametrize("name", ["model_00000005.bin", "state_00000005_00000.bin", "run_00000005.json"])
 def test_truncated_file_of_a_complete_set_is_refused_by_name(tmp_path, name):
     save_checkpoint(tmp_path, checkpoint_of(5))
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(Gpt2JaxError, match=rf"{name}: expected .* \(truncated\)"):
+    with pytest.raises(Gpt2JaxError, match=rf"{name}: expected .*, found"):
+        load_checkpoint(tmp_path, 5)
+
+
+class Killed(BaseException):
+    """The process has ended: nothing that it would still do happens."""
+
+
+class Machine:
+    """What a process does to the disk, counted, and stopped for good at one of its calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dies_at: int | None):
+        self.calls, self.dies_at = 0, dies_at
+        for function in ("fsync", "replace", "unlink"):
+            monkeypatch.setattr(os, function, self.counted(getattr(os, function)))
+        monkeypatch.setattr("builtins.open", self.opened(open))
+
+    def counted(self, function: Callable) -> Callable:
+        def call(*arguments: object, **options: object) -> object:
+            self.step()
+            return function(*arguments, **options)
+
+        return call
+
+    def opened(self, function: Callable) -> Callable:
+        def open_file(path: object, mode: str = "r", **options: object) -> object:
+            file = function(path, mode, **options)
+            return file if "w" not in mode else FaultyFile(file, self)
+
+        return open_file
+
+    def step(self) -> None:
+        self.calls += 1
+        if self.dies_at is not None and self.calls >= self.dies_at:
+            raise Killed
+
+
+class FaultyFile:
+    """A file whose every write is a call of the machine's; the write at which it dies gets half of its bytes out."""
+
+    def __init__(self, file: BinaryIO, machine: Machine):
+        self.file, self.machine = file, machine
+
+    def __enter__(self) -> FaultyFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.machine.step()
+        except Killed:
+            self.file.write(memoryview(data)[: len(data) // 2])
+            raise
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
+def calls_of_a_save() -> int:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        machine = Machine(patch, None)
+        save_checkpoint(folder, checkpoint_of(10))
+        return machine.calls
+
+
+CALLS = calls_of_a_save()
+
+
+@pytest.mark.parametrize("call", range(1, CALLS + 1))
+def test_writer_killed_at_any_call_leaves_a_complete_checkpoint(tmp_path, call):
+    """At every write, flush to disk, rename and removal. Only after the last rename is the new set there."""
+    old, new = checkpoint_of(5), checkpoint_of(10)
+    save_checkpoint(tmp_path, old)
+    with pytest.MonkeyPatch.context() as patch:
+        Machine(patch, call)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, new)
+    # The last call syncs the folder, after DONE got its name.
+    assert_newest_is(tmp_path, new if call == CALLS else old)
+    save_checkpoint(tmp_path, new)
+    assert_newest_is(tmp_path, new)
+
+
+def test_the_killed_writer_was_killed_at_writes():
+    """Headers, buffers, loader, record; three calls more a file, and the removal of an old DONE."""
+    assert CALLS == 1 + (2 + 3 + 1) + 4 * 3
+
+
+def test_old_marker_that_cannot_be_removed_is_an_error_of_ours(tmp_path, monkeypatch):
+    old = checkpoint_of(5)
+    save_checkpoint(tmp_path, old)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(Gpt2JaxError, match="DONE_00000005: expected to delete it, found: Permission denied"):
+            save_checkpoint(tmp_path, checkpoint_of(5))
+    assert_newest_is(tmp_path, old)
+
+
+@pytest.mark.parametrize(
+    ("keep", "major_every", "left"),
+    [(0, 0, [10, 20, 30, 40, 45]), (1, 0, [40, 45]), (2, 0, [30, 40, 45]), (1, 20, [20, 40, 45]), (9, 0, [10, 20, 30, 40, 45])],
+)
+def test_as_many_checkpoints_are_kept_as_llmc_keeps(tmp_path, keep, major_every, left):
+    """llm.c deletes, after writing step s, that of s - keep * every: 45, the last step, is no multiple and deletes none."""
+    for step in (10, 20, 30, 40, 45):
+        save_checkpoint(tmp_path, checkpoint_of(step))
+        delete_old_checkpoints(tmp_path, step, every=10, keep=keep, major_every=major_every)
+    assert complete_steps(tmp_path) == left
+    assert names(tmp_path) == set().union(*map(set_of, left))
+
+
+def test_a_checkpoint_between_two_regular_ones_is_deleted_too(tmp_path):
+    for step in (10, 17, 20, 30):
+        save_checkpoint(tmp_path, checkpoint_of(step))
+        delete_old_checkpoints(tmp_path, step, every=10, keep=1, major_every=0)
+    assert complete_steps(tmp_path) == [30]
+
+
+def test_without_regular_checkpoints_none_is_deleted(tmp_path):
+    save_checkpoint(tmp_path, checkpoint_of(5))
+    assert delete_old_checkpoints(tmp_path, 5, every=0, keep=1, major_every=0) == []
+    assert complete_steps(tmp_path) == [5]
+
+
+def rounding_after(steps: int) -> RoundingStream:
+    stream = RoundingStream()
+    for step in range(steps):
+        stream.step_done(2, applied=step % 3 != 1)
+    return stream
+
+
+def test_bfloat16_set_has_llmcs_rounding_of_the_parameters_and_the_parameters_as_masters(tmp_path):
+    saved = dataclasses.replace(checkpoint_of(5), dtype="bfloat16", rounding=rounding_after(5))
+    save_checkpoint(tmp_path, saved)
+    _, model_params = read_model_file(tmp_path / "model_00000005.bin")
+    expected = stochastically_rounded(saved.params, ParameterLayout(TINY), saved.rounding.last_seeds())
+    np.testing.assert_array_equal(model_params, expected)
+    assert (model_params != rounded_to_nearest(saved.params)).any()
+    assert_newest_is(tmp_path, saved)
+    assert load_checkpoint(tmp_path, 5).master_weights
+    # A run without master weights takes the bits that llm.c's would: those of the model file.
+    np.testing.assert_array_equal(load_checkpoint(tmp_path, 5, master_weights=False).params, expected)
+
+
+def test_bfloat16_set_without_masters_has_the_parameters_bit_for_bit(tmp_path):
+    params = rounded_to_nearest(checkpoint_of(5).params)
+    saved = dataclasses.replace(checkpoint_of(5), params=params, dtype="bfloat16", master_weights=False)
+    save_checkpoint(tmp_path, saved)
+    assert (tmp_path / "model_00000005.bin").stat().st_size == 1024 + (MODEL_BYTES - 1024) // 2
+    assert_newest_is(tmp_path, saved)
+    assert not load_checkpoint(tmp_path, 5).master_weights
+
+
+def save_of_two_ranks(folder: Path, step: int, *, zero: bool) -> Checkpoint:
+    """As llm.c leaves it: a model, a state for each rank, DONE."""
+    saved = checkpoint_of(step)
+    states = [folder / f"state_{step:08d}_{rank:05d}.bin" for rank in range(2)]
+    processes = tuple(ProcessState(LoaderState(0, rank), 100 + rank, 200 + rank) for rank in range(2))
+    write_model_file(folder / f"model_{step:08d}.bin", TINY, rounded_to_nearest(saved.params), "bfloat16")
+    state = TrainingState(step, saved.m, saved.v, processes, saved.params)
+    write_state_files(states, state, ParameterLayout(TINY), zero=zero)
+    (folder / f"DONE_{step:08d}").touch()
+    return saved
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_set_of_two_ranks_is_merged(tmp_path, zero):
+    saved = save_of_two_ranks(tmp_path, 10, zero=zero)
+    assert newest_step(tmp_path) == 10
+    loaded = load_checkpoint(tmp_path, 10)
+    for name in ("params", "m", "v"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(saved, name), err_msg=name)
+    assert loaded.loader is None
+    assert loaded.rounding == RoundingStream(100, 200)
+
+
+def test_set_that_lacks_the_state_of_a_rank_is_passed_over(tmp_path):
+    old = checkpoint_of(5)
+    save_checkpoint(tmp_path, old)
+    save_of_two_ranks(tmp_path, 10, zero=True)
+    (tmp_path / "state_00000010_00001.bin").unlink()
+    assert_newest_is(tmp_path, old)
+
+
+def test_all_ranks_states_of_an_old_set_are_deleted(tmp_path):
+    save_of_two_ranks(tmp_path, 10, zero=True)
+    save_checkpoint(tmp_path, checkpoint_of(20))
+    assert delete_old_checkpoints(tmp_path, 20, every=10, keep=1, major_every=0) == [10]
+    assert names(tmp_path) == set_of(20)
+
+
+def test_master_weights_with_padding_that_is_not_zero_are_refused(tmp_path):
+    saved = checkpoint_of(5)
+    saved.params[ParameterLayout(TINY).padding_span[0]] = 1
+    save_checkpoint(tmp_path, dataclasses.replace(saved, dtype="bfloat16"))
+    with pytest.raises(Gpt2JaxError, match="expected zeros in the padding rows of wte's master weights"):
         load_checkpoint(tmp_path, 5)

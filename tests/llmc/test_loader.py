@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.loader import LoaderState, TokenLoader
-from gpt2_jax.llmc.token_shard import write_token_shard
+from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from tests.llmc.twins import LoaderTwin
 
 # Three shards of 7, 3 and 5 samples of 2 * 4 tokens, each with a tail that is dropped; every token is another one.
@@ -305,3 +305,25 @@ def test_shuffled_loader_names_the_shard_that_is_really_open(tmp_path):
     loader = TokenLoader(str(tmp_path / "*.bin"), B, T, vocab_size=300, shuffle=True)
     with pytest.raises(Gpt2JaxError, match=r"/b\.bin: expected token ids below 300, found 500 at token 0"):
         one_epoch(loader)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("skipped", [0, 1, 7, 14, 15, 16, 40])
+def test_skipping_batches_is_taking_them(tmp_path, shuffle, skipped):
+    pattern, _ = write_shards(tmp_path)
+    taking, skipping = loader_of(pattern, shuffle=shuffle), loader_of(pattern, shuffle=shuffle)
+    for _ in range(skipped):
+        taking.next_batch()
+    skipping.skip(skipped)
+    assert comparable(skipping.state()) == comparable(taking.state())
+    assert [next_tokens(skipping) for _ in range(20)] == [next_tokens(taking) for _ in range(20)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_last_place_is_where_the_batch_was_read(tmp_path, shuffle):
+    pattern, _ = write_shards(tmp_path, tuple(2 * size for size in SIZES))
+    loader = loader_of(pattern, shuffle=shuffle, process_rank=1, num_processes=2)
+    for _ in range(20):
+        tokens = next_tokens(loader)
+        shard = open_token_shard(loader.last_place.path)
+        assert shard[loader.last_place.token : loader.last_place.token + B * T + 1].tolist() == tokens

@@ -130,3 +130,30 @@ class LoaderTwin:
         self.sample_order = list(range(num_samples))
         if self.generator is not None:
             self.sample_order = permutation(self.sample_order, self.generator)
+
+
+class XorShiftTwin:
+    """The xorshift* generator (llm.c llmc/sampler.h)."""
+
+    def __init__(self, state: int):
+        self.state = state
+
+    def draw(self) -> int:
+        self.state ^= self.state >> 12
+        self.state ^= self.state << 25 & 2**64 - 1
+        self.state ^= self.state >> 27
+        return self.state * 0x2545F4914F6CDD1D >> 32 & MASK
+
+
+def squirrel(position: int, seed: int) -> int:
+    """SquirrelNoise5 (llm.c llmc/cuda_utils.cuh)."""
+    bits = position * 0xD2A80A3F + seed & MASK
+    bits ^= bits >> 9
+    bits = bits + 0xA884F197 & MASK
+    bits ^= bits >> 11
+    bits = bits * 0x6C736F4B & MASK
+    bits ^= bits >> 13
+    bits = bits + 0xB79F3ABB & MASK
+    bits ^= bits >> 15
+    bits = bits * 0x1B56C4F5 & MASK
+    return bits ^ bits >> 17

@@ -1,0 +1,234 @@
+"""llm.c's own command line (train_gpt2cu), said in the flags of scripts/train.py."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.model_file import read_model_dtype
+
+_PROGRAM = "train_gpt2cu"
+_HELLASWAG = "dev/data/hellaswag/hellaswag_val.bin"  # where llm.c looks for it
+_DEFAULTS = {
+    "-i": "dev/data/tinyshakespeare/tiny_shakespeare_train.bin",
+    "-j": "dev/data/tinyshakespeare/tiny_shakespeare_val.bin",
+    "-e": "gpt2_124M_bf16.bin",
+    "-g": "64",
+    "-r": "1",
+}
+# Flags whose value is taken over as it is.
+_TEXTS = {"-i": "--train", "-j": "--validation", "-e": "--init", "-k": "--schedule"}
+_INTEGERS = {
+    "-n": "--checkpoint-every",
+    "-nk": "--keep-checkpoints",
+    "-nm": "--major-checkpoint-every",
+    "-b": "--batch-size",
+    "-t": "--sequence-length",
+    "-u": "--warmup-steps",
+    "-v": "--validate-every",
+    "-m": "--validation-batches",
+    "-s": "--sample-every",
+}
+_NUMBERS = {
+    "-l": "--learning-rate",
+    "-q": "--final-learning-rate-fraction",
+    "-c": "--weight-decay",
+    "-sl": "--skip-loss-z",
+    "-sg": "--skip-gradient-z",
+}
+_RECOMPUTE = ("none", "gelu", "layernorm")
+# Flags that change no result of one process on one device, and why.
+_WITHOUT_EFFECT = {
+    "-lg": "no telemetry is printed",
+    "-ge": "the compiler decides what it fuses",
+    "-z": "one device has nothing to shard",
+    "-pg": "there is one process",
+    "-pi": "there is one process",
+    "-ps": "there is one process",
+    "-pf": "there is one process",
+}
+
+
+class Translation(NamedTuple):
+    arguments: list[str]  # for scripts/train.py
+    remarks: list[str]  # on what has no effect here, or another one
+
+
+def translate(command_line: str) -> Translation:
+    """The arguments that give llm.c's run of this command line, with or without the program's name in front.
+
+    Raises Gpt2JaxError, naming the flag, for one that llm.c does not have, a value that it would misread, and for what
+    would change the result and cannot be had: several processes.
+    """
+    given = _pairs(command_line)
+    values = _DEFAULTS | given
+    arguments: list[str] = []
+    remarks: list[str] = []
+    for flag, value in values.items():
+        if flag in _TEXTS:
+            arguments += [_TEXTS[flag], value]
+        elif flag in _INTEGERS:
+            arguments += [_INTEGERS[flag], str(_integer(flag, value))]
+        elif flag in _NUMBERS:
+            arguments += [_NUMBERS[flag], str(_number(flag, value))]
+        elif flag in _WITHOUT_EFFECT:
+            remarks.append(f"{flag} {value} has no effect: {_WITHOUT_EFFECT[flag]}")
+        else:
+            more, remark = _SPECIAL[flag](value)
+            arguments += more
+            remarks += [f"{flag} {value}: {remark}"] if remark else []
+    dtype = _dtype(values["-e"])
+    arguments += ["--dtype", dtype]
+    if given.get("-f") == "0" and dtype == "float32":
+        arguments += ["--matmul-precision", "highest"]
+    arguments += _folder(given)
+    if "-o" not in given:
+        remarks.append("without -o llm.c keeps nothing; here the run has a folder, with the last step's checkpoint")
+    elif _integer("-n", given.get("-n", "0")) == 0:
+        remarks.append("without -n llm.c writes no checkpoint; here the last step has one")
+    return Translation(arguments, remarks)
+
+
+def _pairs(command_line: str) -> dict[str, str]:
+    """Flags and their values; of a flag that is given twice the last, as in llm.c."""
+    try:
+        words = shlex.split(command_line)
+    except ValueError as error:
+        raise Gpt2JaxError(f"--llmc: expected a command line, found {command_line!r}: {error}") from None
+    if words and Path(words[0]).name == _PROGRAM:
+        words = words[1:]
+    known = [*_TEXTS, *_INTEGERS, *_NUMBERS, *_WITHOUT_EFFECT, *_SPECIAL]
+    for flag in words[::2]:
+        if flag not in known:
+            raise Gpt2JaxError(f"--llmc: expected flags of {_PROGRAM}, found {flag!r}", f"one of {' '.join(sorted(known))}")
+    if len(words) % 2:
+        raise Gpt2JaxError(f"--llmc: expected a value after {words[-1]}, found none")
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _integer(flag: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise Gpt2JaxError(f"--llmc: expected an integer after {flag}, found {value!r} (llm.c would take it for 0)") from None
+
+
+def _number(flag: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise Gpt2JaxError(f"--llmc: expected a number after {flag}, found {value!r} (llm.c would take it for 0)") from None
+
+
+def _switch(flag: str, value: str) -> bool:
+    if value not in ("0", "1"):
+        raise Gpt2JaxError(f"--llmc: expected 0 or 1 after {flag}, found {value!r}")
+    return value == "1"
+
+
+_Special = Callable[[str], tuple[list[str], str]]  # value -> arguments, remark
+
+
+def _total_batch(value: str) -> tuple[list[str], str]:
+    tokens = _integer("-d", value)
+    return ([], "") if tokens == -1 else (["--total-batch-size", str(tokens)], "")
+
+
+def _steps(value: str) -> tuple[list[str], str]:
+    steps = _integer("-x", value)
+    if steps == 0 or steps < -1:
+        raise Gpt2JaxError(f"--llmc: expected a number of steps, or -1 for one epoch, after -x, found {steps}")
+    return ([], "") if steps == -1 else (["--steps", str(steps)], "")
+
+
+def _sample_tokens(value: str) -> tuple[list[str], str]:
+    tokens = _integer("-g", value) - 1  # llm.c counts the end-of-text token that it begins with
+    return (["--sample-tokens", str(tokens)], "") if tokens > 0 else (["--sample-every", "0"], "no token is sampled")
+
+
+def _hellaswag(value: str) -> tuple[list[str], str]:
+    if not _switch("-h", value):
+        return [], ""
+    if os.path.exists(_HELLASWAG):
+        return ["--hellaswag", _HELLASWAG], ""
+    return [], f"{_HELLASWAG} is not there; as llm.c does, the run goes without"
+
+
+def _overfit(value: str) -> tuple[list[str], str]:
+    return (["--overfit-one-batch"] if _switch("-a", value) else []), ""
+
+
+def _tf32(value: str) -> tuple[list[str], str]:
+    _switch("-f", value)
+    return [], "" if value == "0" else "TF32 is left to the device"
+
+
+def _master_weights(value: str) -> tuple[list[str], str]:
+    return (["--master-weights"] if _switch("-w", value) else ["--no-master-weights"]), ""
+
+
+def _recompute(value: str) -> tuple[list[str], str]:
+    level = _integer("-r", value)
+    if not 0 <= level < len(_RECOMPUTE):
+        raise Gpt2JaxError(f"--llmc: expected 0, 1 or 2 after -r, found {level}")
+    return ["--recompute", _RECOMPUTE[level]], ""
+
+
+def _processes(value: str) -> tuple[list[str], str]:
+    if _integer("-pn", value) != 1:
+        raise Gpt2JaxError(
+            f"--llmc: expected one process, found -pn {value}: several read other data in each step",
+            "-pn 1, with the same -d: then a step has as many tokens",
+        )
+    return [], ""
+
+
+def _rank(value: str) -> tuple[list[str], str]:
+    if _integer("-pr", value) != 0:
+        raise Gpt2JaxError(f"--llmc: expected rank 0, the only process, found -pr {value}", "leave -pr out")
+    return [], ""
+
+
+def _nothing(value: str) -> tuple[list[str], str]:
+    return [], ""  # said by _folder, which needs -o and -y together
+
+
+_SPECIAL: dict[str, _Special] = {
+    "-d": _total_batch,
+    "-x": _steps,
+    "-g": _sample_tokens,
+    "-h": _hellaswag,
+    "-a": _overfit,
+    "-f": _tf32,
+    "-w": _master_weights,
+    "-r": _recompute,
+    "-pn": _processes,
+    "-pr": _rank,
+    "-o": _nothing,
+    "-y": _nothing,
+}
+
+
+def _dtype(init: str) -> str:
+    """llm.c computes in what it was compiled for: bfloat16, unless a float32 model file says otherwise."""
+    try:
+        return read_model_dtype(init)
+    except Gpt2JaxError:
+        return "bfloat16"  # a descriptor, or a file that is the trainer's to refuse
+
+
+def _folder(given: dict[str, str]) -> list[str]:
+    """-o, and -y: resume what is there, begin anew if nothing is."""
+    folder = given.get("-o")
+    resume = _switch("-y", given.get("-y", "0"))
+    if folder is None:
+        if resume:
+            raise Gpt2JaxError("--llmc: expected a folder to resume from, found -y 1 without -o", "-y 1 -o DIR")
+        return []
+    if resume and any(Path(folder).glob("DONE_*")):
+        return ["--resume", "--out-dir", folder]
+    return ["--out-dir", folder]
