@@ -35,7 +35,14 @@ class Comparison:
 
 
 def check_gradients(
-    config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray, *, dtype: str, matmul: str = "xla"
+    config: ModelConfig,
+    params: np.ndarray,
+    x_BT: np.ndarray,
+    y_BT: np.ndarray,
+    *,
+    dtype: str,
+    matmul: str = "xla",
+    precision: str = "highest",
 ) -> list[Comparison]:
     """Compare with PyTorch in float32 on the CPU; one Comparison each for the loss, the logits, the gradient of every
     one of the 16 tensors, and the losses of ten AdamW steps on the batch.
@@ -62,7 +69,7 @@ def check_gradients(
         return loss, model.logits(params_N, x, layout, dtype=compute_dtype, matmul=matmul), grads_N
 
     # On NVIDIA GPUs float32 products would be TF32 otherwise.
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(precision):
         loss, logits_BTV, grads_N = jax.jit(evaluate)(jnp.asarray(params))
         losses = _training_losses(layout, params, x, y, compute_dtype, matmul)
     grads = layout.views(np.asarray(grads_N))

@@ -53,8 +53,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     `backend` must have been selected before jax was imported. `name` is used for the folder when none is given.
     """
     config.validate()
-    if config.compute.matmul_precision == "highest":
-        jax.config.update("jax_default_matmul_precision", "highest")
+    if config.compute.matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
     display = Display()
     device = open_device(backend)
     matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype)
