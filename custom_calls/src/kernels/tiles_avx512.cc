@@ -131,72 +131,95 @@ struct Layout {
 
 // Along memory, lane by lane, to rows of left tiles.
 template <bool kNarrow, int kParts>
-void pack_lanes(const TileSource& source, int64_t lanes, int64_t all_lanes, int64_t depth,
-                const Layout& layout, unsigned char* packed) {
+void pack_lanes(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
+                unsigned char* packed) {
   for (int64_t lane = 0; lane < all_lanes; ++lane) {
     unsigned char* to = packed + layout.offset(lane) + lane % kTileLanes * 64;
-    for (int64_t k = 0; k < depth; k += kTileDepth, to += layout.step_bytes) {
-      const int64_t count = lane < lanes ? depth - k : 0;
-      store(load_lane<kNarrow, kParts>(source.data, lane * source.lane_stride + k, count), to);
+    const int64_t index = lane * source.lane_stride;
+    const int64_t whole = lane < lanes ? depth / kTileDepth * kTileDepth : 0;
+    for (int64_t k = 0; k < whole; k += kTileDepth, to += layout.step_bytes) {
+      store(load_lane<kNarrow, kParts>(source.data, index + k, kTileDepth), to);
+    }
+    for (int64_t k = whole; k < depth; k += kTileDepth, to += layout.step_bytes) {
+      store(load_lane<kNarrow, kParts>(source.data, index + k, lane < lanes ? depth - k : 0), to);
     }
   }
 }
 
 // Along memory, two k after two, to rows of right tiles.
 template <bool kNarrow, int kParts>
-void pack_pairs(const TileSource& source, int64_t lanes, int64_t all_lanes, int64_t depth,
-                const Layout& layout, unsigned char* packed) {
+void pack_pairs(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
+                unsigned char* packed) {
   const int64_t all_depth = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
   for (int64_t k = 0; k < all_depth; k += 2) {
     unsigned char* to = packed + k / kTileDepth * layout.step_bytes + k % kTileDepth / 2 * 64;
-    for (int64_t lane = 0; lane < all_lanes; lane += kTileLanes) {
+    const int64_t index = k * source.k_stride;
+    const int64_t whole = k + 1 < depth ? lanes / kTileLanes * kTileLanes : 0;
+    for (int64_t lane = 0; lane < whole; lane += kTileLanes) {
+      store(
+          load_pair<kNarrow, kParts>(source.data, index + lane, source.k_stride, kTileLanes, true),
+          to + layout.offset(lane));
+    }
+    for (int64_t lane = whole; lane < all_lanes; lane += kTileLanes) {
       const int64_t count = k < depth ? lanes - lane : 0;
-      store(load_pair<kNarrow, kParts>(source.data, lane + k * source.k_stride, source.k_stride,
-                                       count, k + 1 < depth),
+      store(load_pair<kNarrow, kParts>(source.data, index + lane, source.k_stride, count,
+                                       k + 1 < depth),
             to + layout.offset(lane));
+    }
+  }
+}
+
+// A tile from (lane, k) on, where there are `lanes` and `depth` left, or it is whole: transposed.
+template <bool kNarrow, int kParts, bool kAlongK, bool kWhole>
+inline void pack_tile(TileSource source, int64_t lane, int64_t k, int64_t lanes, int64_t depth,
+                      unsigned char* to) {
+  if constexpr (kWhole) {
+    lanes = kTileLanes;
+    depth = kTileDepth;
+  }
+  __m512i tile[kParts][16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    Rows<kParts> rows;
+    if constexpr (kAlongK) {
+      rows = load_lane<kNarrow, kParts>(source.data, (lane + i) * source.lane_stride + k,
+                                        i < lanes ? depth : 0);
+    } else {
+      rows =
+          load_pair<kNarrow, kParts>(source.data, lane + (k + 2 * i) * source.k_stride,
+                                     source.k_stride, 2 * i < depth ? lanes : 0, 2 * i + 1 < depth);
+    }
+#pragma GCC unroll 3
+    for (int part = 0; part < kParts; ++part) tile[part][i] = rows.part[part];
+  }
+#pragma GCC unroll 3
+  for (int part = 0; part < kParts; ++part) {
+    transpose(tile[part]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      _mm512_store_si512(to + part * (2 * kTileBytes) + i * 64, tile[part][i]);
     }
   }
 }
 
 // Tile by tile, transposed on the way: lanes to right tiles, pairs of k to left tiles.
 template <bool kNarrow, int kParts, bool kAlongK>
-void pack_transposed(const TileSource& source, int64_t lanes, int64_t all_lanes, int64_t depth,
-                     const Layout& layout, unsigned char* packed) {
+void pack_transposed(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth,
+                     Layout layout, unsigned char* packed) {
   for (int64_t lane = 0; lane < all_lanes; lane += kTileLanes) {
     unsigned char* to = packed + layout.offset(lane);
     for (int64_t k = 0; k < depth; k += kTileDepth, to += layout.step_bytes) {
-      __m512i tile[kParts][16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        Rows<kParts> rows;
-        if constexpr (kAlongK) {
-          const int64_t count = lane + i < lanes ? depth - k : 0;
-          rows =
-              load_lane<kNarrow, kParts>(source.data, (lane + i) * source.lane_stride + k, count);
-        } else {
-          const int64_t pair = k + 2 * i;
-          rows = load_pair<kNarrow, kParts>(source.data, lane + pair * source.k_stride,
-                                            source.k_stride, pair < depth ? lanes - lane : 0,
-                                            pair + 1 < depth);
-        }
-#pragma GCC unroll 3
-        for (int part = 0; part < kParts; ++part) tile[part][i] = rows.part[part];
-      }
-#pragma GCC unroll 3
-      for (int part = 0; part < kParts; ++part) {
-        transpose(tile[part]);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          _mm512_store_si512(to + part * (2 * kTileBytes) + i * 64, tile[part][i]);
-        }
-      }
+      const bool whole = lanes - lane >= kTileLanes && depth - k >= kTileDepth;
+      const auto pack_one = whole ? pack_tile<kNarrow, kParts, kAlongK, true>
+                                  : pack_tile<kNarrow, kParts, kAlongK, false>;
+      pack_one(source, lane, k, lanes - lane, depth - k, to);
     }
   }
 }
 
+// Sources and layouts by value: what is stored must not seem to change them.
 template <bool kNarrow, int kParts>
-void pack(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
-          unsigned char* packed) {
+void pack(TileSource source, int64_t lanes, int64_t depth, TileSide side, unsigned char* packed) {
   const int64_t steps = (depth + kTileDepth - 1) / kTileDepth;
   const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
   const int64_t step_bytes = kParts * 2 * kTileBytes;
