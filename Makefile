@@ -3,7 +3,7 @@
 # make bench               how fast this machine multiplies and trains, beside PyTorch and plain JAX: 4 minutes
 # make test-oldest-jax     the same tests with jax 0.4.34, the oldest that is supported
 # make test-matrix         the same tests with every jax that a plugin for the Apple GPU needs, and the newest; about an hour
-# make test-custom-calls   the C++ tests, plain and under three sanitizers
+# make test-custom-calls   the C++ tests, plain and under the SANITIZERS
 # make test-aarch64        the same for arm64 Linux, cross-compiled and run under qemu-user
 # make check-macos         the library cross-compiled for macOS on Apple silicon, and its file checked
 # make wheel               dist/*.whl, in which the custom calls must be
@@ -11,6 +11,7 @@
 # Every target is a plain command or two; see README.md for them without make.
 
 PYTHON ?= python3
+SANITIZERS ?= address undefined thread
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The extra for this machine's accelerator: mps, metal, cuda, or nothing for plain CPU.
@@ -59,7 +60,7 @@ test-custom-calls:
 	$(call unpack,jaxlib,jaxlib==0.5.0)
 	$(call unpack,openblas,scipy-openblas32)
 	export GPT2_JAX_OPENBLAS=$$(echo $(CURDIR)/build/openblas/scipy_openblas32/lib/libscipy_openblas.*); \
-	for sanitizer in '' address undefined thread; do \
+	for sanitizer in '' $(SANITIZERS); do \
 		folder=build/custom-calls$${sanitizer:+-$$sanitizer}; \
 		$(configure) -B $$folder -DGPT2_JAX_SANITIZE=$$sanitizer && \
 		cmake --build $$folder -j 2 && \
