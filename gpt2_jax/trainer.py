@@ -43,7 +43,7 @@ from gpt2_jax.report import Display, RunLog, plot_loss
 from gpt2_jax.run_record import Averages, RunRecord
 from gpt2_jax.stability import WATCHED, WINDOW, empty_windows
 from gpt2_jax.tokenizer import gpt2_tokenizer
-from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step
+from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step, writes_in_place
 from gpt2_jax.weights import load_weights
 
 
@@ -575,7 +575,7 @@ def _start_table(
         config.data.batch_size,
         config.data.sequence_length,
         config.compute.dtype,
-        gradient_buffers=2 if config.num_micro_batches > 1 and matmul.name == "xla" else 1,
+        gradient_buffers=1 if config.num_micro_batches == 1 or writes_in_place(matmul.name) else 2,
     )
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "

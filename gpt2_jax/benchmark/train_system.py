@@ -115,7 +115,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
         raise NotImplementedError(str(error).splitlines()[0]) from None
     schedule = learning_rate_schedule("constant", _LEARNING_RATE, steps=request.steps)
     optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY, custom_call=matmul != "xla")
-    state = create_state(params, optimizer)
+    state = create_state(params, optimizer, matmul=matmul)
     train_step = make_train_step(
         layout, optimizer, schedule, dtype=jnp.dtype(request.dtype), matmul=matmul, donate=backend.donates
     )
