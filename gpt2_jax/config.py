@@ -227,17 +227,14 @@ def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfi
     Flags are the settings' names (--batch-size for data.batch_size). A wrong flag ends the program with status 2 and
     a suggestion; a wrong key in a TOML file is a Gpt2JaxError with one.
     """
+    arguments = _translated(arguments)
     # A first look for what decides the defaults; everything else is left to the real parser.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first_look.add_argument("--config")
     first_look.add_argument("--resume", action="store_true")
     first_look.add_argument("--out-dir", "--out_dir")
-    first_look.add_argument("--llmc")
     try:
         seen, _ = first_look.parse_known_args(arguments)
-        if seen.llmc is not None:
-            arguments = _translated(seen.llmc) + arguments
-            seen, _ = first_look.parse_known_args(arguments)
     except argparse.ArgumentError:
         seen = argparse.Namespace(config=None, resume=False, out_dir=None)
     saved = saved_config_path(seen.out_dir) if seen.resume and seen.out_dir else None
@@ -256,13 +253,16 @@ def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfi
     return command.settings, name, command.print_config
 
 
-def _translated(llmc: str) -> list[str]:
-    """The arguments for llm.c's command line, which are printed, each line a comment of TOML."""
-    translation = translate(llmc)
-    print(f"# train_gpt2cu {llmc}\n# is here: python scripts/train.py {shlex.join(translation.arguments)}")
+def _translated(arguments: list[str]) -> list[str]:
+    """The arguments with what --llmc means in its place; the translation is printed, each line a comment of TOML."""
+    if "--llmc" not in arguments[:-1]:
+        return arguments
+    place = arguments.index("--llmc")
+    translation = translate(arguments[place + 1])
+    print(f"# train_gpt2cu {arguments[place + 1]}\n# is here: python scripts/train.py {shlex.join(translation.arguments)}")
     for remark in translation.remarks:
         print(f"# {remark}")
-    return translation.arguments
+    return translation.arguments + arguments[:place] + arguments[place + 2 :]
 
 
 def saved_config_path(out_dir: str | Path) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax import lax
 from gpt2_jax import custom_calls, jax_compat
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.matmul import matmul, matmul_into, precision_of
+from gpt2_jax.model import RECOMPUTED
 from gpt2_jax.views import WeightView, weight_view
 
 _Backward = Callable[[jax.Array], jax.Array]
@@ -88,6 +90,7 @@ class _Pass(NamedTuple):
     layout: ParameterLayout
     implementation: str  # of the matrix products
     gradient: _Gradient
+    recompute: str
 
     def view(self, name: str, layer: int = 0) -> WeightView:
         return weight_view(self.params_N, self.layout, name, layer)
@@ -102,6 +105,7 @@ def loss_and_gradient(
     *,
     dtype: jnp.dtype,
     matmul: str,
+    recompute: str = "none",
     scale: float = 1.0,
     accumulate: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -109,13 +113,12 @@ def loss_and_gradient(
     `accumulate` that added to it. Arguments and loss as model.loss's; `matmul` is one of the custom calls."""
     custom_calls.load()
     gradient = _Gradient(grads_N, layout, matmul, accumulate)
-    this = _Pass(params_N, layout, matmul, gradient)
+    this = _Pass(params_N, layout, matmul, gradient, recompute)
     residual_BTC, backward = _embed(this, x_BT, dtype)
     backwards = [backward]
     for layer in range(layout.config.num_layers):
-        for half in (_attention_half, _mlp_half):
-            residual_BTC, backward = half(this, layer, residual_BTC)
-            backwards.append(backward)
+        residual_BTC, backward = _part(this, "block", partial(_block, this, layer), residual_BTC)
+        backwards.append(backward)
     h_BTC, norm_backward = _layer_norm(this, "lnf", 0, residual_BTC)
     loss, dh_BTC = _classify(this, h_BTC, y_BT, scale)
     dresidual_BTC = norm_backward(dh_BTC, jnp.zeros_like(residual_BTC))
@@ -147,6 +150,26 @@ def _embed(this: _Pass, x_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, _
     return residual_BTC, backward
 
 
+def _part(this: _Pass, name: str, part: Callable[[jax.Array], tuple[jax.Array, Any]], x: jax.Array) -> tuple[jax.Array, Any]:
+    """A part's value at x and its backward, which computes the part anew, from x alone, if its name is to be."""
+    value, backward = part(x)
+    if name not in RECOMPUTED[this.recompute]:
+        return value, backward
+
+    def backward_anew(*cotangents: jax.Array) -> jax.Array:
+        # Without the barrier XLA would find both computations equal, and keep the first one's values after all.
+        again, *cotangents = lax.optimization_barrier((x, *cotangents))
+        return part(again)[1](*cotangents)
+
+    return value, backward_anew
+
+
+def _block(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
+    residual_BTC, attention_backward = _attention_half(this, layer, residual_BTC)
+    residual_BTC, mlp_backward = _mlp_half(this, layer, residual_BTC)
+    return residual_BTC, lambda dresidual_BTC: attention_backward(mlp_backward(dresidual_BTC))
+
+
 def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
     B, T, _ = residual_BTC.shape
     H = this.layout.config.num_heads
@@ -155,8 +178,7 @@ def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[j
         "implementation": this.implementation,
         "precision": precision_of(this.implementation, residual_BTC.dtype),
     }
-    h_BTC, norm_backward = _layer_norm(this, "ln1", layer, residual_BTC)
-    qkv, qkv_backward = _linear(this, "qkv", layer, h_BTC)
+    qkv, qkv_backward = _part(this, "layer_norm", partial(_normed_linear, this, "ln1", "qkv", layer), residual_BTC)
     results = (_like(residual_BTC), jax.ShapeDtypeStruct((B, H, T), FLOAT32))
     attention_BTC, log_sums_BHT = _call(custom_calls.ATTENTION, results, qkv, **options)
     out_BTC, projection_backward = _linear(this, "attproj", layer, attention_BTC)
@@ -165,22 +187,34 @@ def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[j
         dattention_BTC = projection_backward(dresidual_BTC)
         operands = (qkv, attention_BTC, log_sums_BHT, dattention_BTC)
         dqkv = _call(custom_calls.ATTENTION_BACKWARD, _like(qkv), *operands, **options)
-        return norm_backward(qkv_backward(dqkv), dresidual_BTC)
+        return qkv_backward(dqkv, dresidual_BTC)
 
     return residual_BTC + out_BTC, backward
 
 
 def _mlp_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[jax.Array, _Backward]:
-    h_BTC, norm_backward = _layer_norm(this, "ln2", layer, residual_BTC)
-    hidden, fc_backward = _linear(this, "fc", layer, h_BTC)
-    active = _call(custom_calls.GELU, _like(hidden), hidden)
-    out_BTC, projection_backward = _linear(this, "fcproj", layer, active)
+    hidden, fc_backward = _part(this, "layer_norm", partial(_normed_linear, this, "ln2", "fc", layer), residual_BTC)
+    out_BTC, projection_backward = _part(this, "gelu", partial(_gelu_linear, this, "fcproj", layer), hidden)
 
     def backward(dresidual_BTC: jax.Array) -> jax.Array:
-        dhidden = _call(custom_calls.GELU_BACKWARD, _like(hidden), hidden, projection_backward(dresidual_BTC))
-        return norm_backward(fc_backward(dhidden), dresidual_BTC)
+        return fc_backward(projection_backward(dresidual_BTC), dresidual_BTC)
 
     return residual_BTC + out_BTC, backward
+
+
+def _normed_linear(
+    this: _Pass, norm: str, linear: str, layer: int, residual_BTC: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """A linear layer of a LayerNorm; its backward is as _layer_norm's."""
+    h_BTC, norm_backward = _layer_norm(this, norm, layer, residual_BTC)
+    y, linear_backward = _linear(this, linear, layer, h_BTC)
+    return y, lambda dy, dresidual_BTC: norm_backward(linear_backward(dy), dresidual_BTC)
+
+
+def _gelu_linear(this: _Pass, linear: str, layer: int, hidden: jax.Array) -> tuple[jax.Array, _Backward]:
+    active = _call(custom_calls.GELU, _like(hidden), hidden)
+    y, linear_backward = _linear(this, linear, layer, active)
+    return y, lambda dy: _call(custom_calls.GELU_BACKWARD, _like(hidden), hidden, linear_backward(dy))
 
 
 def _layer_norm(

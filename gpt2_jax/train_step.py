@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,7 @@ def loss_and_gradient(
     *,
     dtype: jnp.dtype,
     matmul: str,
+    recompute: str = "none",
     grads_N: jax.Array | None = None,
     loops: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
@@ -68,10 +71,13 @@ def loss_and_gradient(
     """
     num_micro_batches = x_ABT.shape[0]
     if writes_in_place(matmul):
-        return _loss_and_gradient_in_place(params_N, grads_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul)
+        return _loss_and_gradient_in_place(
+            params_N, grads_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, recompute=recompute
+        )
 
     def micro_batch_loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-        return model.loss(params_N, x_BT, y_BT, layout, dtype=dtype, matmul=matmul) / num_micro_batches
+        loss = model.loss(params_N, x_BT, y_BT, layout, dtype=dtype, matmul=matmul, recompute=recompute)
+        return loss / num_micro_batches
 
     value_and_grad = jax.value_and_grad(micro_batch_loss)
     if num_micro_batches == 1:
@@ -101,17 +107,17 @@ def _loss_and_gradient_in_place(
     *,
     dtype: jnp.dtype,
     matmul: str,
+    recompute: str,
 ) -> tuple[jax.Array, jax.Array]:
     num_micro_batches = x_ABT.shape[0]
     if grads_N is None or num_micro_batches > 1:
         grads_N = jnp.zeros_like(params_N)
+    one_micro_batch = partial(in_place.loss_and_gradient, layout=layout, dtype=dtype, matmul=matmul, recompute=recompute)
     if num_micro_batches == 1:
-        return in_place.loss_and_gradient(params_N, grads_N, x_ABT[0], y_ABT[0], layout, dtype=dtype, matmul=matmul)
+        return one_micro_batch(params_N, grads_N, x_ABT[0], y_ABT[0])
 
     def add(total: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
-        loss, grads_N = in_place.loss_and_gradient(
-            params_N, total[1], *batch, layout, dtype=dtype, matmul=matmul, scale=1.0 / num_micro_batches, accumulate=True
-        )
+        loss, grads_N = one_micro_batch(params_N, total[1], *batch, scale=1.0 / num_micro_batches, accumulate=True)
         return (total[0] + loss, grads_N), None
 
     return lax.scan(add, (jnp.zeros((), jnp.float32), grads_N), (x_ABT, y_ABT))[0]
@@ -124,6 +130,7 @@ def make_train_step(
     *,
     dtype: jnp.dtype,
     matmul: str,
+    recompute: str = "none",
     donate: bool = True,
     loops: bool = True,
     max_loss_z: float = 0.0,
@@ -140,7 +147,15 @@ def make_train_step(
         state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, tensor_seeds: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
         loss, grads_N = loss_and_gradient(
-            state.params, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, grads_N=state.grads, loops=loops
+            state.params,
+            x_ABT,
+            y_ABT,
+            layout,
+            dtype=dtype,
+            matmul=matmul,
+            recompute=recompute,
+            grads_N=state.grads,
+            loops=loops,
         )
         # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
         grads_N = lax.optimization_barrier(grads_N)

@@ -117,6 +117,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             schedule,
             dtype=jnp.dtype(config.compute.dtype),
             matmul=matmul.name,
+            recompute=config.compute.recompute,
             donate=backend.donates,
             loops=backend.loops,
             max_loss_z=config.optimizer.skip_loss_z,

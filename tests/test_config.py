@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY
 
 # Every flag of train.py. A change here is a change of the public interface: README, presets and users' scripts.
 FLAGS = {
-    *("--config", "--print-config"),
+    *("--config", "--llmc", "--print-config"),
     *("--init", "--num-layers", "--num-heads", "--channels", "--max-sequence-length", "--vocab-size"),
     *("--train", "--validation", "--batch-size", "--sequence-length", "--total-batch-size", "--shuffle", "--no-shuffle"),
     "--overfit-one-batch",
@@ -33,7 +33,7 @@ FLAGS = {
     *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
     *("--steps", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
-    *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision"),
+    *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute"),
 }
 
 
@@ -55,7 +55,7 @@ def test_the_flags_are_frozen(capsys):
     settings = {
         "--" + f.name.replace("_", "-") for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(s.default_factory)
     }
-    assert settings | {"--config", "--print-config", "--no-shuffle", "--no-master-weights"} == FLAGS
+    assert settings | {"--config", "--llmc", "--print-config", "--no-shuffle", "--no-master-weights"} == FLAGS
 
 
 def test_command_line_over_file_over_defaults(tmp_path):
@@ -88,6 +88,25 @@ def test_presets_are_valid(preset):
     config, name, _ = parse("--config", preset)
     assert name == preset.stem
     assert model_config_from_settings(config.model) is not None
+
+
+COMMON = "-v 250 -t 1024 -d 524288 -r 0 -z 1 -c 0.1 -u 700 -q 0.0 -g 144"
+# The flags of llm.c's scripts/run_*.sh, -o, -y, -h and the data apart.
+RECIPES = {
+    "gpt2_124m": "-e d12 -b 64 -l 0.0006 -s 20000 -n 5000 -x 18865",
+    "gpt2_350m": "-e d24 -b 64 -l 0.0003 -s 100000 -n 2000 -x 60000",
+    "gpt2_774m": "-e d36 -b 32 -l 0.00025 -s 300000 -n 4000 -x 286102",
+    "gpt2_1558m": "-e d48 -b 16 -l 0.0006 -s 300000 -n 2000 -x 32000 -d 1048576 -q 0.1 -g 384 -ge 1 -k cosine",
+    "gpt3_125m": "-e gpt3:c768 -b 32 -t 2048 -l 0.0006 -q 0.1 -s 20000 -n 10000 -nk 5 -nm 50000 -ge 1 -sl 7 -sg 7 -x 572204",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_llmcs(recipe):
+    preset = load_config(REPOSITORY / "configs" / f"{recipe}.toml")
+    files = f"-i {preset.data.train} -j {preset.data.validation}"
+    translated, _, _ = parse("--llmc", f"{COMMON} {RECIPES[recipe]} {files}")
+    assert preset == translated
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.evaluate import make_loss_function, unigram_cross_entropy, validation_loss
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.evaluate import (
+    check_questions,
+    make_loss_function,
+    make_token_loss_function,
+    num_right_answers,
+    unigram_cross_entropy,
+    validation_loss,
+)
+from gpt2_jax.llmc.eval_file import MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from tests.conftest import TINY
@@ -42,3 +51,75 @@ def test_unigram_counts_all_shards(tmp_path):
     write_token_shard(paths[1], np.array([1]))
     expected = -(2 * math.log(3 / 5) + math.log(2 / 5)) / 3
     assert unigram_cross_entropy(paths, paths, 2) == pytest.approx(expected)
+
+
+def test_validation_goes_on_from_the_first_batch_at_the_end_of_the_data(tiny_layout, tiny_params, tiny_shards):
+    """As llm.c's does, which takes as many batches as it is told to."""
+    loader = TokenLoader(tiny_shards[1], 2, 16, vocab_size=TINY.vocab_size)
+    params, loss_function = jnp.asarray(tiny_params), make_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")
+    once, twice = (validation_loss(loss_function, params, loader, batches) for batches in (9, 18))
+    assert once == pytest.approx(twice, rel=1e-12)
+
+
+def test_losses_of_tokens_have_the_batchs_loss_as_their_mean(tiny_layout, tiny_params, tiny_batch):
+    x, y = map(jnp.asarray, tiny_batch)
+    losses = make_token_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")(jnp.asarray(tiny_params), x, y)
+    loss = make_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")(jnp.asarray(tiny_params), x, y)
+    assert losses.shape == x.shape
+    assert float(losses.mean()) == pytest.approx(float(loss), rel=1e-6)
+
+
+def choices(count: int) -> list[MultipleChoice]:
+    random = np.random.default_rng(7)
+    rows = [
+        [random.integers(0, TINY.vocab_size, size).astype(np.uint16) for size in random.integers(1, 5, 5)] for _ in range(count)
+    ]
+    return [MultipleChoice(int(random.integers(4)), row[0], tuple(row[1:])) for row in rows]
+
+
+def right_by_hand(token_loss_function, params, question: MultipleChoice, T: int) -> bool:
+    """One row a completion, as long as llm.c's, losses added up one after the other."""
+    x_BT, y_BT, masks = np.full((4, T), 5, np.int32), np.full((4, T), 6, np.int32), []
+    for row, completion in enumerate(question.completions):
+        context, size = question.context.size, completion.size
+        x_BT[row, :context] = question.context
+        x_BT[row, context : context + size] = completion
+        y_BT[row, context - 1 : context - 1 + size] = completion
+        masks.append(range(context - 1, context - 1 + size))
+    losses_BT = np.asarray(token_loss_function(params, jnp.asarray(x_BT), jnp.asarray(y_BT)))
+    best, best_row = np.float32(0), -1
+    for row, mask in enumerate(masks):
+        average = np.float32(0)
+        for t in mask:
+            average += losses_BT[row, t]
+        average /= np.float32(len(mask))
+        if row == 0 or average < best:
+            best, best_row = average, row
+    return best_row == question.label
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9, 64])
+def test_answers_are_llmcs(tiny_layout, tiny_params, batch_size):
+    questions = choices(21)
+    token_loss_function = make_token_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")
+    params = jnp.asarray(tiny_params)
+    right = [right_by_hand(token_loss_function, params, question, 16) for question in questions]
+    assert 0 < sum(right) < 21
+    assert num_right_answers(token_loss_function, params, questions, batch_size) == sum(right)
+
+
+def test_the_first_of_equal_completions_is_taken(tiny_layout, tiny_params):
+    part = np.array([3, 4], np.uint16)
+    questions = [MultipleChoice(label, part, (part, part, part, part)) for label in range(4)]
+    token_loss_function = make_token_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")
+    assert num_right_answers(token_loss_function, jnp.asarray(tiny_params), questions, 16) == 1
+
+
+def test_questions_that_do_not_fit_the_model_are_refused():
+    questions = choices(5)
+    longest = max(question.longest for question in questions)
+    check_questions(questions, "h.bin", vocab_size=203, sequence_length=longest + 1)
+    with pytest.raises(Gpt2JaxError, match=rf"h.bin: expected questions below {longest} tokens"):
+        check_questions(questions, "h.bin", vocab_size=203, sequence_length=longest)
+    with pytest.raises(Gpt2JaxError, match="token ids below 100, found"):
+        check_questions(questions, "h.bin", vocab_size=100, sequence_length=longest + 1)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import typing
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gpt2_jax import model
+from gpt2_jax.config import ComputeSettings
+from gpt2_jax.model import RECOMPUTED
+from gpt2_jax.train_step import loss_and_gradient
 from tests.conftest import TINY
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -74,3 +80,31 @@ def test_jitted_equals_unjitted(tiny_layout, tiny_params, tiny_batch):
         loss, grads = function(jnp.asarray(tiny_params), *tiny_batch)
     assert abs(float(jitted_loss) - float(loss)) < 1e-5
     np.testing.assert_allclose(jitted, grads, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("matmul", ["xla", "threaded"])
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+def test_what_is_computed_anew_changes_the_gradient_by_roundings_at_most(
+    tiny_layout, tiny_params, tiny_batch, matmul, recompute
+):
+    x_ABT, y_ABT = (part[None] for part in tiny_batch)
+
+    def compiled(recompute):
+        function = partial(loss_and_gradient, layout=tiny_layout, dtype=jnp.dtype("float32"), matmul=matmul)
+        return jax.jit(partial(function, recompute=recompute)).lower(jnp.asarray(tiny_params), x_ABT, y_ABT).compile()
+
+    def products(compiled):
+        return compiled.as_text().count(" dot(" if matmul == "xla" else 'custom_call_target="gpt2_jax_matmul')
+
+    plain, anew = compiled("none"), compiled(recompute)
+    expected, found = (function(jnp.asarray(tiny_params), x_ABT, y_ABT) for function in (plain, anew))
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=2.0**-22)
+    # One float32 operation more or less of every kind, relative to the largest gradient.
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2.0**-20 * float(jnp.abs(expected[1]).max()))
+    # Only a whole block makes products twice: those up to the last, whose result no derivative needs.
+    assert (products(anew) > products(plain)) == (recompute == "block")
+
+
+def test_recompute_has_the_levels_of_the_settings():
+    """The settings are read before jax may be imported, so they name the choices a second time."""
+    assert typing.get_args(typing.get_type_hints(ComputeSettings)["recompute"]) == tuple(RECOMPUTED)

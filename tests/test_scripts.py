@@ -10,11 +10,12 @@ import sys
 
 import pytest
 
-from gpt2_jax.checkpoint import newest_step
+from gpt2_jax.checkpoint import complete_steps, newest_step
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
 from tests.conftest import REPOSITORY, TINY
+from tests.llmc.test_command_line import ALL_FLAGS
 
 SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.py"))
 TINY_FLAGS = [
@@ -186,3 +187,23 @@ def test_bench_matmul_ends_with_a_json_line_and_draws(tmp_path):
 def test_wrong_flags_of_the_benches_are_one_clear_error(script, flags, message):
     _, error = run(script, *flags, status=2)
     assert message in error
+
+
+def test_a_command_line_of_llmcs_with_every_flag_trains(tiny_params, tiny_shards, tmp_path):
+    write_model_file(tmp_path / "tiny.bin", TINY, tiny_params)
+    files = f"-i {tiny_shards[0]} -j {tiny_shards[1]} -e {tmp_path}/tiny.bin -o {tmp_path}/log -y 1"
+    numbers = "-n 2 -nk 1 -nm 4 -b 2 -t 16 -d 64 -x 6 -k linear -l 1e-3 -u 2 -q 0.1 -c 0.1 -sl 7 -sg 7 -v 3 -m 5 -s 6 -g 4"
+    others = "-h 1 -a 0 -f 0 -w 1 -ge 0 -z 1 -r 2 -lg 5 -pn 1 -pr 0 -pg 1 -pi mpi -ps x -pf y"
+    llmc = f"{files} {numbers} {others}"
+    assert set(llmc.split()[::2]) == ALL_FLAGS
+    output, _ = run("train.py", "--llmc", llmc, cwd=tmp_path)
+    assert "# is here: python scripts/train.py --train" in output
+    assert len(re.findall(r"^step [1-6]/6 \| loss ", output, re.MULTILINE)) == 6
+    assert complete_steps(tmp_path / "log") == [4, 6]
+    lines = (tmp_path / "log" / "main.log").read_text().splitlines()
+    assert [line.split(":")[1].split()[0] + line.split()[1][:4] for line in lines] == [
+        *["0tel:", "0trl:", "1trl:", "2trl:", "3tel:", "3trl:", "4trl:", "5trl:", "6tel:"]
+    ]
+    # The same command again resumes, and finds nothing left to do.
+    output, _ = run("train.py", "--llmc", llmc, cwd=tmp_path)
+    assert "nothing to do" in output
