@@ -6,9 +6,11 @@ NumPy only. A set without its DONE file, or without a file of one of its ranks, 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.header import atomic_write
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
-from gpt2_jax.llmc.rounding import RoundingStream, stochastically_rounded
+from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, num_processes_of, read_state_files, write_state_files
 from gpt2_jax.run_record import RunRecord, read_run_record, write_run_record
 
@@ -64,6 +66,44 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
         with atomic_write(done_path):
             pass
     return model_path
+
+
+def reshard_checkpoint(
+    folder: str | os.PathLike,
+    step: int,
+    output_folder: str | os.PathLike,
+    loaders: Sequence[LoaderState],
+    *,
+    num_micro_batches: int,
+    zero: bool,
+) -> list[Path]:
+    """Write the set of a step, of however many processes it is, for as many as there are loaders; returns the states' paths.
+
+    llm.c resumes it with that many processes, `zero` meaning its -z 1. Moments, master weights and model stay as they
+    are. Each process has the loader given for it, and its rank's rounding stream after as many steps of
+    `num_micro_batches` each.
+    """
+    model_path, state_path, _, _ = _paths(folder, step)
+    layout = ParameterLayout(read_model_config(model_path))
+    state = read_state_files(_state_paths(folder, step, num_processes_of(state_path)), layout)
+    processes = []
+    for rank, loader in enumerate(loaders):
+        stream = RoundingStream(FIRST_STATE + rank, FIRST_STATE + rank)
+        for _ in range(step):
+            stream.step_done(num_micro_batches, applied=True)
+        processes.append(ProcessState(loader, stream.state, stream.last_update_state))
+    new_model_path, _, _, new_done_path = _paths(output_folder, step)
+    new_paths = _state_paths(output_folder, step, len(loaders))
+    try:
+        Path(output_folder).mkdir(parents=True, exist_ok=True)
+        with atomic_write(new_model_path) as target, open(model_path, "rb") as source:
+            shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise Gpt2JaxError(f"{output_folder}: expected to write the set to it, found: {error.strerror or error}") from None
+    write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero)
+    with atomic_write(new_done_path):
+        pass
+    return new_paths
 
 
 def newest_step(folder: str | os.PathLike) -> int:

@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from gpt2_jax.checkpoint import complete_steps, newest_step
+from gpt2_jax.checkpoint import complete_steps, load_checkpoint, newest_step
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.model_file import write_model_file
+from gpt2_jax.llmc.state_file import read_state_files
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
 from tests.conftest import REPOSITORY, TINY
 from tests.llmc.test_command_line import ALL_FLAGS
@@ -207,3 +209,35 @@ def test_a_command_line_of_llmcs_with_every_flag_trains(tiny_params, tiny_shards
     # The same command again resumes, and finds nothing left to do.
     output, _ = run("train.py", "--llmc", llmc, cwd=tmp_path)
     assert "nothing to do" in output
+
+
+def test_a_checkpoint_is_written_for_several_processes_and_merged_again(tiny_shards, tmp_path):
+    flags = [*TINY_FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--total-batch-size", "128"]
+    run("train.py", *flags, "--steps", 6, "--dtype", "bfloat16", "--out-dir", tmp_path / "run")
+    for folder, processes, zero in (("two", 2, "--zero"), ("whole", 2, "--no-zero"), ("one", 1, "--zero")):
+        source = tmp_path / ("run" if folder != "one" else "two")
+        data = [] if folder != "one" else ["--train", tiny_shards[0], "--batch-size", 2, "--sequence-length", 16]
+        data += ["--total-batch-size", 128]
+        output, _ = run(
+            *("reshard_checkpoint.py", source, "--processes", processes, "--output-dir", tmp_path / folder, zero, *data)
+        )
+        assert len(output.splitlines()) == processes
+        assert newest_step(tmp_path / folder) == 6
+
+    original, merged = load_checkpoint(tmp_path / "run", 6), load_checkpoint(tmp_path / "two", 6)
+    for name in ("params", "m", "v"):
+        np.testing.assert_array_equal(getattr(original, name), getattr(merged, name), err_msg=name)
+    # Two processes read two micro-batches at a time: after 6 steps of 4 each of them stands at its sample 12.
+    states = read_state_files(sorted((tmp_path / "two").glob("state_*")), ParameterLayout(original.model))
+    assert [process.loader.sample_index for process in states.processes] == [12, 12]
+    assert states.processes[0].loader.generator.tobytes() != states.processes[1].loader.generator.tobytes()
+    # Back to one process everything is as it was: no update was refused.
+    for path in (tmp_path / "run").glob("*_00000006*.bin"):
+        assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
+    resumed, _ = run("train.py", "--resume", "--out-dir", tmp_path / "run", "--steps", 7)
+    assert "step 7/7" in resumed
+
+    _, error = run(
+        *("reshard_checkpoint.py", tmp_path / "run", "--processes", "3", "--output-dir", tmp_path / "three"), status=2
+    )
+    assert "a multiple of processes x batch size x sequence length = 96 tokens, found 128" in error

@@ -172,6 +172,26 @@ class TokenLoader:
             self._generator.permute(self._sample_order)
 
 
+def loader_states(
+    pattern: str, batch_size: int, sequence_length: int, num_processes: int, *, shuffle: bool, num_batches: int
+) -> list[LoaderState]:
+    """Where the loaders of all processes, by rank, stand after so many batches each."""
+    states = []
+    for rank in range(num_processes):
+        loader = TokenLoader(
+            pattern,
+            batch_size,
+            sequence_length,
+            vocab_size=2**16,
+            shuffle=shuffle,
+            process_rank=rank,
+            num_processes=num_processes,
+        )
+        loader.skip(num_batches)
+        states.append(loader.state())
+    return states
+
+
 def _check_permutation(what: str, permutation: np.ndarray, size: int) -> None:
     if not np.array_equal(np.sort(permutation), np.arange(size)):
         raise Gpt2JaxError(
