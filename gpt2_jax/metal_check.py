@@ -123,7 +123,7 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
     # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
     step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul, donate=False, loops=backend.loops)
     params = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), params)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer, matmul=matmul), params)
     A, B, T = config.num_micro_batches, config.data.batch_size, config.data.sequence_length
     x_ABT, x_BT, x_1T = (
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((A, B, T), (B, T), (1, model.max_sequence_length))

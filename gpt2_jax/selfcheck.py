@@ -197,7 +197,7 @@ def _train(
 
     with jax.default_device(system.device):
         grads = layout.views(np.asarray(jax.jit(gradient)(params, x_SBT[:1], y_SBT[:1])))
-        state = create_state(params, optimizer)
+        state = create_state(params, optimizer, matmul=matmul)
         started = time.perf_counter()
         compiled = step.lower(state, x_SBT[:1], y_SBT[:1]).compile()
         compile_seconds = time.perf_counter() - started
