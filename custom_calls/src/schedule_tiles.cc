@@ -54,13 +54,17 @@ Lanes as_lanes(const Operand& operand, int64_t count, bool along_k, Precision pr
 struct Passes {
   TilePass pass[6];
   int count = 0;
+  // X6 sums a block of k for itself, all but the last pass first: added one by one to a large sum,
+  // the small products would each cost it a rounding.
+  bool small_ones_apart = false;
 };
 
 Passes choose_passes(int left_parts, int right_parts) {
-  static constexpr TilePass kThree[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
+  static constexpr TilePass kThree[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
   static constexpr TilePass kTwo[] = {{1, 0}, {0, 0}, {0, 1}};
   const bool three = std::max(left_parts, right_parts) == 3;
   Passes passes;
+  passes.small_ones_apart = three;
   for (int i = 0; i < (three ? 6 : 3); ++i) {
     const TilePass pass = three ? kThree[i] : kTwo[i];
     if (pass.left_part < left_parts && pass.right_part < right_parts) {
@@ -164,6 +168,21 @@ void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, in
                      static_cast<int>(std::min<int64_t>(matmul.n - column, kPanelLanes)));
 }
 
+void multiply_small_ones_apart(const Plan& plan, const TileBlock& whole) {
+  alignas(64) float sums[kBlockSums] = {};
+  TileBlock block = whole;
+  if (whole.accumulate) block.sums = sums;
+  block.accumulate = false;
+  block.num_passes = whole.num_passes - 1;
+  plan.kernel.multiply(block);
+  block.accumulate = true;
+  block.passes = whole.passes + whole.num_passes - 1;
+  block.num_passes = 1;
+  plan.kernel.multiply(block);
+  if (!whole.accumulate) return;
+  for (int i = 0; i < kBlockSums; ++i) whole.sums[i] += sums[i];
+}
+
 // All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
 // shared lanes. `next` are the lanes that this thread will probably be asked for after these.
 void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Range& next,
@@ -212,9 +231,13 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
         block.sums = sums.at(p, q);
         block.accumulate = kb > 0;
         block.prefetch = &prefetch;
-        plan.kernel.multiply(block);
+        if (plan.passes.small_ones_apart) {
+          multiply_small_ones_apart(plan, block);
+        } else {
+          plan.kernel.multiply(block);
+        }
         if (kb + 1 == plan.k_cut.count()) {
-          finish_block(plan, block.sums, item.streamed.first + p * kPanelLanes,
+          finish_block(plan, sums.at(p, q), item.streamed.first + p * kPanelLanes,
                        item.shared.first + q * kPanelLanes);
         }
       }
