@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax import in_place, model
+from gpt2_jax import in_place, jax_compat, model
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.train_step import loss_and_gradient
@@ -61,6 +61,7 @@ def test_accumulates_micro_batches(tiny_layout, tiny_params, tiny_batch, impleme
     assert_close(found, autodiff(params, x, y, tiny_layout, "float32"), "float32")
 
 
+@pytest.mark.skipif(not jax_compat.ffi_call_can_alias(), reason="this jax cannot alias a custom call's argument and result")
 def test_the_buffer_is_never_copied(tiny_layout, tiny_params, tiny_batch):
     """Memory that the compiled function needs beside its arguments: less than one more gradient buffer."""
     params, (x, y) = jnp.asarray(tiny_params), (jnp.asarray(part[:1, :4]) for part in tiny_batch)
