@@ -30,7 +30,7 @@ def make_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
     return jax.jit(loss)
 
 
-def make_token_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> LossFunction:
+def make_token_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> jax.stages.Wrapped:
     """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target."""
 
     def token_losses(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:

@@ -36,12 +36,19 @@ class MemoryEstimate:
 
 
 def estimate(
-    layout: ParameterLayout, batch_size: int, sequence_length: int, dtype: str, *, gradient_buffers: int = 1
+    layout: ParameterLayout,
+    batch_size: int,
+    sequence_length: int,
+    dtype: str,
+    *,
+    gradient_buffers: int = 1,
+    donates: bool = True,
 ) -> MemoryEstimate:
     """What a step over micro-batches of B x T tokens has to keep; activations in `dtype`, s bytes an element.
 
     Parameters, gradients and each of the two moments are 4 N bytes; where the gradients of several micro-batches are
-    not added up in place, two buffers of them are needed. Activations are
+    not added up in place, two buffers of them are needed. A backend that cannot reuse the memory of the state it is given
+    (`donates`) holds the old parameters and moments and the new ones. Activations are
     B T (L s (16 C + H T) + 2 s C + (4 + s) V) bytes: a layer's 16 C + H T elements a token are what its backward reads,
     both residuals, both LayerNorms' outputs, q, k, v, the softmax of every head, the attention's output, and the MLP's
     4 C before and 4 C after GELU (Korthikanti et al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's
@@ -50,10 +57,11 @@ def estimate(
     config, s = layout.config, _BYTES[dtype]
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
     buffer = 4 * layout.num_parameters
+    states = 1 if donates else 2
     return MemoryEstimate(
-        parameters=buffer,
+        parameters=buffer * states,
         gradients=buffer * gradient_buffers,
-        moments=2 * buffer,
+        moments=2 * buffer * states,
         activations=B * T * (L * s * (16 * C + H * T) + 2 * s * C + (4 + s) * config.padded_vocab_size),
     )
 

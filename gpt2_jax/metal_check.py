@@ -1,13 +1,15 @@
 """Whether the plugins for the Apple GPU can take what this project compiles, found out without a Mac and without a plugin.
 
 jax lowers for any platform by its name, so the exact module that a plugin would be given can be made anywhere. Here the
-training step, the validation loss and the logits of sampling are lowered as a run makes them, every operation is held
-against what jax-metal 0.1.1 can convert (assets/jax_metal_operations.toml), and the module is written in the version of
-StableHLO that it reads. The other plugins know more operations; they are held to the same list.
+training step, the losses of validation and of multiple-choice answers, and the logits of sampling are lowered as a run
+makes them, every operation is held against what jax-metal 0.1.1 can convert (assets/jax_metal_operations.toml), and the
+module is written in the version of StableHLO that it reads. The other plugins know more operations; they are held to the
+same list.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import time
 import tomllib
@@ -26,7 +28,7 @@ from jaxlib.mlir.passmanager import PassManager
 
 from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig
-from gpt2_jax.evaluate import make_loss_function
+from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
 from gpt2_jax.generate import next_token_logits
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.matmul import choose_implementation
@@ -49,7 +51,7 @@ class CheckedFunction:
 
 
 def check_functions(config: RunConfig, model: ModelConfig, backend: Backend) -> Iterator[CheckedFunction]:
-    """Check the three functions that a run with these settings compiles on `backend`, whose plugin need not be here."""
+    """Check the functions that a run with these settings compiles on `backend`, whose plugin need not be here."""
     for name, trace in _functions_of_a_run(config, model, backend).items():
         started = time.perf_counter()
         module = lower(trace(), backend.platform)
@@ -66,9 +68,13 @@ def check_functions(config: RunConfig, model: ModelConfig, backend: Backend) -> 
 
 def lower(traced: jax.stages.Traced, platform: str) -> ir.Module:
     """The module of a traced function for a platform by jax's name for it, as jax hands it to that platform's plugin."""
-    module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+    lowered = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     stablehlo.register_stablehlo_passes()
-    with module.context:
+    with lowered.context:
+        # A copy, as jax keeps what it lowered.
+        bytecode = io.BytesIO()
+        lowered.operation.write_bytecode(bytecode)
+        module = ir.Module.parse(bytecode.getvalue())
         # jax does this to every module on its way to a plugin.
         PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))").run(module.operation)
     return module
@@ -121,7 +127,17 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
     )
     optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=matmul != "xla")
     # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
-    step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul, donate=False, loops=backend.loops)
+    step = make_train_step(
+        layout,
+        optimizer,
+        schedule,
+        dtype=dtype,
+        matmul=matmul,
+        donate=False,
+        loops=backend.loops,
+        max_loss_z=config.optimizer.skip_loss_z,
+        max_gradient_z=config.optimizer.skip_gradient_z,
+    )
     params = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
     state = jax.eval_shape(lambda params: create_state(params, optimizer, matmul=matmul), params)
     A, B, T = config.num_micro_batches, config.data.batch_size, config.data.sequence_length
@@ -129,10 +145,13 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((A, B, T), (B, T), (1, model.max_sequence_length))
     )
     loss = make_loss_function(layout, dtype=dtype, matmul=matmul)
+    token_losses = make_token_loss_function(layout, dtype=dtype, matmul=matmul)
     position = jax.ShapeDtypeStruct((), jnp.int32)
+    seeds = jax.ShapeDtypeStruct((layout.NUM_TENSORS,), jnp.uint32) if config.rounds_parameters else None
     return {
-        "training step": lambda: step.trace(state, x_ABT, x_ABT),
+        "training step": lambda: step.trace(state, x_ABT, x_ABT, seeds),
         "validation loss": lambda: loss.trace(params, x_BT, x_BT),
+        "losses of tokens": lambda: token_losses.trace(params, x_BT, x_BT),
         "next-token logits": lambda: next_token_logits.trace(params, x_1T, position, layout=layout, dtype=dtype, matmul=matmul),
     }
 

@@ -577,6 +577,7 @@ def _start_table(
         config.data.sequence_length,
         config.compute.dtype,
         gradient_buffers=1 if config.num_micro_batches == 1 or writes_in_place(matmul.name) else 2,
+        donates=backend.donates,
     )
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "

@@ -29,6 +29,13 @@ def test_the_estimate_counts_every_tensor():
     assert estimate.total == estimate.activations + 4 * 4 * layout.num_parameters
 
 
+def test_without_donation_a_step_holds_the_old_state_and_the_new_one():
+    layout = ParameterLayout(TINY)
+    reused, kept = (memory.estimate(layout, 1, 16, "float32", donates=donates) for donates in (True, False))
+    assert kept.total - reused.total == 3 * 4 * layout.num_parameters
+    assert (kept.gradients, kept.activations) == (reused.gradients, reused.activations)
+
+
 def test_bfloat16_halves_the_activations_but_not_the_logits():
     layout = ParameterLayout(TINY)
     wide, narrow = (memory.estimate(layout, 1, 16, dtype) for dtype in ("float32", "bfloat16"))
