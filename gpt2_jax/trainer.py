@@ -104,8 +104,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     folder = _open_folder(config, name)
     clock = _StepClock(config.tokens_per_step, averages)
     peak = peak_flops(jax.devices()[0].device_kind, config.compute.dtype)
-    run = _Run(config, folder, layout, steps, train_loader, validation_loader, questions, matmul.name, display, clock, peak)
-    run.rounding = rounding
+    loaders = (train_loader, validation_loader)
+    run = _Run(config, folder, layout, steps, *loaders, questions, matmul.name, display, clock, peak, rounding)
     with display:
         display.table(_start_table(config, backend, device, matmul, layout, steps, train_loader, validation_loader, folder))
         if done >= steps:
@@ -152,15 +152,15 @@ class _Run:
         display: Display,
         clock: _StepClock,
         peak: float | None,
+        rounding: RoundingStream,
     ):
         self.config, self.folder, self.layout, self.steps = config, folder, layout, steps
         self.train_loader, self.validation_loader, self.questions = train_loader, validation_loader, questions
         self.dtype, self.matmul = jnp.dtype(config.compute.dtype), matmul
-        self.display, self.clock, self.peak = display, clock, peak
+        self.display, self.clock, self.peak, self.rounding = display, clock, peak, rounding
         self.log = RunLog(folder / "log.jsonl")
         self.loss_function = make_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
         self.token_loss_function = make_token_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
-        self.rounding = RoundingStream()
         self.baseline: float | None = None
         self.failures: set[str] = set()
 
@@ -173,6 +173,7 @@ class _Run:
                 f"unigram cross-entropy of the validation tokens: {self.baseline:.6f} (knowing only word frequencies)"
             )
         if first_step == 1:
+            self.attempt(self.log.clear)
             self.validate(0, state)
             self.sample(0, state)
         self.display.line("compiling the training step ...")
@@ -194,7 +195,8 @@ class _Run:
             if in_flight is not None:
                 self.report(*in_flight)
             in_flight = (step, metrics, batch.places)
-            last, stops = step == self.steps, request.signal is not None
+            last = step == self.steps
+            stops = request.signal is not None and not last
             evaluates = (last or _due(step, self.config.evaluation.validate_every)) and not stops
             samples = (last or _due(step, self.config.evaluation.sample_every)) and not stops
             saves = last or stops or _due(step, self.config.run.checkpoint_every)
@@ -204,7 +206,7 @@ class _Run:
                 in_flight = None
             if saves:
                 self.save(step, state, last=last)
-            if stops and not last:
+            if stops:
                 self.stop(step, request)
             if evaluates:
                 self.validate(step, state)
@@ -593,12 +595,14 @@ def _start_table(
     for reason in dict.fromkeys(matmul.refusals.values()):
         refused = ", ".join(name for name, why in matmul.refusals.items() if why == reason)
         rows.append(("", f"not {refused}: {reason}"))
-    order = "shuffled" if config.data.shuffle else "in order"
+    data, order = config.data.train, "shuffled" if config.data.shuffle else "in order"
+    if config.data.overfit_one_batch:
+        data, order = config.data.validation, "of which the first batch is all"
     rows += [
         ("weights", config.model.init if not config.run.resume else f"resumed from {folder}"),
         ("model", sizes),
         ("parameters", f"{layout.num_parameters:,} with padding, {layout.num_true_parameters:,} without"),
-        ("training data", f"{config.data.train}: {train_loader.num_tokens:,} tokens, {order}"),
+        ("training data", f"{data}: {train_loader.num_tokens:,} tokens, {order}"),
     ]
     if validation_loader is not None:
         rows.append(("validation data", f"{config.data.validation}: {validation_loader.num_tokens:,} tokens"))
@@ -607,6 +611,40 @@ def _start_table(
         ("memory", f"{needed} expected in a step"),
         ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
         ("learning rate", rate),
+        ("updates", _update_rules(config)),
+        ("evaluation", _evaluations(config)),
+        ("checkpoints", _checkpoints(config)),
         ("run folder", folder),
     ]
     return rows
+
+
+def _update_rules(config: RunConfig) -> str:
+    optimizer, recompute = config.optimizer, config.compute.recompute
+    outliers = [
+        f"{name} above {threshold:g} z"
+        for name, threshold in (("loss", optimizer.skip_loss_z), ("gradient norm", optimizer.skip_gradient_z))
+        if threshold
+    ]
+    what_is_not_finite = "ends the run" if optimizer.nonfinite == "raise" else "is skipped"
+    masters = "float32 parameters" if not config.rounds_parameters else "bfloat16 parameters, rounded stochastically"
+    return (
+        f"{masters}; outliers skipped: {', '.join(outliers) or 'none'}; what is not finite {what_is_not_finite}; "
+        f"recomputed: {recompute}"
+    )
+
+
+def _evaluations(config: RunConfig) -> str:
+    evaluation = config.evaluation
+    parts = [
+        f"{what} every {every} steps" if every else f"no {what}"
+        for what, every in (("validation", evaluation.validate_every), ("sample", evaluation.sample_every))
+    ]
+    return ", ".join(parts + ([f"HellaSwag from {evaluation.hellaswag}"] if evaluation.hellaswag else []))
+
+
+def _checkpoints(config: RunConfig) -> str:
+    run = config.run
+    every = f"every {run.checkpoint_every} steps and after the last" if run.checkpoint_every else "after the last step"
+    major = f" and every {run.major_checkpoint_every}th step's" if run.major_checkpoint_every else ""
+    return every + (f", of which the newest {run.keep_checkpoints}{major} are kept" if run.keep_checkpoints else "")
