@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -209,3 +212,29 @@ def test_threads_are_xlas(monkeypatch, nproc, threads):
     if nproc is not None:
         monkeypatch.setenv("NPROC", nproc)
     assert custom_calls.num_threads() == (threads or everything) >= 1
+
+
+def test_calls_from_several_threads_end_on_a_pool_of_one_thread():
+    """A custom call that waited for a task which needs the pool's only thread would never end."""
+    program = """
+import threading
+import gpt2_jax
+import jax, jax.numpy as jnp
+from gpt2_jax.matmul import linear
+
+x, w = jnp.ones((64, 200)), jnp.ones((300, 200))
+product = jax.jit(jax.grad(lambda x: linear(x, w, implementation="threaded").sum()))
+product(x)
+
+def work():
+    for _ in range(20):
+        assert float(product(x)[0, 0]) == 300.0
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print("ended")
+"""
+    environment = {**os.environ, "NPROC": "1"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "ended", run.stderr
