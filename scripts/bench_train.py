@@ -35,7 +35,7 @@ class Arguments:
     """Timed steps, of which the median is taken."""
     systems: tuple[str, ...] = ()
     """Only these: gpt2_jax, jax_plain, pytorch, pytorch_compiled; a matmul or a dtype after a colon narrows it."""
-    backend: Literal["cpu", "cuda"] = "cpu"
+    backend: Literal["cpu", "cuda", "metal"] = "cpu"
     """Where all of them compute."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Few systems and steps: for a first look, not for a claim."""

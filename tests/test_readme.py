@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gpt2_jax.metal_plugins import METAL_PLUGINS
 from tests.conftest import REPOSITORY
 from tests.test_config import FLAGS
 
+APPLE = (REPOSITORY / "docs" / "apple.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)[1]
 
@@ -58,3 +60,20 @@ def test_every_command_names_a_script_and_flags_that_exist():
         source = (REPOSITORY / "scripts" / script).read_text(encoding="utf-8")
         for flag in re.findall(r"--[a-z-]+", arguments):
             assert flag in FLAGS or flag.removeprefix("--").replace("-", "_") + ":" in source, (script, flag)
+
+
+def test_the_guide_for_macs_has_every_plugin_as_the_code_has_it():
+    rows = [line.split(" | ") for line in APPLE.splitlines() if line.startswith("| ") and "pip install" in line]
+    assert [row[0].split()[1] for row in rows] == [plugin.name for plugin in METAL_PLUGINS]
+    for row, plugin in zip(rows, METAL_PLUGINS, strict=True):
+        assert f"`{plugin.platform}`" == row[1]
+        assert row[2] == ".".join(map(str, plugin.oldest_macos)).removesuffix(".0")
+
+
+def test_the_guide_for_macs_names_commands_that_exist():
+    for script, arguments in re.findall(r"python scripts/(\w+\.py)([^`\n#]*)", APPLE):
+        source = (REPOSITORY / "scripts" / script).read_text(encoding="utf-8")
+        for flag in re.findall(r"--[a-z-]+", arguments):
+            assert flag in FLAGS or flag.removeprefix("--").replace("-", "_") + ":" in source, (script, flag)
+    for flag in re.findall(r"`(--[a-z-]+)", APPLE):
+        assert flag in FLAGS

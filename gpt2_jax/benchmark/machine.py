@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 from gpt2_jax import custom_calls
+from gpt2_jax.doctor import processor_name
 
 _STARTED = time.monotonic()
 _THREAD_VARIABLES = (
@@ -43,7 +41,7 @@ def describe_machine() -> dict[str, str | int]:
         features = ""
     versions = ("jax", "jaxlib", "numpy", "torch")
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "features": features,
         "threads": custom_calls.num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -56,19 +54,6 @@ def machine_line(machine: dict[str, str | int]) -> str:
     features = f" ({machine['features']})" if machine["features"] else ""
     versions = ", ".join(f"{name} {machine[name]}" for name in ("jax", "numpy", "torch") if name in machine)
     return f"{machine['cpu']}{features}, {machine['threads']} thread(s), {machine['system']}; {versions}"
-
-
-def _cpu_name() -> str:
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(distribution: str) -> str | None:

@@ -29,7 +29,7 @@ class Workload:
     config: ModelConfig
     batch_size: int
     sequence_length: int
-    backend: str  # cpu or cuda
+    backend: str  # cpu, cuda or metal
 
     @property
     def tokens(self) -> int:

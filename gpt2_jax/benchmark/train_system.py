@@ -117,7 +117,13 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY, custom_call=matmul != "xla")
     state = create_state(params, optimizer, matmul=matmul)
     train_step = make_train_step(
-        layout, optimizer, schedule, dtype=jnp.dtype(request.dtype), matmul=matmul, donate=backend.donates
+        layout,
+        optimizer,
+        schedule,
+        dtype=jnp.dtype(request.dtype),
+        matmul=matmul,
+        donate=backend.donates,
+        loops=backend.loops,
     )
     x_ABT, y_ABT = jnp.asarray(x_BT[None]), jnp.asarray(y_BT[None])
     started = time.perf_counter()
@@ -129,7 +135,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
         state, metrics = jax.block_until_ready(compiled(state, x_ABT, y_ABT))
         return float(metrics.loss)
 
-    estimate = memory.estimate(layout, request.batch_size, request.sequence_length, request.dtype)
+    estimate = memory.estimate(layout, request.batch_size, request.sequence_length, request.dtype, donates=backend.donates)
     return step, {
         "matmul": matmul,
         "compile_seconds": compile_seconds,
@@ -176,6 +182,8 @@ def _pytorch(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT
         raise NotImplementedError("PyTorch is not installed: pip install -e '.[test]'") from None
     from gpt2_jax.benchmark import pytorch_model
 
+    if request.backend == "metal":
+        raise NotImplementedError("PyTorch is compared with on the CPU and on NVIDIA GPUs")
     if request.backend == "cuda" and not torch.cuda.is_available():
         raise NotImplementedError("this PyTorch sees no NVIDIA GPU")
     device = torch.device(request.backend)
