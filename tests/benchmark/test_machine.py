@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from gpt2_jax import custom_calls
 from gpt2_jax.benchmark import machine
 
@@ -32,6 +34,7 @@ def test_a_machine_without_the_library_or_pytorch_is_described_too(monkeypatch):
     assert "()" not in machine.machine_line(found)
 
 
+@pytest.mark.torch
 def test_all_libraries_get_the_same_threads():
     """In a process of its own: the settings are read when the libraries are imported."""
     program = (

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from gpt2_jax import optimizer
-from gpt2_jax.benchmark import peak, pytorch_model, train, train_report, train_system
+from gpt2_jax.benchmark import peak, train, train_report, train_system
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, measure_system
 from gpt2_jax.errors import Gpt2JaxError
@@ -34,6 +34,7 @@ def users_jax():
         yield
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_systems_compute_the_same(users_jax, dtype):
     results = {name: measure_system(request(name, dtype)) for name in ("gpt2_jax", "jax_plain", "pytorch")}
@@ -50,11 +51,15 @@ def test_all_systems_compute_the_same(users_jax, dtype):
     assert results["gpt2_jax"].compiled_bytes > 4 * 4 * ParameterLayout(CONFIG).num_parameters
 
 
+@pytest.mark.torch
 def test_the_peers_optimizer_is_this_projects():
+    from gpt2_jax.benchmark import pytorch_model
+
     names = ("BETA1", "BETA2", "EPSILON", "GRADIENT_CLIP")
     assert [getattr(pytorch_model, name) for name in names] == [getattr(optimizer, name) for name in names]
 
 
+@pytest.mark.torch
 def test_no_step_begins_after_the_time_is_over():
     result = measure_system(request("pytorch", steps=50, seconds=0.0))
     assert len(result.seconds) == len(result.losses) == 1
@@ -229,6 +234,7 @@ def test_impossible_settings_are_refused_before_anything_runs(work, options, cap
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.torch
 def test_each_system_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
     """A system's answer, a refusal, a failure, and one that does not end in time."""
     assert train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, None).result.matmul == "pytorch"
