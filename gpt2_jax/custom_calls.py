@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpt2_jax
-from gpt2_jax import jax_compat
+from gpt2_jax import ctypes_blas, jax_compat
 
 # The library's XLA FFI handlers; custom_calls/src/custom_calls.h has their arguments.
 MATMUL = "gpt2_jax_matmul"
@@ -38,6 +38,7 @@ _TARGETS = (
 )
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _FILE_NAME = f"libgpt2_jax_custom_calls.{_SUFFIX}"
+_ACCELERATE = "/System/Library/Frameworks/Accelerate.framework/Accelerate"
 
 
 @cache
@@ -81,9 +82,60 @@ def description() -> dict[str, Any]:
     return result
 
 
-def implementations() -> dict[str, dict[str, Any]]:
-    """The rungs by name: whether each is available here, why not, and in which precisions it multiplies float32."""
-    return {row["name"]: row for row in description()["implementations"]}
+def implementation(rung: str) -> dict[str, Any]:
+    """Whether a rung is available here, why not, and in which precisions it multiplies float32.
+
+    NotImplementedError with the reason where the library cannot be had; one rung is then served by `ctypes_blas`.
+    """
+    try:
+        rows = description()["implementations"]
+    except NotImplementedError:
+        if rung != _rung_of_ctypes():
+            raise
+        return {"name": rung, "available": True, "reason": "", "precisions": ["F32_F32_F32"]}
+    return next(row for row in rows if row["name"] == rung)
+
+
+def serve(matmul: str) -> bool:
+    """Whether the library computes all else that a run with these matrix products leaves to custom calls."""
+    return matmul != "xla" and is_built()
+
+
+def is_built() -> bool:
+    """Whether the library can be had."""
+    try:
+        description()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def load_products() -> None:
+    """Register MATMUL and MATMUL_BIAS: the library's or, where it cannot be had, those of `ctypes_blas`."""
+    if is_built() or _rung_of_ctypes() is None:
+        load()
+    else:
+        _register_ctypes_products(MATMUL, MATMUL_BIAS)
+
+
+def _rung_of_ctypes() -> str | None:
+    if sys.platform == "darwin":
+        return "accelerate"
+    return None if openblas_library() is None else "openblas"
+
+
+@cache
+def _register_ctypes_products(*targets: str) -> Any:
+    """The handler, which must live as long as the process: the cache keeps it."""
+    if sys.platform == "darwin":
+        sgemm = ctypes_blas.load_sgemm(_ACCELERATE, "cblas_sgemm$NEWLAPACK", "cblas_sgemm")
+    else:
+        sgemm = ctypes_blas.load_sgemm(str(openblas_library()), "scipy_cblas_sgemm")
+    handler = ctypes_blas.matmul_handler(sgemm)
+    ffi = jax_compat.ffi_module()
+    for target in targets:
+        ffi.register_ffi_target(target, ffi.pycapsule(handler), platform="cpu")
+    return handler
 
 
 def num_threads() -> int:

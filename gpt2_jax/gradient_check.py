@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import model
+from gpt2_jax import custom_calls, model
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss, pytorch_training_losses
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.optimizer import adamw, learning_rate_schedule
@@ -116,7 +116,7 @@ def _training_losses(
     layout: ParameterLayout, params: np.ndarray, x_BT: jax.Array, y_BT: jax.Array, dtype: jnp.dtype, matmul: str
 ) -> list[float]:
     schedule = learning_rate_schedule("constant", LEARNING_RATE, steps=STEPS)
-    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=matmul != "xla")
+    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=custom_calls.serve(matmul))
     step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul)
     state = create_state(params, optimizer, matmul=matmul)
     losses = []

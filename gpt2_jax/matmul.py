@@ -68,7 +68,10 @@ def choose_implementation(requested: str, backend: Backend, dtype: str = "float3
         return Choice("xla", "the reference, on every device", refusals)
     if requested in refusals:
         raise Gpt2JaxError(f"--matmul {requested}: expected to use it, found: {refusals[requested]}", "--matmul auto")
-    return Choice(requested, f"asked for with --matmul {requested}", refusals)
+    reason = f"asked for with --matmul {requested}"
+    if requested != "xla" and not custom_calls.is_built():
+        reason += ", and called from Python: without the library of custom calls all else is left to XLA"
+    return Choice(requested, reason, refusals)
 
 
 def precision_of(implementation: str, dtype: jnp.dtype) -> str:
@@ -193,6 +196,7 @@ def matmul_into(
     `precision` as matmul's. For the custom calls alone. Inside jit they write into the buffer itself if nothing else needs
     its old content.
     """
+    custom_calls.load()
     attributes = _attributes(a, b, transpose_a, False, implementation, precision)
     if target.shape != (attributes["m"], attributes["n"]):
         raise ValueError(f"matmul_into: expected a product of shape {target.shape}, found {a.shape} and {b.shape}")
@@ -231,7 +235,7 @@ def _attributes(
     a: jax.Array, b: jax.Array | WeightView, transpose_a: bool, transpose_b: bool, rung: str, precision: str | None
 ) -> dict[str, Any]:
     """What every matmul target is told; custom_calls/src/custom_calls.h explains it."""
-    custom_calls.load()
+    custom_calls.load_products()
     m, k = a.shape[::-1] if transpose_a else a.shape
     integers = {
         "m": m,
@@ -256,7 +260,7 @@ def _rung_precision(rung: str, dtype: jnp.dtype) -> str:
         return "BF16_BF16_F32"
     setting = _default_matmul_precision()
     wanted = _FLOAT32_PRECISIONS.get(setting, (setting,))
-    offered: list[str] = custom_calls.implementations()[rung]["precisions"]
+    offered: list[str] = custom_calls.implementation(rung)["precisions"]
     for precision in wanted:
         if precision in offered:
             return precision
@@ -270,7 +274,7 @@ def _refusal(rung: str, backend: Backend) -> str | None:
     if "custom_calls" in backend.lacks:
         return f"custom calls run on the CPU, not on {backend.name}"
     try:
-        row = custom_calls.implementations()[rung]
+        row = custom_calls.implementation(rung)
     except NotImplementedError as error:
         return str(error)
     return None if row["available"] else row["reason"]

@@ -26,6 +26,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 from jaxlib.mlir.passmanager import PassManager
 
+from gpt2_jax import custom_calls
 from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig
 from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
@@ -125,7 +126,7 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
         warmup_steps=config.optimizer.warmup_steps,
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
-    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=matmul != "xla")
+    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul))
     # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
     step = make_train_step(
         layout,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import custom_calls
 from gpt2_jax.backend import Backend
 from gpt2_jax.corpus import encode_documents, kjv_chapters
 from gpt2_jax.doctor import processor_name, system_name
@@ -181,7 +182,7 @@ def _train(
 ) -> Outcome:
     compute_dtype, matmul = jnp.dtype(dtype), system.matmul
     schedule = learning_rate_schedule("cosine", LEARNING_RATE, steps=len(x_SBT))
-    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=matmul != "xla")
+    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=custom_calls.serve(matmul))
     step = make_train_step(
         layout,
         optimizer,

@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from gpt2_jax import in_place, jax_compat, model
+from gpt2_jax import custom_calls, in_place, jax_compat, model
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.optimizer import AdamWState, Optimizer, Schedule
 from gpt2_jax.stability import Verdict, empty_windows, gradient_norms, judge
@@ -42,7 +42,7 @@ class Metrics:
 
 def writes_in_place(matmul: str) -> bool:
     """Whether the gradient is written in place: by the custom calls, with a jax that can alias them (from 0.4.38 on)."""
-    return matmul != "xla" and jax_compat.ffi_call_can_alias()
+    return custom_calls.serve(matmul) and jax_compat.ffi_call_can_alias()
 
 
 def create_state(params_N: np.ndarray, optimizer: Optimizer, *, matmul: str = "xla") -> TrainState:
@@ -159,7 +159,7 @@ def make_train_step(
         )
         # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
         grads_N = lax.optimization_barrier(grads_N)
-        norm, squared_norms_S = gradient_norms(grads_N, layout, custom_call=matmul != "xla")
+        norm, squared_norms_S = gradient_norms(grads_N, layout, custom_call=custom_calls.serve(matmul))
         verdict, windows = judge(loss, norm, state.windows, max_loss_z=max_loss_z, max_gradient_z=max_gradient_z)
         params_N, optimizer_state = optimizer.apply(grads_N, norm, verdict.applies, state.optimizer, state.params)
         if tensor_seeds is not None:  # parameters that were not updated are rounded already, and stay

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import checkpoint, memory
+from gpt2_jax import checkpoint, custom_calls, memory
 from gpt2_jax.backend import Backend, open_device
 from gpt2_jax.config import RunConfig, format_config, load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
@@ -92,7 +92,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         warmup_steps=config.optimizer.warmup_steps,
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
-    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=matmul.name != "xla")
+    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul.name))
     state = create_state(params, optimizer, matmul=matmul.name)
     if resumed is not None:
         state = _resumed_state(state, config, resumed, train_loader, display)

@@ -114,7 +114,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     except Gpt2JaxError as error:
         raise NotImplementedError(str(error).splitlines()[0]) from None
     schedule = learning_rate_schedule("constant", _LEARNING_RATE, steps=request.steps)
-    optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY, custom_call=matmul != "xla")
+    optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY, custom_call=custom_calls.serve(matmul))
     state = create_state(params, optimizer, matmul=matmul)
     train_step = make_train_step(
         layout,
