@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpt2_jax
-from gpt2_jax import ctypes_blas, jax_compat
+from gpt2_jax import jax_compat
 
 # The library's XLA FFI handlers; custom_calls/src/custom_calls.h has their arguments.
 MATMUL = "gpt2_jax_matmul"
@@ -127,6 +127,8 @@ def _rung_of_ctypes() -> str | None:
 @cache
 def _register_ctypes_products(*targets: str) -> Any:
     """The handler, which must live as long as the process: the cache keeps it."""
+    from gpt2_jax import ctypes_blas  # numpy comes with it, and benches set its threads before
+
     if sys.platform == "darwin":
         sgemm = ctypes_blas.load_sgemm(_ACCELERATE, "cblas_sgemm$NEWLAPACK", "cblas_sgemm")
     else:

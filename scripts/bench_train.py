@@ -34,7 +34,7 @@ class Arguments:
     steps: int = 10
     """Timed steps, of which the median is taken."""
     systems: tuple[str, ...] = ()
-    """Only these: gpt2_jax, jax_plain, pytorch, pytorch_compiled; a matmul or a dtype after a colon narrows it."""
+    """Only these: gpt2_jax, jax_plain, pytorch, pytorch_compiled; a matmul or dtype after a colon narrows it down."""
     backend: Literal["cpu", "cuda", "metal"] = "cpu"
     """Where all of them compute."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -59,7 +59,7 @@ def main() -> None:
     ended_well = bench_train(
         work,
         arguments.systems,
-        steps=min(3, arguments.steps) if arguments.quick else arguments.steps,
+        steps=arguments.steps,
         quick=arguments.quick,
         scaling=arguments.scaling,
         plot=arguments.plot,

@@ -27,7 +27,7 @@ class Request:
     tokens: int
     implementations: list[str]
     rounds: int
-    seconds: float | None  # of the process; None: as long as it takes
+    seconds: float  # of the process, after which what was not measured is left out
 
 
 def measure_peak(request: Request) -> dict[str, Any]:

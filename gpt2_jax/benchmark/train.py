@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gpt2_jax import matmul
+from gpt2_jax import custom_calls, matmul
 from gpt2_jax.backend import Backend
 from gpt2_jax.benchmark import peak as peak_of
 from gpt2_jax.benchmark.chart import check_writable
@@ -20,22 +20,26 @@ from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS, Request, Result
 from gpt2_jax.errors import Gpt2JaxError
 
 _QUICK_SECONDS = 165.0  # of the whole program, so that it ends within 3 minutes
-_SECONDS = 300.0  # of one system
+_QUICK_STEPS = 3
+_SECONDS = 300.0  # of one system, after which no further step begins
+_LONGEST = 1800.0  # of one system, after which it is given up
 _SLOWEST_PRODUCTS = 30.0  # seconds a step: an implementation that needs more is measured only when it is named
 _SCALING_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 _SCALING_SEQUENCE_LENGTH = 256
 _SCALING_STEPS = 3
 _QUICK_PEAK_SECONDS = 20.0
+_PEAK_SECONDS = 120.0
 
 
 def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> list[System]:
-    """The systems that patterns such as 'pytorch', 'gpt2_jax:simd' or 'jax_plain:bfloat16' name; by default all, or the few of
-    `quick`."""
+    """The systems that patterns such as 'pytorch', 'gpt2_jax:simd' or 'jax_plain:bfloat16' name; by default all, or the
+    few of `quick`."""
     known = [
-        System(name, implementation, dtype)
+        System(name, implementation, dtype, setting)
         for name in SYSTEMS
         for implementation in (("auto", *matmul.IMPLEMENTATIONS) if name == "gpt2_jax" else ("",))
         for dtype in DTYPES
+        for setting in (("", "high") if dtype == "float32" and _splits_float32(implementation) else ("",))
     ]
     if not patterns and quick:
         return [s for s in known if s.matmul == "auto" or s.name == "pytorch" or (s.name, s.dtype) == ("jax_plain", "float32")]
@@ -45,8 +49,8 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
     chosen = []
     for pattern in patterns:
         parts = set(pattern.split(":"))
-        named = [s for s in known if parts <= set(s) and ("auto" in parts or s.matmul != "auto")]
-        if not named or "" in parts:
+        named = [s for s in known if parts <= set(s) - {""} and ("auto" in parts or s.matmul != "auto")]
+        if not named:
             implementations = ", ".join(("auto", *matmul.IMPLEMENTATIONS))
             raise Gpt2JaxError(
                 f"--systems: expected names of {', '.join(SYSTEMS)}, {', '.join(DTYPES)} or {implementations}, "
@@ -55,6 +59,16 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
             )
         chosen += named
     return [s for s in known if s in chosen]
+
+
+def _splits_float32(implementation: str) -> bool:
+    """Whether a rung multiplies float32 only in parts, so that --matmul-precision high is another product."""
+    if implementation not in matmul.IMPLEMENTATIONS or implementation == "xla":
+        return False
+    try:
+        return "F32_F32_F32" not in custom_calls.implementation(implementation)["precisions"]
+    except NotImplementedError:
+        return False
 
 
 def bench_train(
@@ -75,6 +89,8 @@ def bench_train(
             f"expected --batch-size and --steps of at least 1 and --sequence-length 1 to {work.config.max_sequence_length}, "
             f"found {work.batch_size}, {steps} and {work.sequence_length}"
         )
+    if quick:
+        steps = min(steps, _QUICK_STEPS)
     chosen = select_systems(systems, quick=quick, backend=work.backend)
     if plot is not None:
         check_writable(plot)
@@ -89,7 +105,7 @@ def bench_train(
         else:
             left = _QUICK_SECONDS - seconds_running()
             seconds = left / (len(chosen) - number) if quick else _SECONDS
-            measured.append(_measure(system, work, steps, seconds, timeout=max(1.0, left) if quick else None))
+            measured.append(_measure(system, work, steps, seconds, timeout=max(1.0, left) if quick else _LONGEST))
         _say(progress(measured[-1], work))
     by_tokens = _measure_scaling(work, chosen) if scaling else []
 
@@ -102,11 +118,12 @@ def bench_train(
     return not any(one.failed for one in measured)
 
 
-def _measure(system: System, work: Workload, steps: int, seconds: float, timeout: float | None) -> Measured:
+def _measure(system: System, work: Workload, steps: int, seconds: float, timeout: float) -> Measured:
     request = Request(
         name=system.name,
         matmul=system.matmul,
         dtype=system.dtype,
+        matmul_precision=system.setting or "default",
         backend=work.backend,
         model=dataclasses.asdict(work.config),
         batch_size=work.batch_size,
@@ -129,7 +146,7 @@ def _child(module: str, request: Any, timeout: float | None = None) -> dict[str,
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        return {"refused": f"it had not ended after the {timeout:.0f} seconds that were left"}
+        return {"refused": f"it had not ended after {timeout:.0f} seconds"}
     if ended.returncode != 0:
         return {"failed": (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]}
     answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
@@ -146,7 +163,7 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
         tokens=work.tokens,
         implementations=few if quick else list(IMPLEMENTATIONS),
         rounds=1 if quick else 3,
-        seconds=_QUICK_PEAK_SECONDS if quick else None,
+        seconds=_QUICK_PEAK_SECONDS if quick else _PEAK_SECONDS,
     )
     _say("measuring the matrix products alone, for the peak ...")
     answer = _child("peak", request)
@@ -158,7 +175,7 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
 
 def _too_slow(system: System, peak: dict[str, Any]) -> str | None:
     """Why an implementation that nobody named is left out."""
-    precisions = ("BF16_BF16_F32",) if system.dtype == "bfloat16" else ("F32_F32_F32", "BF16_BF16_F32_X3")
+    precisions = ("BF16_BF16_F32",) if system.dtype == "bfloat16" else ("F32_F32_F32", "BF16_BF16_F32_X6")
     for total in peak["totals"]:
         slow = total["seconds"] > _SLOWEST_PRODUCTS
         if slow and total["implementation"] == system.matmul and total["precision"] in precisions:
@@ -173,7 +190,7 @@ def _measure_scaling(work: Workload, chosen: list[System]) -> list[tuple[Workloa
     for dtype in dict.fromkeys(system.dtype for system in chosen):
         for tokens in _SCALING_TOKENS:
             grown = dataclasses.replace(work, batch_size=tokens // sequence_length, sequence_length=sequence_length)
-            one = _measure(System("gpt2_jax", "auto", dtype), grown, _SCALING_STEPS, _SECONDS, timeout=None)
+            one = _measure(System("gpt2_jax", "auto", dtype), grown, _SCALING_STEPS, _SECONDS, timeout=_LONGEST)
             _say(f"{tokens} tokens: {progress(one, grown)}")
             result.append((grown, one))
     return result

@@ -16,6 +16,7 @@ class System(NamedTuple):
     name: str
     matmul: str  # an implementation of gpt2_jax or 'auto'; '' for the others
     dtype: str
+    setting: str = ""  # of --matmul-precision; '' is its default
 
     def __str__(self) -> str:
         return ":".join(part for part in self if part)
@@ -123,12 +124,19 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
         "name": one.system.name,
         "matmul": one.result.matmul,
         "dtype": one.system.dtype,
+        "precision": one.result.precision,
         "seconds_per_step": one.seconds_per_step,
         "tokens_per_second": work.tokens / one.seconds_per_step,
         "gflops": _gflops(one, work),
         "peak_memory_bytes": one.result.peak_memory_bytes,
         "compile_seconds": one.result.compile_seconds,
     }
+
+
+def _matmul_name(result: Result) -> str:
+    """With the number of passes, where float32 is split: 'amx X3'."""
+    passes = result.precision.rpartition("_")[2]
+    return f"{result.matmul} {passes}" if passes.startswith("X") else result.matmul
 
 
 def _gflops(one: Measured, work: Workload) -> float:
@@ -154,9 +162,10 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
         of_pytorch = f"{seconds / pytorch[one.system.dtype]:.2f}" if one.system.dtype in pytorch else "-"
         loss = f"{one.result.losses[1]:.4f}" if len(one.result.losses) > 1 else "-"
         lines.append(
-            f"{one.system.name:<17}{one.result.matmul:<11}{one.system.dtype:<9}{seconds:>9.3f}{work.tokens / seconds:>9,.0f}"
-            f"{of_pytorch:>10}{gflops:>10,.1f}{gflops * nanogpt:>10,.1f}{gflops / peak['gflops']:>7.1%}"
-            f"{gigabytes(one.result.peak_memory_bytes):>10}{one.result.compile_seconds:>9.1f}{loss:>12}"
+            f"{one.system.name:<17}{_matmul_name(one.result):<11}{one.system.dtype:<9}{seconds:>9.3f}"
+            f"{work.tokens / seconds:>9,.0f}{of_pytorch:>10}{gflops:>10,.1f}{gflops * nanogpt:>10,.1f}"
+            f"{gflops / peak['gflops']:>7.1%}{gigabytes(one.result.peak_memory_bytes):>10}"
+            f"{one.result.compile_seconds:>9.1f}{loss:>12}"
         )
     lines += [f"not {one.system}: {one.reason}" for one in measured if one.result is None]
     lines += ["", *_memory_lines(measured), *_scaling_lines(by_tokens), *_notes(measured, peak)]
@@ -217,7 +226,7 @@ def plot_systems(measured: list[Measured], work: Workload, path: str, subtitle: 
     for one in measured:
         if one.result is None:
             continue
-        of_matmul = f" ({one.result.matmul})" if one.system.name == "gpt2_jax" else ""
+        of_matmul = f" ({_matmul_name(one.result)})" if one.system.name == "gpt2_jax" else ""
         rate = work.tokens / one.seconds_per_step
         bars.append(
             Bar(

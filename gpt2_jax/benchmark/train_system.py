@@ -35,6 +35,7 @@ class Request:
     name: str  # of SYSTEMS
     matmul: str  # an implementation or 'auto', of gpt2_jax only
     dtype: str
+    matmul_precision: str  # default, or a value of --matmul-precision
     backend: str
     model: dict[str, int]  # the sizes of a ModelConfig
     batch_size: int
@@ -51,6 +52,7 @@ class Result:
     peak_memory_bytes: int
     losses: list[float]  # of every step from the first
     device: str
+    precision: str  # of the products
     estimated_bytes: int | None = None  # of gpt2_jax only, as the next
     compiled_bytes: int | None = None
 
@@ -81,6 +83,7 @@ def measure_system(request: Request) -> Result:
             break
     # The first warms up and, in PyTorch, compiles; it counts only when there was no time for a second one.
     timed = seconds[1:] or seconds
+    result.setdefault("precision", "BF16_BF16_F32" if request.dtype == "bfloat16" else "F32_F32_F32")
     if request.name == "pytorch_compiled":
         result["compile_seconds"] = seconds[0] - statistics.median(timed)
     return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": _peak(request), **result})
@@ -103,7 +106,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     import jax
     import jax.numpy as jnp
 
-    from gpt2_jax.matmul import choose_implementation
+    from gpt2_jax.matmul import choose_implementation, precision_of
     from gpt2_jax.optimizer import adamw, learning_rate_schedule
     from gpt2_jax.train_step import create_state, make_train_step
 
@@ -113,6 +116,8 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
         matmul = choose_implementation(request.matmul, backend, request.dtype).name
     except Gpt2JaxError as error:
         raise NotImplementedError(str(error).splitlines()[0]) from None
+    if request.matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", request.matmul_precision)
     schedule = learning_rate_schedule("constant", _LEARNING_RATE, steps=request.steps)
     optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY, custom_call=custom_calls.serve(matmul))
     state = create_state(params, optimizer, matmul=matmul)
@@ -136,7 +141,9 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
         return float(metrics.loss)
 
     estimate = memory.estimate(layout, request.batch_size, request.sequence_length, request.dtype, donates=backend.donates)
+    precision = {} if matmul == "xla" else {"precision": precision_of(matmul, jnp.dtype(request.dtype))}
     return step, {
+        **precision,
         "matmul": matmul,
         "compile_seconds": compile_seconds,
         "device": device,
@@ -161,6 +168,7 @@ def _jax_plain(request: Request, layout: ParameterLayout, params: np.ndarray, x_
         num_heads=layout.config.num_heads,
         dtype=jnp.dtype(request.dtype),
         attention="cudnn" if cudnn else None,
+        unroll=request.backend == "cuda",
     )
     x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
     started = time.perf_counter()

@@ -23,7 +23,9 @@ WORK = Workload("tiny", CONFIG, batch_size=3, sequence_length=16, backend="cpu")
 
 
 def request(name, dtype="float32", **changes):
-    standard = Request(name, "auto" if name == "gpt2_jax" else "", dtype, "cpu", dataclasses.asdict(CONFIG), 3, 16, 3, 1e9)
+    standard = Request(
+        name, "auto" if name == "gpt2_jax" else "", dtype, "default", "cpu", dataclasses.asdict(CONFIG), 3, 16, 3, 1e9
+    )
     return dataclasses.replace(standard, **changes)
 
 
@@ -96,6 +98,7 @@ def select(*patterns, quick=False, backend="cpu"):
 def test_systems_by_default():
     peers = [f"{name}:{dtype}" for name in ("jax_plain", "pytorch", "pytorch_compiled") for dtype in ("float32", "bfloat16")]
     ours = [f"gpt2_jax:{matmul}:{dtype}" for matmul in IMPLEMENTATIONS for dtype in ("float32", "bfloat16")]
+    ours.insert(ours.index("gpt2_jax:amx:bfloat16"), "gpt2_jax:amx:float32:high")  # in three passes, not in six
     assert select() == ours + peers
     auto = ["gpt2_jax:auto:float32", "gpt2_jax:auto:bfloat16"]
     assert select(backend="cuda") == auto + peers
@@ -109,7 +112,8 @@ def test_systems_by_name():
         "gpt2_jax:simd:float32",
         "gpt2_jax:simd:bfloat16",
     ]
-    assert len(select("gpt2_jax")) == 2 * len(IMPLEMENTATIONS)
+    assert len(select("gpt2_jax:bfloat16")) == len(IMPLEMENTATIONS)
+    assert select("high") == ["gpt2_jax:amx:float32:high"]
     assert select("jax_plain", "jax_plain:float32") == ["jax_plain:float32", "jax_plain:bfloat16"]
     for wrong in ("torch", "pytorch:simd", "", "pytorch:"):
         with pytest.raises(Gpt2JaxError, match="--systems: expected names of gpt2_jax, "):
@@ -129,7 +133,7 @@ def answers(monkeypatch, by_name):
 
 
 def answer(matmul="xla", seconds=(2.0, 1.0, 4.0), losses=(5.5, 5.4, 5.3, 5.2), **more):
-    result = Result(matmul, list(seconds), 12.5, 3_000_000_000, list(losses), "cpu", **more)
+    result = Result(matmul, list(seconds), 12.5, 3_000_000_000, list(losses), "cpu", **{"precision": "F32_F32_F32", **more})
     return dataclasses.asdict(result)
 
 
@@ -156,13 +160,14 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         "name": "pytorch",
         "matmul": "pytorch",
         "dtype": "float32",
+        "precision": "F32_F32_F32",
         "seconds_per_step": 2.0,
         "tokens_per_second": 24.0,
         "gflops": pytest.approx(flops / 2.0 / 1e9),
         "peak_memory_bytes": 3_000_000_000,
         "compile_seconds": 12.5,
     }
-    assert record["refused"] == [{"name": "jax_plain", "matmul": "", "dtype": "float32", "reason": "no reason"}]
+    assert record["refused"] == [{"name": "jax_plain", "matmul": "", "dtype": "float32", "setting": "", "reason": "no reason"}]
     assert record["matmul_peak_gflops"] == 100.0
     row = next(line.split() for line in text if line.startswith("gpt2_jax "))
     assert row[:6] == ["gpt2_jax", "threaded", "float32", "1.000", "48", "0.50"]
@@ -171,6 +176,14 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
     memory = "memory of gpt2_jax:threaded:float32: 2.00 GB estimated, 2.20 GB (1.10 times that) in the compiled step"
     assert any(line.startswith(memory) for line in text)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_passes_of_a_split_float32_are_named(monkeypatch, capsys):
+    answers(monkeypatch, {"gpt2_jax": answer("amx", precision="BF16_BF16_F32_X3")})
+    train.bench_train(WORK, ["gpt2_jax:amx:float32:high"])
+    *text, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["systems"][0]["precision"] == "BF16_BF16_F32_X3"
+    assert any(line.split()[:4] == ["gpt2_jax", "amx", "X3", "float32"] for line in text)
 
 
 def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):
@@ -208,7 +221,7 @@ def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(mon
     train.bench_train(WORK)
     refused = json.loads(capsys.readouterr().out.splitlines()[-1])["refused"]
     reason = "its products alone take 95 s a step; --systems gpt2_jax:naive:float32 measures it"
-    assert refused == [{"name": "gpt2_jax", "matmul": "naive", "dtype": "float32", "reason": reason}]
+    assert refused == [{"name": "gpt2_jax", "matmul": "naive", "dtype": "float32", "setting": "", "reason": reason}]
     train.bench_train(WORK, ["gpt2_jax:naive:float32"])
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["systems"]) == 1
 
@@ -237,15 +250,15 @@ def test_impossible_settings_are_refused_before_anything_runs(work, options, cap
 @pytest.mark.torch
 def test_each_system_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
     """A system's answer, a refusal, a failure, and one that does not end in time."""
-    assert train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, None).result.matmul == "pytorch"
-    assert "seconds that were left" in train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 0.1).reason
+    assert train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 300.0).result.matmul == "pytorch"
+    assert "had not ended after 0 seconds" in train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 0.1).reason
     broken = dataclasses.replace(WORK, backend="quantum")
-    failed = train._measure(System("jax_plain", "", "float32"), broken, 2, 1e9, None)
+    failed = train._measure(System("jax_plain", "", "float32"), broken, 2, 1e9, 300.0)
     assert failed.failed
     assert "KeyError: 'quantum'" in failed.reason
     (tmp_path / "torch.py").write_text("raise ImportError", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path) + os.pathsep + os.environ.get("PYTHONPATH", ""))
-    missing = train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, None)
+    missing = train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 300.0)
     assert (missing.failed, missing.reason) == (False, "PyTorch is not installed: pip install -e '.[test]'")
 
 
