@@ -20,7 +20,8 @@ MATMUL_BIAS = "gpt2_jax_matmul_bias"
 MATMUL_INTO = "gpt2_jax_matmul_into"
 WRITE_INTO = "gpt2_jax_write_into"
 ADD_ROWS_INTO = "gpt2_jax_add_rows_into"
-SUM_OF_SQUARES = "gpt2_jax_sum_of_squares"
+BARRIER = "gpt2_jax_barrier"
+SUMS_OF_SQUARES = "gpt2_jax_sums_of_squares"
 ATTENTION = "gpt2_jax_attention"
 ATTENTION_BACKWARD = "gpt2_jax_attention_backward"
 LAYER_NORM = "gpt2_jax_layer_norm"
@@ -31,10 +32,10 @@ SOFTMAX_CROSS_ENTROPY = "gpt2_jax_softmax_cross_entropy"
 COLUMN_SUMS = "gpt2_jax_column_sums"
 ADAMW = "gpt2_jax_adamw"
 _TARGETS = (
-    *(MATMUL, MATMUL_BIAS, MATMUL_INTO, WRITE_INTO, ADD_ROWS_INTO),
+    *(MATMUL, MATMUL_BIAS, MATMUL_INTO, WRITE_INTO, ADD_ROWS_INTO, BARRIER),
     *(ATTENTION, ATTENTION_BACKWARD),
     *(LAYER_NORM, LAYER_NORM_BACKWARD, GELU, GELU_BACKWARD, SOFTMAX_CROSS_ENTROPY, COLUMN_SUMS),
-    *(SUM_OF_SQUARES, ADAMW),
+    *(SUMS_OF_SQUARES, ADAMW),
 )
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _FILE_NAME = f"libgpt2_jax_custom_calls.{_SUFFIX}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +23,12 @@ from jax import lax
 from gpt2_jax import custom_calls, jax_compat
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.matmul import matmul, matmul_into, precision_of
+from gpt2_jax.memory import CLASSIFIER_ROWS
 from gpt2_jax.model import RECOMPUTED
 from gpt2_jax.views import WeightView, weight_view
 
 _Backward = Callable[[jax.Array], jax.Array]
-FLOAT32 = jnp.dtype(jnp.float32)
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 
 class _Gradient:
@@ -41,23 +43,27 @@ class _Gradient:
         self._implementation, self._accumulate = implementation, accumulate
         self._pieces: list[tuple[int, jax.Array]] = []
 
-    def write_product(self, name: str, layer: int, dy_MO: jax.Array, x_MI: jax.Array) -> None:
-        """dyᵀ x, the gradient of a weight (O, I)."""
+    def write_product(self, name: str, layer: int, dy_MO: jax.Array, x_MI: jax.Array, *, more: bool = False) -> None:
+        """dyᵀ x, the gradient of a weight (O, I), or with `more` the rest of it."""
         self._buffer_N = matmul_into(
             weight_view(self._buffer_N, self._layout, name, layer),
             dy_MO,
             x_MI,
             transpose_a=True,
-            accumulate=self._accumulate,
+            accumulate=self._accumulate or more,
             implementation=self._implementation,
         )
+
+    def after_what_is_written(self, x: jax.Array) -> jax.Array:
+        """x, but not before all that was written so far is in the buffer."""
+        return _barrier(x, self._buffer_N)
 
     def add_rows(self, name: str, indices: jax.Array, rows: jax.Array) -> None:
         """Add rows (..., C) to those of a matrix that `indices` (...) name, after its product was written."""
         buffer_N = self._buffer_N
         self._buffer_N = jax_compat.ffi_call(
             custom_calls.ADD_ROWS_INTO,
-            jax.ShapeDtypeStruct(buffer_N.shape, buffer_N.dtype),
+            _like(buffer_N),
             buffer_N,
             indices,
             rows,
@@ -74,7 +80,7 @@ class _Gradient:
         offsets, pieces = zip(*self._pieces, strict=True)
         return jax_compat.ffi_call(
             custom_calls.WRITE_INTO,
-            jax.ShapeDtypeStruct(self._buffer_N.shape, self._buffer_N.dtype),
+            _like(self._buffer_N),
             self._buffer_N,
             *pieces,
             aliases={0: 0},
@@ -157,9 +163,8 @@ def _part(this: _Pass, name: str, part: Callable[[jax.Array], tuple[jax.Array, A
         return value, backward
 
     def backward_anew(*cotangents: jax.Array) -> jax.Array:
-        # Without the barrier XLA would find both computations equal, and keep the first one's values after all.
-        again, *cotangents = lax.optimization_barrier((x, *cotangents))
-        return part(again)[1](*cotangents)
+        # Without a barrier XLA would find both computations equal, and keep the first one's values after all.
+        return part(_barrier(x, *cotangents))[1](*cotangents)
 
     return value, backward_anew
 
@@ -179,7 +184,7 @@ def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[j
         "precision": precision_of(this.implementation, residual_BTC.dtype),
     }
     qkv, qkv_backward = _part(this, "layer_norm", partial(_normed_linear, this, "ln1", "qkv", layer), residual_BTC)
-    results = (_like(residual_BTC), jax.ShapeDtypeStruct((B, H, T), FLOAT32))
+    results = (_like(residual_BTC), jax.ShapeDtypeStruct((B, H, T), _FLOAT32))
     attention_BTC, log_sums_BHT = _call(custom_calls.ATTENTION, results, qkv, **options)
     out_BTC, projection_backward = _linear(this, "attproj", layer, attention_BTC)
 
@@ -242,7 +247,7 @@ def _linear(this: _Pass, name: str, layer: int, x: jax.Array) -> tuple[jax.Array
     def backward(dy: jax.Array) -> jax.Array:
         dy_MO = dy.reshape(y_MO.shape)
         this.gradient.write_product(name + "w", layer, dy_MO, x_MI)
-        db_O = _call(custom_calls.COLUMN_SUMS, jax.ShapeDtypeStruct(b_O.shape, FLOAT32), dy_MO)
+        db_O = _call(custom_calls.COLUMN_SUMS, jax.ShapeDtypeStruct(b_O.shape, _FLOAT32), dy_MO)
         this.gradient.write(name + "b", layer, db_O)
         return matmul(dy_MO, w_OI, out_dtype=x.dtype, implementation=this.implementation).reshape(x.shape)
 
@@ -251,26 +256,45 @@ def _linear(this: _Pass, name: str, layer: int, x: jax.Array) -> tuple[jax.Array
 
 def _classify(this: _Pass, h_BTC: jax.Array, y_BT: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """The loss and its cotangent of h; the classifier's gradient of wte is the first to be written."""
-    wte_VC, vocab_size = this.view("wte"), this.layout.config.vocab_size
     h_MC, y_M = h_BTC.reshape(-1, h_BTC.shape[-1]), y_BT.reshape(-1)
     M = y_M.shape[0]
-    logits_MV = matmul(h_MC, wte_VC, transpose_b=True, out_dtype=FLOAT32, implementation=this.implementation)
-    losses_M, dlogits_MV = _call(
+    num_chunks = -(-M // CLASSIFIER_ROWS)
+    bounds = [M * chunk // num_chunks for chunk in range(num_chunks + 1)]
+    losses, dh = [], []
+    for start, stop in pairwise(bounds):
+        h_RC, y_R = h_MC[start:stop], y_M[start:stop]
+        if start > 0:  # or XLA may make the logits of all chunks first
+            h_RC = this.gradient.after_what_is_written(h_RC)
+        losses_R, dh_RC = _classify_rows(this, h_RC, y_R, scale / M, more=start > 0)
+        losses.append(losses_R)
+        dh.append(dh_RC)
+    return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape)
+
+
+def _classify_rows(this: _Pass, h_RC: jax.Array, y_R: jax.Array, scale: float, *, more: bool) -> tuple[jax.Array, jax.Array]:
+    """The losses of some rows, and `scale` times the cotangent of h that their sum has."""
+    wte_VC, vocab_size = this.view("wte"), this.layout.config.vocab_size
+    logits_RV = matmul(h_RC, wte_VC, transpose_b=True, out_dtype=_FLOAT32, implementation=this.implementation)
+    losses_R, dlogits_RV = _call(
         custom_calls.SOFTMAX_CROSS_ENTROPY,
-        (jax.ShapeDtypeStruct((M,), FLOAT32), jax.ShapeDtypeStruct(logits_MV.shape, h_MC.dtype)),
-        logits_MV,
-        y_M,
-        aliases={0: 1} if h_MC.dtype == FLOAT32 else None,
+        (jax.ShapeDtypeStruct(y_R.shape, _FLOAT32), jax.ShapeDtypeStruct(logits_RV.shape, h_RC.dtype)),
+        logits_RV,
+        y_R,
+        aliases={0: 1} if h_RC.dtype == _FLOAT32 else None,
         vocab_size=np.int64(vocab_size),
-        scale=np.float32(scale / M),
+        scale=np.float32(scale),
     )
-    this.gradient.write_product("wte", 0, dlogits_MV, h_MC)
-    dh_MC = matmul(dlogits_MV, wte_VC, out_dtype=h_MC.dtype, implementation=this.implementation)
-    return scale * jnp.mean(losses_M), dh_MC.reshape(h_BTC.shape)
+    this.gradient.write_product("wte", 0, dlogits_RV, h_RC, more=more)
+    return losses_R, matmul(dlogits_RV, wte_VC, out_dtype=h_RC.dtype, implementation=this.implementation)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _barrier(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """x, but not before the others are there; lax.optimization_barrier is gone when XLA's CPU compiler orders the calls."""
+    return jax_compat.ffi_call(custom_calls.BARRIER, _like(x), x, *others, aliases={0: 0})
 
 
 def _call(target: str, result: Any, *args: jax.Array, **attributes: Any) -> Any:

@@ -12,6 +12,9 @@ from gpt2_jax.layout import ParameterLayout
 if TYPE_CHECKING:
     import jax
 
+# So many rows of the logits the step in place makes at once: at 8192 tokens all of them would be 1.6 GB, and their
+# gradient as much again.
+CLASSIFIER_ROWS = 1024
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -43,6 +46,8 @@ def estimate(
     *,
     gradient_buffers: int = 1,
     donates: bool = True,
+    recompute: str = "none",
+    in_place: bool = False,
 ) -> MemoryEstimate:
     """What a step over micro-batches of B x T tokens has to keep; activations in `dtype`, s bytes an element.
 
@@ -52,17 +57,27 @@ def estimate(
     B T (L s (16 C + H T) + 2 s C + (4 + s) V) bytes: a layer's 16 C + H T elements a token are what its backward reads,
     both residuals, both LayerNorms' outputs, q, k, v, the softmax of every head, the attention's output, and the MLP's
     4 C before and 4 C after GELU (Korthikanti et al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's
-    input and output, V the logits in float32 and their gradient.
+    input and output, V the logits in float32 and their gradient. What `recompute` does not keep is there for one layer at
+    a time. The step `in_place` keeps one float32 of every row of the softmax, has logits of CLASSIFIER_ROWS
+    tokens at a time, and in float32 their gradient in the same memory.
     """
     config, s = layout.config, _BYTES[dtype]
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
     buffer = 4 * layout.num_parameters
     states = 1 if donates else 2
+    softmax = 4 * H if in_place else s * H * T
+    attention_and_mlp = 16 * s * C + softmax  # of one layer, bytes a token
+    kept = {"none": attention_and_mlp, "gelu": attention_and_mlp - 4 * s * C, "layernorm": attention_and_mlp - 6 * s * C}
+    a_layer = kept.get(recompute, s * C)  # 'block': its input
+    logits = B * T * (4 + s) * config.padded_vocab_size
+    if in_place:
+        rows = min(B * T, CLASSIFIER_ROWS)
+        logits = rows * (4 if dtype == "float32" else 4 + s) * config.padded_vocab_size
     return MemoryEstimate(
         parameters=buffer * states,
         gradients=buffer * gradient_buffers,
         moments=2 * buffer * states,
-        activations=B * T * (L * s * (16 * C + H * T) + 2 * s * C + (4 + s) * config.padded_vocab_size),
+        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + logits,
     )
 
 

@@ -39,14 +39,9 @@ class Optimizer(NamedTuple):
     apply: Callable[[jax.Array, jax.Array, jax.Array, AdamWState, jax.Array], tuple[jax.Array, AdamWState]]
 
 
-def global_norm(grads_N: jax.Array, *, custom_call: bool = False) -> jax.Array:
-    """L2 norm of the whole gradient buffer, a float32 scalar; with `custom_call` summed by all threads, in float64."""
-    if not custom_call:
-        return jnp.sqrt(jnp.sum(jnp.square(grads_N)))
-    custom_calls.load()
-    result = jax.ShapeDtypeStruct((), jnp.float32)
-    threads = np.int64(custom_calls.num_threads())
-    return jnp.sqrt(jax_compat.ffi_call(custom_calls.SUM_OF_SQUARES, result, grads_N, num_threads=threads))
+def global_norm(grads_N: jax.Array) -> jax.Array:
+    """L2 norm of the whole gradient buffer, a float32 scalar."""
+    return jnp.sqrt(jnp.sum(jnp.square(grads_N)))
 
 
 def clip_scale(norm: jax.Array, max_norm: float = GRADIENT_CLIP) -> jax.Array:

@@ -13,8 +13,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from gpt2_jax import custom_calls, jax_compat
 from gpt2_jax.layout import ParameterLayout
-from gpt2_jax.optimizer import global_norm
 
 WINDOW = 128
 WATCHED = ("loss", "gradient_norm")  # the rows of the windows
@@ -58,16 +58,18 @@ def judge(
 def gradient_norms(grads_N: jax.Array, layout: ParameterLayout, *, custom_call: bool = False) -> tuple[jax.Array, jax.Array]:
     """The gradient's norm, and the sum of squares of every tensor's, (16,) float32: not finite where a tensor's is not.
 
-    With `custom_call` the norm takes a pass of its own, and the sums are only made if it is not finite, else zero.
+    With `custom_call` (on the CPU) all threads add up, in float64.
     """
-
-    def squared_norms() -> jax.Array:
+    if custom_call:
+        custom_calls.load()
+        squared_norms_S = jax_compat.ffi_call(
+            custom_calls.SUMS_OF_SQUARES,
+            jax.ShapeDtypeStruct((ParameterLayout.NUM_TENSORS,), jnp.float32),
+            grads_N,
+            bounds=np.array([*(tensor.offset for tensor in layout.tensors), layout.num_parameters], dtype=np.int64),
+            num_threads=np.int64(custom_calls.num_threads()),
+        )
+    else:
         pieces = [lax.slice(grads_N, (tensor.offset,), (tensor.stop,)) for tensor in layout.tensors]
-        return jnp.stack([jnp.sum(jnp.square(piece)) for piece in pieces])
-
-    if not custom_call:
-        squared_norms_S = squared_norms()
-        return jnp.sqrt(jnp.sum(squared_norms_S)), squared_norms_S
-    norm = global_norm(grads_N, custom_call=True)
-    zeros_S = jnp.zeros((ParameterLayout.NUM_TENSORS,), jnp.float32)
-    return norm, lax.cond(jnp.isfinite(norm), lambda: zeros_S, squared_norms)
+        squared_norms_S = jnp.stack([jnp.sum(jnp.square(piece)) for piece in pieces])
+    return jnp.sqrt(jnp.sum(squared_norms_S)), squared_norms_S

@@ -52,6 +52,52 @@ def test_sequences_longer_than_a_block_of_attentions_queries(dtype):
     assert_close(found, autodiff(params, x, y, layout, dtype), dtype)
 
 
+@dtypes
+def test_the_classifier_in_chunks_of_rows(tiny_layout, tiny_params, tiny_batch, dtype, monkeypatch):
+    params, (x, y) = jnp.asarray(tiny_params), tiny_batch
+    monkeypatch.setattr(in_place, "CLASSIFIER_ROWS", 5)
+    options = {"dtype": jnp.dtype(dtype), "matmul": "threaded", "scale": 0.5}
+    loss, grads = jax.jit(lambda p: in_place.loss_and_gradient(p, jnp.zeros_like(p), x, y, tiny_layout, **options))(params)
+    assert_close((2 * loss, 2 * grads), autodiff(params, x, y, tiny_layout, dtype), dtype)
+
+
+def temporary_bytes(layout, tokens, **options):
+    """Of the compiled function, beside arguments and result."""
+    params = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
+    batch = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    step = jax.jit(
+        lambda p, g, x, y: in_place.loss_and_gradient(
+            p, g, x, y, layout, dtype=jnp.dtype("float32"), matmul="threaded", **options
+        ),
+        donate_argnums=1,
+    )
+    return step.lower(params, params, batch, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+can_alias = pytest.mark.skipif(
+    not jax_compat.ffi_call_can_alias(), reason="this jax cannot alias a custom call's argument and result"
+)
+WIDE = ParameterLayout(ModelConfig(max_sequence_length=256, vocab_size=4000, num_layers=1, num_heads=2, channels=16))
+DEEP = ParameterLayout(ModelConfig(max_sequence_length=256, vocab_size=70, num_layers=8, num_heads=2, channels=64))
+
+
+@can_alias
+def test_chunks_of_the_classifier_share_one_memory(monkeypatch):
+    monkeypatch.setattr(in_place, "CLASSIFIER_ROWS", 64)
+    logits_of_a_chunk = 4 * 64 * WIDE.config.padded_vocab_size
+    assert logits_of_a_chunk < temporary_bytes(WIDE, 256) < 2 * logits_of_a_chunk
+
+
+@can_alias
+def test_what_is_computed_anew_is_not_kept():
+    """An activation is 256 x 64 float32; of each layer's 16 GELU saves four, both LayerNorms two more, a block 15."""
+    activation, layers = 4 * 256 * 64, DEEP.config.num_layers
+    needed = {level: temporary_bytes(DEEP, 256, recompute=level) for level in model.RECOMPUTED}
+    for level, saved in (("gelu", 4), ("layernorm", 6), ("block", 15)):
+        # The layer that is computed anew has all of its own.
+        assert needed["none"] - needed[level] >= saved * (layers - 1) * activation, (level, needed)
+
+
 @implementations
 def test_accumulates_micro_batches(tiny_layout, tiny_params, tiny_batch, implementation):
     params, (x, y) = jnp.asarray(tiny_params), tiny_batch
@@ -61,7 +107,7 @@ def test_accumulates_micro_batches(tiny_layout, tiny_params, tiny_batch, impleme
     assert_close(found, autodiff(params, x, y, tiny_layout, "float32"), "float32")
 
 
-@pytest.mark.skipif(not jax_compat.ffi_call_can_alias(), reason="this jax cannot alias a custom call's argument and result")
+@can_alias
 def test_the_buffer_is_never_copied(tiny_layout, tiny_params, tiny_batch):
     """Memory that the compiled function needs beside its arguments: less than one more gradient buffer."""
     params, (x, y) = jnp.asarray(tiny_params), (jnp.asarray(part[:1, :4]) for part in tiny_batch)

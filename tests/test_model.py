@@ -85,11 +85,8 @@ def test_jitted_equals_unjitted(tiny_layout, tiny_params, tiny_batch):
 @pytest.mark.parametrize("matmul", ["xla", "threaded"])
 @pytest.mark.parametrize("recompute", RECOMPUTED)
 def test_what_is_computed_anew_changes_the_gradient_by_roundings_at_most(
-    request, tiny_layout, tiny_params, tiny_batch, matmul, recompute
+    tiny_layout, tiny_params, tiny_batch, matmul, recompute
 ):
-    if (matmul, recompute) == ("threaded", "block"):
-        reason = "XLA was seen to merge the custom calls of both computations, barrier or not"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     x_ABT, y_ABT = (part[None] for part in tiny_batch)
 
     def compiled(recompute):

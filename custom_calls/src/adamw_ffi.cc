@@ -12,15 +12,30 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-ffi::Error sum_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Result<Floats> out,
-                                  int64_t num_threads) {
-  if (out->element_count() != 1) {
-    return ffi::Error::InvalidArgument("gpt2_jax_sum_of_squares: expected one result, found " +
-                                       std::to_string(out->element_count()));
+ffi::Error sums_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Result<Floats> out,
+                                   ffi::Span<const int64_t> bounds, int64_t num_threads) {
+  const auto fail = [](const std::string& message) {
+    return ffi::Error::InvalidArgument("gpt2_jax_sums_of_squares: " + message);
+  };
+  const size_t spans = out->element_count();
+  if (bounds.size() != spans + 1) {
+    return fail("expected bounds of each of " + std::to_string(spans) + " results and an end, found " +
+                std::to_string(bounds.size()));
+  }
+  for (size_t i = 0; i < spans; ++i) {
+    if (bounds[i] < 0 || bounds[i + 1] < bounds[i] ||
+        static_cast<size_t>(bounds[i + 1]) > values.element_count()) {
+      return fail("expected bounds in order within " + std::to_string(values.element_count()) +
+                  " elements, found [" + std::to_string(bounds[i]) + "," +
+                  std::to_string(bounds[i + 1]) + ")");
+    }
   }
   XlaExecutor executor(pool, num_threads);
-  const int64_t count = static_cast<int64_t>(values.element_count());
-  *out->typed_data() = static_cast<float>(sum_of_squares(values.typed_data(), count, executor));
+  for (size_t i = 0; i < spans; ++i) {
+    const float* const first = values.typed_data() + bounds[i];
+    out->typed_data()[i] =
+        static_cast<float>(sum_of_squares(first, bounds[i + 1] - bounds[i], executor));
+  }
   return ffi::Error::Success();
 }
 
@@ -79,11 +94,12 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
 }  // namespace
 }  // namespace gpt2_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_sum_of_squares, gpt2_jax::sum_of_squares_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_sums_of_squares, gpt2_jax::sums_of_squares_handler,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // values
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // one element
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // sums
+                                  .Attr<xla::ffi::Span<const int64_t>>("bounds")
                                   .Attr<int64_t>("num_threads"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_adamw, gpt2_jax::adamw_handler,

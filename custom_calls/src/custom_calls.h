@@ -58,6 +58,13 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_into(XLA_FFI_CallFrame* call_fram
 //               accumulate                int64, 0 or 1: written, or added
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_write_into(XLA_FFI_CallFrame* call_frame);
 
+// Its first argument as it is, at a time of the caller's choice: XLA sees a new value that cannot be
+// had before the others. XLA's own barriers are gone when its CPU compiler orders the calls.
+//
+//   arguments   x: of any type; then any number of others, which are not read
+//   result      out: as x; aliased to x, which it should be, nothing is copied
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_barrier(XLA_FFI_CallFrame* call_frame);
+
 // Rows added, one after another, to the rows of a matrix in a flat buffer that indices name.
 //
 //   arguments   target: f32 of rank 1; indices: s32; rows: f32 or bf16, one for each index
@@ -65,12 +72,13 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_write_into(XLA_FFI_CallFrame* call_frame
 //   attribute   out_offset                int64, elements: where the matrix begins
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_frame);
 
-// The sum of the squares of f32 values, in double over blocks of a fixed size.
+// The sums of the squares of spans of a flat buffer, in double over blocks of a fixed size.
 //
 //   argument    values: f32 of any rank
-//   result      f32, one element
-//   attribute   num_threads               int64
-GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sum_of_squares(XLA_FFI_CallFrame* call_frame);
+//   result      sums: f32, one a span
+//   attributes  bounds                    int64 array, elements: where each span begins, and the end
+//               num_threads               int64
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sums_of_squares(XLA_FFI_CallFrame* call_frame);
 
 // Causal self-attention of all heads; attention.h has the formula. All f32 or all bf16 but
 // log_sums.

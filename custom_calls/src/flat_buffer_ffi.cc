@@ -1,5 +1,6 @@
-// The XLA FFI handlers that write small pieces into a flat buffer in place.
+// The XLA FFI handlers that write small pieces into a flat buffer in place, and the one that orders such calls.
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "bfloat16.h"
@@ -51,6 +52,19 @@ ffi::Error write_into_handler(Floats target, ffi::RemainingArgs pieces, ffi::Res
   return ffi::Error::Success();
 }
 
+ffi::Error barrier_handler(ffi::AnyBuffer x, ffi::RemainingArgs,
+                           ffi::Result<ffi::AnyBuffer> out) {
+  if (out->size_bytes() != x.size_bytes()) {
+    return ffi::Error::InvalidArgument("gpt2_jax_barrier: expected out as x of " +
+                                       std::to_string(x.size_bytes()) + " bytes, found " +
+                                       std::to_string(out->size_bytes()));
+  }
+  if (out->untyped_data() != x.untyped_data() && x.size_bytes() > 0) {
+    std::memcpy(out->untyped_data(), x.untyped_data(), x.size_bytes());
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error add_rows_into_handler(Floats target, ffi::Buffer<ffi::S32> indices, ffi::AnyBuffer rows,
                                  ffi::Result<Floats> out, int64_t out_offset) {
   const auto fail = [](const std::string& message) {
@@ -94,6 +108,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_write_into, gpt2_jax::write_into_handler,
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // out
                                   .Attr<xla::ffi::Span<const int64_t>>("offsets")
                                   .Attr<int64_t>("accumulate"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_barrier, gpt2_jax::barrier_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()    // x
+                                  .RemainingArgs()               // what x waits for
+                                  .Ret<xla::ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_add_rows_into, gpt2_jax::add_rows_into_handler,
                               xla::ffi::Ffi::Bind()

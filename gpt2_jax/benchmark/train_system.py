@@ -108,7 +108,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
 
     from gpt2_jax.matmul import choose_implementation, precision_of
     from gpt2_jax.optimizer import adamw, learning_rate_schedule
-    from gpt2_jax.train_step import create_state, make_train_step
+    from gpt2_jax.train_step import create_state, make_train_step, writes_in_place
 
     backend = select_backend(request.backend)
     device = open_device(backend)
@@ -140,7 +140,14 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
         state, metrics = jax.block_until_ready(compiled(state, x_ABT, y_ABT))
         return float(metrics.loss)
 
-    estimate = memory.estimate(layout, request.batch_size, request.sequence_length, request.dtype, donates=backend.donates)
+    estimate = memory.estimate(
+        layout,
+        request.batch_size,
+        request.sequence_length,
+        request.dtype,
+        donates=backend.donates,
+        in_place=writes_in_place(matmul),
+    )
     precision = {} if matmul == "xla" else {"precision": precision_of(matmul, jnp.dtype(request.dtype))}
     return step, {
         **precision,
