@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +103,28 @@ def test_a_backend_that_does_not_tell_gives_none():
 
     for answer in (None, NotImplementedError(), RuntimeError()):
         assert memory.compiled_bytes(Silent(answer)) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept_for_the_next_step():
+    """In a process of its own: after a first step, steps that need 100 MB of temporary memory touch no new page."""
+    program = """
+import resource
+from gpt2_jax import memory
+assert memory.keep_freed_memory()
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.broadcast_to(x, (5000, 5000)) + x).sum())
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(jnp.arange(5000, dtype=jnp.float32)).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(pages() for _ in range(6)))
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    counts = [int(count) for count in ended.stdout.split()]
+    assert counts[0] > 20_000, (counts, ended.stderr)
+    assert min(counts[2:]) < 1_000, counts
 
 
 def test_the_peak_of_the_process_rises_with_what_it_holds():

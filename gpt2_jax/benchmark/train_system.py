@@ -111,6 +111,8 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     from gpt2_jax.train_step import create_state, make_train_step, writes_in_place
 
     backend = select_backend(request.backend)
+    if backend.platform == "cpu":
+        memory.keep_freed_memory()
     device = open_device(backend)
     try:
         matmul = choose_implementation(request.matmul, backend, request.dtype).name
