@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gpt2_jax import metal_plugins
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.metal_plugins import MetalPlugin
 
+_PROGRAM_FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -89,7 +91,7 @@ _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
 
 
 def _cpu(reason: str = "asked for with --backend cpu") -> Backend:
-    return Backend("cpu", "cpu", reason)
+    return Backend("cpu", "cpu", reason, environment=_kept_programs())
 
 
 def _cuda(reason: str = "asked for with --backend cuda") -> Backend:
@@ -103,7 +105,33 @@ def _cuda(reason: str = "asked for with --backend cuda") -> Backend:
         raise Gpt2JaxError(
             "backend cuda: expected jax's CUDA plugin, found an NVIDIA driver but no plugin", "pip install -e '.[cuda]'"
         )
-    return Backend("cuda", "cuda", reason, frozenset({"custom_calls"}))
+    return Backend("cuda", "cuda", reason, frozenset({"custom_calls"}), environment=_kept_programs())
+
+
+def _kept_programs() -> tuple[tuple[str, str], ...]:
+    """Where jax keeps compiled programs for the next run, unless the user has named a folder, or wants none ("").
+
+    A folder for each kind of processor, since home folders are shared by machines, and not every jax has that in its keys.
+    """
+    if _PROGRAM_FOLDER in os.environ:
+        return ()
+    caches = Path("~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = caches.expanduser() / "gpt2_jax" / f"programs-{platform.machine()}-{_processor_fingerprint():08x}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a read-only home, or none
+        return ()
+    return ((_PROGRAM_FOLDER, str(folder)),)
+
+
+def _processor_fingerprint() -> int:
+    """Of what a program may be compiled for: Linux lists the processor's features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    features = [line for line in lines if line.startswith(("flags", "Features"))] or lines
+    return zlib.crc32(features[0].encode())
 
 
 def _metal(plugin_name: str, full_float32: bool) -> Backend:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -238,3 +239,48 @@ def test_no_script_imports_jax_before_it_has_chosen_the_backend():
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.fixture
+def no_program_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_programs_are_kept_for_the_next_run(machine, no_program_folder):
+    """In a process of its own, as jax reads the folder when it is imported."""
+    program = "from gpt2_jax.backend import select_backend; select_backend('cpu')\nimport jax; jax.jit(lambda x: x + 1)(1.0)"
+    environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=REPOSITORY, check=True, timeout=120)
+    [folder] = (no_program_folder / "gpt2_jax").iterdir()
+    assert list(folder.iterdir()) != []
+
+    machine()
+    [(name, value)] = backend.select_backend("cpu").environment
+    assert (name, value) == ("JAX_COMPILATION_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert Path(value).parent == folder.parent
+
+
+def test_another_processor_has_its_own_programs(machine, no_program_folder, monkeypatch):
+    machine()
+    folders = set()
+    for fingerprint in (1, 2):
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        monkeypatch.setattr(backend, "_processor_fingerprint", lambda fingerprint=fingerprint: fingerprint)
+        folders |= set(backend.select_backend("cpu").environment)
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("named", ["", "/somewhere/else"])
+def test_the_users_own_folder_for_programs_stays(machine, monkeypatch, named):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
+    machine()
+    assert backend.select_backend("cpu").environment == ()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == named
+
+
+def test_without_a_home_to_write_to_nothing_is_kept(machine, no_program_folder, monkeypatch):
+    (no_program_folder / "gpt2_jax").write_text("a file where the folder would be")
+    machine()
+    assert backend.select_backend("cpu").environment == ()
