@@ -9,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2_jax import custom_calls
+from gpt2_jax.gradient_check import compare_losses
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
+from gpt2_jax.matmul import IMPLEMENTATIONS
 from gpt2_jax.optimizer import adamw, learning_rate_schedule
 from gpt2_jax.train_step import create_state, loss_and_gradient, make_train_step
+from tests.conftest import TINY, available
 
 FLOAT32 = jnp.dtype("float32")
 
 
-def make_step(layout, **options):
+def make_step(layout, *, matmul="xla", dtype=FLOAT32, **options):
     schedule = learning_rate_schedule("linear", 1e-2, steps=20, final_fraction=0.5)
-    optimizer = adamw(schedule, layout, weight_decay=0.1)
-    return optimizer, make_train_step(layout, optimizer, schedule, dtype=FLOAT32, matmul="xla", **options)
+    optimizer = adamw(schedule, layout, weight_decay=0.1, custom_call=custom_calls.serve(matmul))
+    return optimizer, make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul, **options)
 
 
 def test_micro_batches_sum_to_the_whole_batchs_gradient(tiny_layout, tiny_params, tiny_batch):
@@ -58,6 +62,23 @@ def test_training_learns_and_reports(tiny_layout, tiny_params, tiny_batch):
     assert int(state.optimizer.step) == 15
     for buffer in (state.params, state.optimizer.m, state.optimizer.v):
         assert (np.asarray(buffer)[slice(*tiny_layout.padding_span)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", available(name for name in IMPLEMENTATIONS if name != "xla"))
+def test_twenty_steps_losses_are_those_of_xla(tiny_layout, tiny_params, implementation, dtype):
+    tokens_SBT = np.random.default_rng(1).integers(0, 10, (20, 2, 17)).astype(np.int32)  # few, which is to be learned
+    losses: dict[str, list[float]] = {}
+    for matmul in ("xla", implementation):
+        optimizer, step = make_step(tiny_layout, matmul=matmul, dtype=jnp.dtype(dtype))
+        state = create_state(tiny_params, optimizer, matmul=matmul)
+        losses[matmul] = []
+        for tokens_BT in tokens_SBT:
+            state, metrics = step(state, tokens_BT[None, :, :-1], tokens_BT[None, :, 1:])
+            losses[matmul].append(float(metrics.loss))
+    assert max(losses["xla"]) - min(losses["xla"]) > 1
+    compared = compare_losses(losses[implementation], losses["xla"], TINY, dtype)
+    assert compared.passed, (compared, losses)
 
 
 @pytest.mark.parametrize("donate", [True, False])
