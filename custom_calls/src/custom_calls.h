@@ -34,9 +34,8 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul(XLA_FFI_CallFrame* call_frame);
 // The product plus a bias, out = op(a) . op(b) + bias, the bias added to every row's float32 sums
 // before they are rounded. As gpt2_jax_matmul, and
 //
-//   argument    bias: f32 of rank 1, after a and b; n elements from element bias_offset on. One
-//   flat
-//               parameter buffer can be b and bias at once
+//   argument    bias: f32 of rank 1, after a and b; n elements from element bias_offset on. A flat
+//               buffer of parameters can be b and bias at once
 //   attribute   bias_offset               int64, elements
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_bias(XLA_FFI_CallFrame* call_frame);
 
@@ -96,11 +95,13 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention_backward(XLA_FFI_CallFrame* ca
 // all others are rows. Attribute: num_threads int64.
 //
 //   layer_norm             x, gain f32, bias f32 -> out
-//   layer_norm_backward    x, gain f32, dout, dresidual -> dx = dresidual + ..., dgain f32, dbias
-//   f32 gelu                   x -> out gelu_backward          x, dout -> dx softmax_cross_entropy
-//   logits f32, targets s32 -> losses f32 (one a row), dlogits f32 or bf16
-//                          attributes vocab_size int64 (columns beyond it are padding), scale float
-//                          (of dlogits)
+//   layer_norm_backward    x, gain f32, dout, dresidual -> dx = dresidual + ...,
+//                          dgain f32, dbias f32
+//   gelu                   x -> out
+//   gelu_backward          x, dout -> dx
+//   softmax_cross_entropy  logits f32, targets s32 -> losses f32 (one a row), dlogits f32 or bf16
+//                          attributes vocab_size int64 (columns beyond it are padding),
+//                          scale float (of dlogits)
 //   column_sums            x -> sums f32
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_layer_norm(XLA_FFI_CallFrame* call_frame);
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_layer_norm_backward(XLA_FFI_CallFrame* call_frame);
