@@ -383,12 +383,16 @@ void test_empty() {
   for (const float value : call.out.values) CHECK(value == 0, value);
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kMemoryCanRunOut = false;  // these end the program instead
+#else
+constexpr bool kMemoryCanRunOut = true;
+#endif
+
 // No machine has the copy that this product of bfloat16 needs; nothing is read before it is asked
 // for.
 void test_out_of_memory() {
-  if (!use_openblas_of_environment()) return;
-#if !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__)  // these end the program instead
+  if (!kMemoryCanRunOut || !use_openblas_of_environment()) return;
   constexpr int64_t kRows = 1 << 20, kColumns = 1 << 30;
   Call call;
   call.strings["implementation"] = "openblas";
@@ -401,7 +405,21 @@ void test_out_of_memory() {
   call.integers["k"] = kColumns;
   expect_error(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED,
                {"gpt2_jax_matmul: out of memory; found a bf16[1048576,1073741824]"});
-#endif
+}
+
+// Nor the scores of these heads, for which each item asks on its own thread.
+void test_out_of_memory_on_the_pool() {
+  if (!kMemoryCanRunOut) return;
+  constexpr int64_t kBatch = 8, kTime = int64_t{1} << 40, kHeads = 2;
+  Call call;
+  call.handler = gpt2_jax_attention_backward;
+  call.integers = {{"num_heads", kHeads}, {"num_threads", 4}};
+  call.more = {Buffer({1}), Buffer({1})};
+  call.a.dimensions = call.out.dimensions = {kBatch, kTime, 3 * kHeads};  // qkv, dqkv
+  call.b.dimensions = call.more[1].dimensions = {kBatch, kTime, kHeads};  // out, dout
+  call.more[0].dimensions = {kBatch, kHeads, kTime};                      // log_sums
+  expect_error(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED,
+               {"gpt2_jax_attention_backward: out of memory; found qkv f32[8,1099511627776,6]"});
 }
 
 void test_describe() {
@@ -429,6 +447,7 @@ int main() {
   test_invalid_target();
   test_empty();
   test_out_of_memory();
+  test_out_of_memory_on_the_pool();
   test_describe();
   return report("test_ffi");
 }
