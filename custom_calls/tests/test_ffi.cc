@@ -22,10 +22,6 @@ struct XLA_FFI_Error {
   std::string message;
 };
 
-struct XLA_FFI_ExecutionContext {
-  gpt2_jax::ThreadPool* pool;
-};
-
 namespace gpt2_jax {
 namespace {
 
@@ -34,7 +30,9 @@ XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) {
 }
 
 XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
-  args->ctx->pool->schedule([task = args->task, data = args->data] { task(data); });
+  // The context, whose type later versions of XLA name otherwise, is our pool.
+  ThreadPool& pool = *reinterpret_cast<ThreadPool*>(args->ctx);
+  pool.schedule([task = args->task, data = args->data] { task(data); });
   return nullptr;
 }
 
@@ -78,7 +76,6 @@ struct Call {
   // The error, or code OK.
   XLA_FFI_Error call() {
     ThreadPool pool(1);
-    XLA_FFI_ExecutionContext context{&pool};
     XLA_FFI_Api api = {};
     api.struct_size = XLA_FFI_Api_STRUCT_SIZE;
     api.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR,
@@ -130,7 +127,7 @@ struct Call {
     XLA_FFI_CallFrame frame = {};
     frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
     frame.api = &api;
-    frame.ctx = &context;
+    frame.ctx = reinterpret_cast<decltype(frame.ctx)>(&pool);
     frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
     frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()),
                   arg_types.data(), args.data()};
