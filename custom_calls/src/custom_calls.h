@@ -10,7 +10,9 @@
 struct XLA_FFI_Error;
 struct XLA_FFI_CallFrame;
 
-// XLA FFI handlers (CPU), to be registered as targets of any name.
+// XLA FFI handlers (CPU), to be registered as targets of any name. Arguments other than said here
+// are INVALID_ARGUMENT with what was expected and what was found; a rung that refuses is
+// UNIMPLEMENTED with its reason; memory that cannot be had is RESOURCE_EXHAUSTED.
 //
 // The product:
 //
@@ -26,9 +28,6 @@ struct XLA_FFI_CallFrame;
 //               implementation            string, a rung's name
 //               precision                 string, named as in jax.lax.DotAlgorithmPreset
 //               num_threads               int64, at least 1, the calling thread included
-//
-// Anything else is INVALID_ARGUMENT with what was expected and what was found; a rung that refuses
-// is UNIMPLEMENTED with its reason.
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul(XLA_FFI_CallFrame* call_frame);
 
 // The product plus a bias, out = op(a) . op(b) + bias, the bias added to every row's float32 sums
