@@ -56,8 +56,8 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_into(XLA_FFI_CallFrame* call_fram
 //               accumulate                int64, 0 or 1: written, or added
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_write_into(XLA_FFI_CallFrame* call_frame);
 
-// Its first argument as it is, at a time of the caller's choice: XLA sees a new value that cannot be
-// had before the others. XLA's own barriers are gone when its CPU compiler orders the calls.
+// Its first argument as it is, at a time of the caller's choice: XLA sees a new value that cannot
+// be had before the others. XLA's own barriers are gone when its CPU compiler orders the calls.
 //
 //   arguments   x: of any type; then any number of others, which are not read
 //   result      out: as x; aliased to x, which it should be, nothing is copied
@@ -74,7 +74,8 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_fr
 //
 //   argument    values: f32 of any rank
 //   result      sums: f32, one a span
-//   attributes  bounds                    int64 array, elements: where each span begins, and the end
+//   attributes  bounds                    int64 array, elements: where each span begins, and
+//                                         where the last ends
 //               num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sums_of_squares(XLA_FFI_CallFrame* call_frame);
 
