@@ -1,8 +1,10 @@
 // The XLA FFI handlers of the optimizer: buffers and constants in, checked, to adamw/.
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "adamw/adamw.h"
+#include "checker.h"
 #include "custom_calls.h"
 #include "xla_ffi.h"
 
@@ -12,31 +14,42 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-ffi::Error sums_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Result<Floats> out,
+ffi::Error sums_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Result<Floats> sums,
                                    ffi::Span<const int64_t> bounds, int64_t num_threads) {
-  const auto fail = [](const std::string& message) {
-    return ffi::Error::InvalidArgument("gpt2_jax_sums_of_squares: " + message);
-  };
-  const size_t spans = out->element_count();
-  if (bounds.size() != spans + 1) {
-    return fail("expected bounds of each of " + std::to_string(spans) + " results and an end, found " +
-                std::to_string(bounds.size()));
-  }
-  for (size_t i = 0; i < spans; ++i) {
-    if (bounds[i] < 0 || bounds[i + 1] < bounds[i] ||
-        static_cast<size_t>(bounds[i + 1]) > values.element_count()) {
-      return fail("expected bounds in order within " + std::to_string(values.element_count()) +
-                  " elements, found [" + std::to_string(bounds[i]) + "," +
-                  std::to_string(bounds[i + 1]) + ")");
-    }
+  const int64_t count = static_cast<int64_t>(values.element_count());
+  const size_t spans = sums->element_count();
+  Checker check("gpt2_jax_sums_of_squares", {{"values", values}, {"sums", *sums}});
+  check.expect(bounds.size() == spans + 1, "bounds of each of " + std::to_string(spans) +
+                                               " sums and an end, got " +
+                                               std::to_string(bounds.size()));
+  for (size_t i = 0; check.ok() && i < spans; ++i) {
+    check.expect(0 <= bounds[i] && bounds[i] <= bounds[i + 1] && bounds[i + 1] <= count,
+                 "bounds in order within " + std::to_string(count) + " elements, got [" +
+                     std::to_string(bounds[i]) + "," + std::to_string(bounds[i + 1]) + ")");
   }
   XlaExecutor executor(pool, num_threads);
-  for (size_t i = 0; i < spans; ++i) {
-    const float* const first = values.typed_data() + bounds[i];
-    out->typed_data()[i] =
-        static_cast<float>(sum_of_squares(first, bounds[i + 1] - bounds[i], executor));
+  return check.run([&] {
+    for (size_t i = 0; i < spans; ++i) {
+      const float* const first = values.typed_data() + bounds[i];
+      sums->typed_data()[i] =
+          static_cast<float>(sum_of_squares(first, bounds[i + 1] - bounds[i], executor));
+    }
+  });
+}
+
+// All of [0, count), in runs of one weight decay.
+std::vector<DecaySpan> runs_of_one_decay(ffi::Span<const int64_t> decay_spans, float weight_decay,
+                                         int64_t count) {
+  std::vector<DecaySpan> spans;
+  int64_t position = 0;
+  for (size_t i = 0; i < decay_spans.size(); i += 2) {
+    const int64_t start = decay_spans[i], stop = decay_spans[i + 1];
+    spans.push_back({position, start, 0.0f});
+    spans.push_back({start, stop, weight_decay});
+    position = stop;
   }
-  return ffi::Error::Success();
+  spans.push_back({position, count, 0.0f});
+  return spans;
 }
 
 ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, Floats m, Floats v,
@@ -44,51 +57,38 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
                          ffi::Result<Floats> v_out, ffi::Span<const int64_t> decay_spans,
                          float weight_decay, float beta1, float beta2, float epsilon,
                          int64_t num_threads) {
-  const size_t count = gradients.element_count();
-  for (const size_t found :
-       {params.element_count(), m.element_count(), v.element_count(), params_out->element_count(),
-        m_out->element_count(), v_out->element_count()}) {
-    if (found != count) {
-      return ffi::Error::InvalidArgument(
-          "gpt2_jax_adamw: expected buffers of one length, found gradients of " +
-          std::to_string(count) + " and another of " + std::to_string(found));
-    }
-  }
-  if (scalars.element_count() != 5 || decay_spans.size() % 2 != 0) {
-    return ffi::Error::InvalidArgument(
-        "gpt2_jax_adamw: expected 5 scalars and pairs of decay spans, found " +
-        std::to_string(scalars.element_count()) + " and " + std::to_string(decay_spans.size()) +
-        " bounds");
-  }
-  // The whole range, in runs of one weight decay.
-  std::vector<DecaySpan> spans;
+  std::vector<NamedBuffer> buffers = {
+      {"gradients", gradients},    {"params", params}, {"m", m},          {"v", v},
+      {"params_out", *params_out}, {"m_out", *m_out},  {"v_out", *v_out}, {"scalars", scalars}};
+  Checker check("gpt2_jax_adamw", buffers);
+  const int64_t count = buffers[0].size;
+  check.size(buffers.back(), 5);
+  buffers.pop_back();
+  for (const NamedBuffer& buffer : buffers) check.size(buffer, count);
+  check.expect(decay_spans.size() % 2 == 0, "decay_spans of starts and stops, got " +
+                                                std::to_string(decay_spans.size()) + " bounds");
   int64_t position = 0;
-  for (size_t i = 0; i < decay_spans.size(); i += 2) {
+  for (size_t i = 0; check.ok() && i < decay_spans.size(); i += 2) {
     const int64_t start = decay_spans[i], stop = decay_spans[i + 1];
-    if (start < position || stop < start || stop > static_cast<int64_t>(count)) {
-      return ffi::Error::InvalidArgument("gpt2_jax_adamw: expected decay spans in order within " +
-                                         std::to_string(count) + " elements, found [" +
-                                         std::to_string(start) + "," + std::to_string(stop) + ")");
-    }
-    spans.push_back({position, start, 0.0f});
-    spans.push_back({start, stop, weight_decay});
+    check.expect(position <= start && start <= stop && stop <= count,
+                 "decay_spans in order within " + std::to_string(count) + " elements, got [" +
+                     std::to_string(start) + "," + std::to_string(stop) + ")");
     position = stop;
   }
-  spans.push_back({position, static_cast<int64_t>(count), 0.0f});
-
-  const float* const s = scalars.typed_data();
-  const AdamWConstants constants = {s[0], s[1], beta1, beta2, s[2], s[3], epsilon};
-  const AdamWUpdate update = {static_cast<int64_t>(count),
-                              gradients.typed_data(),
-                              updated(params, params_out),
-                              updated(m, m_out),
-                              updated(v, v_out),
-                              spans.data(),
-                              static_cast<int64_t>(spans.size())};
-  if (s[4] == 0.0f) return ffi::Error::Success();
   XlaExecutor executor(pool, num_threads);
-  adamw_update(update, constants, executor);
-  return ffi::Error::Success();
+  return check.run([&] {
+    const std::vector<DecaySpan> spans = runs_of_one_decay(decay_spans, weight_decay, count);
+    const float* const s = scalars.typed_data();
+    const AdamWConstants constants = {s[0], s[1], beta1, beta2, s[2], s[3], epsilon};
+    const AdamWUpdate update = {count,
+                                gradients.typed_data(),
+                                updated(params, params_out),
+                                updated(m, m_out),
+                                updated(v, v_out),
+                                spans.data(),
+                                static_cast<int64_t>(spans.size())};
+    if (s[4] != 0.0f) adamw_update(update, constants, executor);
+  });
 }
 
 }  // namespace

@@ -14,8 +14,7 @@ namespace gpt2_jax {
 namespace {
 
 // What the kernel and its packing use.
-constexpr CpuFeatures kNeeded =
-    kAvx512f | kAvx512bw | kAvx512vl | kAvx512bf16 | kAmxTile | kAmxBf16;
+constexpr CpuFeatures kNeeded = kAvx512Code | kAvx512bf16 | kAmxTile | kAmxBf16;
 
 int request_permission_of_linux() {
 #if defined(__linux__) && defined(__x86_64__)
@@ -33,7 +32,7 @@ std::string amx_unavailable(CpuFeatures features, int (*request_permission)()) {
   if (amx_kernel() == nullptr) {
     return "this build has no AMX kernel: it needs x86-64 and a compiler that knows -mamx-bf16";
   }
-  if ((features & kNeeded) != kNeeded) {
+  if (!has_all(features, kNeeded)) {
     return "needs CPU features that are not here, or masked by GPT2_JAX_CPU_FEATURES: " +
            cpu_feature_names(kNeeded & ~features);
   }

@@ -1,10 +1,10 @@
 // The XLA FFI handlers of attention: buffers and attributes in, checked, to attention.cc.
 #include <cstdint>
-#include <new>
 #include <string>
 #include <string_view>
 
 #include "attention.h"
+#include "checker.h"
 #include "custom_calls.h"
 #include "xla_ffi.h"
 
@@ -19,87 +19,67 @@ struct Attributes {
   std::string_view implementation, precision;
 };
 
-// Fills `attention` from qkv (batch, time, 3 channels), or says what is wrong.
-ffi::Error describe_attention(const ffi::AnyBuffer& qkv, const Attributes& attributes,
-                              Attention* attention) {
-  const auto fail = [](const std::string& message) {
-    return ffi::Error::InvalidArgument("gpt2_jax_attention: " + message);
-  };
-  const auto dimensions = qkv.dimensions();
-  const bool narrow = qkv.element_type() == ffi::BF16;
-  if (!narrow && qkv.element_type() != ffi::F32) return fail("expected qkv of f32 or bf16");
-  if (dimensions.size() != 3 || attributes.num_heads < 1 ||
-      dimensions[2] % (3 * attributes.num_heads) != 0) {
-    return fail("expected qkv [batch,time,3 channels] with channels a multiple of " +
-                std::to_string(attributes.num_heads) + " heads");
+Attention decode(Checker& check, const NamedBuffer& qkv, const Attributes& attributes) {
+  Attention attention = {};
+  attention.dtype = check.dtype(qkv);
+  attention.implementation = check.implementation(attributes.implementation);
+  attention.precision = check.precision(attributes.precision);
+  const int64_t heads = attributes.num_heads;
+  if (qkv.dimensions.size() != 3 || heads < 1 || qkv.dimensions[2] % 3 != 0 ||
+      qkv.dimensions[2] / 3 % heads != 0) {
+    check.fail("expected qkv [batch,time,3 channels] with channels a multiple of " +
+               std::to_string(heads) + " heads");
+    return attention;
   }
-  attention->batch = dimensions[0];
-  attention->time = dimensions[1];
-  attention->heads = attributes.num_heads;
-  attention->head_size = dimensions[2] / 3 / attributes.num_heads;
-  attention->qkv = qkv.untyped_data();
-  attention->dtype = narrow ? DType::kBFloat16 : DType::kFloat32;
-  attention->implementation = find_implementation(attributes.implementation);
-  if (attention->implementation == nullptr) {
-    return fail("expected implementation one of " + implementation_names() + ", got " +
-                std::string(attributes.implementation));
-  }
-  if (!parse_precision(attributes.precision, &attention->precision)) {
-    return fail("expected a precision, got " + std::string(attributes.precision));
-  }
-  Matmul matmul;
-  matmul.precision = attention->precision;
-  std::string refusal = attention->implementation->unavailable();
-  if (refusal.empty()) refusal = attention->implementation->refuse(matmul);
-  if (!refusal.empty()) {
-    return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                      "gpt2_jax_attention: " + std::string(attributes.implementation) +
-                          " refuses its products: " + refusal);
-  }
-  return ffi::Error::Success();
+  attention.batch = qkv.dimensions[0];
+  attention.time = qkv.dimensions[1];
+  attention.heads = heads;
+  attention.head_size = qkv.dimensions[2] / 3 / heads;
+  attention.qkv = qkv.data;
+  return attention;
 }
 
-bool holds(const ffi::AnyBuffer& buffer, const Attention& attention, int64_t parts) {
-  const int64_t count = attention.batch * attention.time * attention.heads * attention.head_size;
-  const bool narrow = buffer.element_type() == ffi::BF16;
-  return static_cast<int64_t>(buffer.element_count()) == parts * count &&
-         (narrow || buffer.element_type() == ffi::F32) &&
-         narrow == (attention.dtype == DType::kBFloat16);
+// A buffer with `parts` times the output's elements, in its dtype.
+void expect_parts(Checker& check, const NamedBuffer& buffer, const Attention& attention,
+                  int64_t parts) {
+  check.expect(check.dtype(buffer) == attention.dtype,
+               std::string(buffer.name) + " of qkv's dtype");
+  check.size(buffer,
+             parts * attention.batch * attention.time * attention.heads * attention.head_size);
 }
 
-bool holds_log_sums(const Floats& buffer, const Attention& attention) {
-  return static_cast<int64_t>(buffer.element_count()) ==
-         attention.batch * attention.heads * attention.time;
+void expect_log_sums(Checker& check, const Floats& log_sums, const Attention& attention) {
+  check.size({"log_sums", log_sums}, attention.batch * attention.heads * attention.time);
 }
 
-ffi::Error wrong_buffers() {
-  return ffi::Error::InvalidArgument(
-      "gpt2_jax_attention: expected out and dout [batch,time,channels] and dqkv as qkv, in its "
-      "dtype, and log_sums [batch,heads,time]");
-}
-
+// Attention by work(), unless its products are refused.
 template <typename Work>
-ffi::Error guarded(const Work& work) {
-  try {
-    work();
-  } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "gpt2_jax_attention: out of memory for its scores");
-  }
-  return ffi::Error::Success();
+ffi::Error run(const Checker& check, const Attention& attention, const Work& work) {
+  Matmul scores;
+  scores.m = scores.n = attention.time;
+  scores.k = attention.head_size;
+  const int64_t row = 3 * attention.heads * attention.head_size;
+  scores.a = {attention.qkv, 0, row, attention.dtype, false};
+  scores.b = {attention.qkv, 0, row, attention.dtype, true};
+  scores.out_leading_dimension = attention.time;
+  scores.precision = attention.precision;
+  ffi::Error refusal = check.refusal(attention.implementation, scores);
+  if (refusal.failure()) return refusal;
+  return check.run(work);
 }
 
 ffi::Error attention_handler(ffi::ThreadPool pool, ffi::AnyBuffer qkv,
                              ffi::Result<ffi::AnyBuffer> out, ffi::Result<Floats> log_sums,
                              int64_t num_heads, std::string_view implementation,
                              std::string_view precision, int64_t num_threads) {
-  Attention attention;
-  ffi::Error error = describe_attention(qkv, {num_heads, implementation, precision}, &attention);
-  if (error.failure()) return error;
-  if (!holds(*out, attention, 1) || !holds_log_sums(*log_sums, attention)) return wrong_buffers();
+  Checker check("gpt2_jax_attention", {{"qkv", qkv}, {"out", *out}, {"log_sums", *log_sums}});
+  const Attention attention = decode(check, {"qkv", qkv}, {num_heads, implementation, precision});
+  expect_parts(check, {"out", *out}, attention, 1);
+  expect_log_sums(check, *log_sums, attention);
   XlaExecutor executor(pool, num_threads);
-  return guarded(
-      [&] { attention_forward(attention, out->untyped_data(), log_sums->typed_data(), executor); });
+  return run(check, attention, [&] {
+    attention_forward(attention, out->untyped_data(), log_sums->typed_data(), executor);
+  });
 }
 
 ffi::Error attention_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer qkv, ffi::AnyBuffer out,
@@ -107,15 +87,16 @@ ffi::Error attention_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer qkv, 
                                       ffi::Result<ffi::AnyBuffer> dqkv, int64_t num_heads,
                                       std::string_view implementation, std::string_view precision,
                                       int64_t num_threads) {
-  Attention attention;
-  ffi::Error error = describe_attention(qkv, {num_heads, implementation, precision}, &attention);
-  if (error.failure()) return error;
-  if (!holds(out, attention, 1) || !holds(dout, attention, 1) || !holds(*dqkv, attention, 3) ||
-      !holds_log_sums(log_sums, attention)) {
-    return wrong_buffers();
-  }
+  Checker check(
+      "gpt2_jax_attention_backward",
+      {{"qkv", qkv}, {"out", out}, {"log_sums", log_sums}, {"dout", dout}, {"dqkv", *dqkv}});
+  const Attention attention = decode(check, {"qkv", qkv}, {num_heads, implementation, precision});
+  expect_parts(check, {"out", out}, attention, 1);
+  expect_parts(check, {"dout", dout}, attention, 1);
+  expect_parts(check, {"dqkv", *dqkv}, attention, 3);
+  expect_log_sums(check, log_sums, attention);
   XlaExecutor executor(pool, num_threads);
-  return guarded([&] {
+  return run(check, attention, [&] {
     attention_backward(attention, out.untyped_data(), log_sums.typed_data(), dout.untyped_data(),
                        dqkv->untyped_data(), executor);
   });

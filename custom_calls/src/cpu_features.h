@@ -22,6 +22,12 @@ enum CpuFeature : CpuFeatures {
   kAmxBf16 = 1u << 8,
 };
 
+// What code compiled for an instruction set needs; src/CMakeLists.txt has the compiler's flags.
+constexpr CpuFeatures kAvx2Code = kAvx2 | kFma;
+constexpr CpuFeatures kAvx512Code = kAvx512f | kAvx512bw | kAvx512vl;
+
+constexpr bool has_all(CpuFeatures features, CpuFeatures needed) { return !(needed & ~features); }
+
 // What CPU and operating system offer, whatever the mask says.
 CpuFeatures cpu_features_seen();
 

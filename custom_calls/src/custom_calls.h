@@ -10,7 +10,9 @@
 struct XLA_FFI_Error;
 struct XLA_FFI_CallFrame;
 
-// XLA FFI handlers (CPU), to be registered as targets of any name.
+// XLA FFI handlers (CPU), to be registered as targets of any name. Arguments other than said here
+// are INVALID_ARGUMENT with what was expected and what was found; a rung that refuses is
+// UNIMPLEMENTED with its reason; memory that cannot be had is RESOURCE_EXHAUSTED.
 //
 // The product:
 //
@@ -26,17 +28,13 @@ struct XLA_FFI_CallFrame;
 //               implementation            string, a rung's name
 //               precision                 string, named as in jax.lax.DotAlgorithmPreset
 //               num_threads               int64, at least 1, the calling thread included
-//
-// Anything else is INVALID_ARGUMENT with what was expected and what was found; a rung that refuses
-// is UNIMPLEMENTED with its reason.
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul(XLA_FFI_CallFrame* call_frame);
 
 // The product plus a bias, out = op(a) . op(b) + bias, the bias added to every row's float32 sums
 // before they are rounded. As gpt2_jax_matmul, and
 //
-//   argument    bias: f32 of rank 1, after a and b; n elements from element bias_offset on. One
-//   flat
-//               parameter buffer can be b and bias at once
+//   argument    bias: f32 of rank 1, after a and b; n elements from element bias_offset on. A flat
+//               buffer of parameters can be b and bias at once
 //   attribute   bias_offset               int64, elements
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_bias(XLA_FFI_CallFrame* call_frame);
 
@@ -58,8 +56,8 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_into(XLA_FFI_CallFrame* call_fram
 //               accumulate                int64, 0 or 1: written, or added
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_write_into(XLA_FFI_CallFrame* call_frame);
 
-// Its first argument as it is, at a time of the caller's choice: XLA sees a new value that cannot be
-// had before the others. XLA's own barriers are gone when its CPU compiler orders the calls.
+// Its first argument as it is, at a time of the caller's choice: XLA sees a new value that cannot
+// be had before the others. XLA's own barriers are gone when its CPU compiler orders the calls.
 //
 //   arguments   x: of any type; then any number of others, which are not read
 //   result      out: as x; aliased to x, which it should be, nothing is copied
@@ -76,7 +74,8 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_fr
 //
 //   argument    values: f32 of any rank
 //   result      sums: f32, one a span
-//   attributes  bounds                    int64 array, elements: where each span begins, and the end
+//   attributes  bounds                    int64 array, elements: where each span begins, and
+//                                         where the last ends
 //               num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sums_of_squares(XLA_FFI_CallFrame* call_frame);
 
@@ -96,11 +95,13 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention_backward(XLA_FFI_CallFrame* ca
 // all others are rows. Attribute: num_threads int64.
 //
 //   layer_norm             x, gain f32, bias f32 -> out
-//   layer_norm_backward    x, gain f32, dout, dresidual -> dx = dresidual + ..., dgain f32, dbias
-//   f32 gelu                   x -> out gelu_backward          x, dout -> dx softmax_cross_entropy
-//   logits f32, targets s32 -> losses f32 (one a row), dlogits f32 or bf16
-//                          attributes vocab_size int64 (columns beyond it are padding), scale float
-//                          (of dlogits)
+//   layer_norm_backward    x, gain f32, dout, dresidual -> dx = dresidual + ...,
+//                          dgain f32, dbias f32
+//   gelu                   x -> out
+//   gelu_backward          x, dout -> dx
+//   softmax_cross_entropy  logits f32, targets s32 -> losses f32 (one a row), dlogits f32 or bf16
+//                          attributes vocab_size int64 (columns beyond it are padding),
+//                          scale float (of dlogits)
 //   column_sums            x -> sums f32
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_layer_norm(XLA_FFI_CallFrame* call_frame);
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_layer_norm_backward(XLA_FFI_CallFrame* call_frame);

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 namespace gpt2_jax {
 namespace {
@@ -15,7 +17,18 @@ class Job {
   Job(int64_t count, const std::function<void(int64_t, int)>& item) : count_(count), item_(item) {}
 
   void take_items(int worker) {
-    for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) item_(i, worker);
+    try {
+      for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) item_(i, worker);
+    } catch (...) {
+      fail(std::current_exception());
+    }
+  }
+
+  // Items that nobody has taken yet are skipped.
+  void fail(std::exception_ptr error) {
+    next_ = count_;
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (error_ == nullptr) error_ = std::move(error);
   }
 
   // A helper's whole life. item_ is the caller's: it may be touched only between enter and leave.
@@ -32,10 +45,12 @@ class Job {
     if (--helpers_ == 0) idle_.notify_one();
   }
 
+  // Throws what an item threw.
   void close_and_wait_for_helpers() {
     std::unique_lock<std::mutex> lock(mutex_);
     closed_ = true;
     idle_.wait(lock, [this] { return helpers_ == 0; });
+    if (error_ != nullptr) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -45,7 +60,8 @@ class Job {
   std::mutex mutex_;
   std::condition_variable idle_;
   int helpers_ = 0;
-  int last_worker_ = 0;  // the caller is worker 0
+  int last_worker_ = 0;       // the caller is worker 0
+  std::exception_ptr error_;  // the first
   bool closed_ = false;
 };
 
@@ -59,7 +75,11 @@ void parallel_for_with_workers(Executor& executor, int64_t count,
     return;
   }
   auto job = std::make_shared<Job>(count, item);
-  for (int64_t i = 0; i < helpers; ++i) executor.schedule([job] { job->help(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) executor.schedule([job] { job->help(); });
+  } catch (...) {
+    job->fail(std::current_exception());  // helpers may already run, with this frame's item
+  }
   job->take_items(0);
   job->close_and_wait_for_helpers();
 }

@@ -25,7 +25,10 @@ class InlineExecutor final : public Executor {
 };
 
 // Calls item(i) once for each i in [0, count), on any thread and in any order, and returns when all
-// are done. Items must not throw and must not wait for one another.
+// are done. Items must not wait for one another.
+//
+// When an item throws, on whatever thread, items not yet begun are skipped, and the caller gets the
+// first exception once those that had begun are done. No exception reaches the pool.
 //
 // Safe to call from a thread of the executor's own pool, from any number of them at once: the
 // caller takes items itself until none is left, then waits only for tasks that are already running

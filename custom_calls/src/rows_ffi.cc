@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <string>
 
+#include "checker.h"
 #include "custom_calls.h"
 #include "rows/rows.h"
 #include "xla_ffi.h"
@@ -12,151 +13,114 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-// Collects the first thing that is wrong with a call.
-class Checker {
- public:
-  explicit Checker(const char* target) : target_(target) {}
-
-  void expect(bool condition, const std::string& expected) {
-    if (!condition && error_.empty()) error_ = std::string(target_) + ": expected " + expected;
+// A matrix of f32 or bf16: all dimensions but the last are its rows.
+Rows matrix(Checker& check, const NamedBuffer& buffer) {
+  const bool narrow = check.dtype(buffer) == DType::kBFloat16;
+  if (buffer.dimensions.size() == 0) {
+    check.fail(std::string("expected ") + buffer.name + " of rank 1 or more");
+    return {};
   }
+  const int64_t columns = buffer.dimensions.back();
+  return {buffer.data, columns == 0 ? 0 : buffer.size / columns, columns, narrow};
+}
 
-  // A matrix of f32 or bf16: all dimensions but the last are its rows.
-  Rows rows(const char* name, const ffi::AnyBuffer& buffer) {
-    const auto dimensions = buffer.dimensions();
-    const bool narrow = buffer.element_type() == ffi::BF16;
-    expect(narrow || buffer.element_type() == ffi::F32, std::string(name) + " of f32 or bf16");
-    expect(dimensions.size() > 0, std::string(name) + " of rank 1 or more");
-    if (dimensions.size() == 0) return {};
-    const int64_t columns = dimensions.back();
-    const int64_t count = static_cast<int64_t>(buffer.element_count());
-    return {buffer.untyped_data(), columns == 0 ? 0 : count / columns, columns, narrow};
-  }
-
-  void alike(const char* names, const Rows& a, const Rows& b) {
-    expect(a.rows == b.rows && a.columns == b.columns,
-           std::string(names) + " of one shape, found " + shape(a) + " and " + shape(b));
-  }
-
-  void length(const char* name, size_t count, int64_t expected) {
-    expect(static_cast<int64_t>(count) == expected,
-           std::string(name) + " of " + std::to_string(expected) + " elements, found " +
-               std::to_string(count));
-  }
-
-  bool ok() const { return error_.empty(); }
-  ffi::Error error() const {
-    return ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(error_);
-  }
-
- private:
-  static std::string shape(const Rows& x) {
-    return "[" + std::to_string(x.rows) + "," + std::to_string(x.columns) + "]";
-  }
-
-  const char* target_;
-  std::string error_;
-};
+bool alike(const Rows& a, const Rows& b) {
+  return a.rows == b.rows && a.columns == b.columns && a.narrow == b.narrow;
+}
 
 ffi::Error layer_norm_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats gain, Floats bias,
                               ffi::Result<ffi::AnyBuffer> out, int64_t num_threads) {
-  Checker check("gpt2_jax_layer_norm");
-  const Rows x_rows = check.rows("x", x), out_rows = check.rows("out", *out);
-  check.alike("x and out", x_rows, out_rows);
-  check.expect(x_rows.narrow == out_rows.narrow, "x and out of one dtype");
-  check.length("gain", gain.element_count(), x_rows.columns);
-  check.length("bias", bias.element_count(), x_rows.columns);
-  if (!check.ok()) return check.error();
+  Checker check("gpt2_jax_layer_norm", {{"x", x}, {"gain", gain}, {"bias", bias}, {"out", *out}});
+  const Rows x_rows = matrix(check, {"x", x}), out_rows = matrix(check, {"out", *out});
+  check.expect(alike(x_rows, out_rows), "x and out of one shape and dtype");
+  check.size({"gain", gain}, x_rows.columns);
+  check.size({"bias", bias}, x_rows.columns);
   XlaExecutor executor(pool, num_threads);
-  layer_norm(x_rows, gain.typed_data(), bias.typed_data(), out_rows, executor);
-  return ffi::Error::Success();
+  return check.run(
+      [&] { layer_norm(x_rows, gain.typed_data(), bias.typed_data(), out_rows, executor); });
 }
 
 ffi::Error layer_norm_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats gain,
                                        ffi::AnyBuffer dout, ffi::AnyBuffer dresidual,
                                        ffi::Result<ffi::AnyBuffer> dx, ffi::Result<Floats> dgain,
                                        ffi::Result<Floats> dbias, int64_t num_threads) {
-  Checker check("gpt2_jax_layer_norm_backward");
-  const Rows x_rows = check.rows("x", x);
-  const Rows others[] = {check.rows("dout", dout), check.rows("dresidual", dresidual),
-                         check.rows("dx", *dx)};
-  for (const Rows& other : others) {
-    check.alike("x, dout, dresidual and dx", x_rows, other);
-    check.expect(x_rows.narrow == other.narrow, "x, dout, dresidual and dx of one dtype");
-  }
-  check.length("gain", gain.element_count(), x_rows.columns);
-  check.length("dgain", dgain->element_count(), x_rows.columns);
-  check.length("dbias", dbias->element_count(), x_rows.columns);
-  if (!check.ok()) return check.error();
+  Checker check("gpt2_jax_layer_norm_backward", {{"x", x},
+                                                 {"gain", gain},
+                                                 {"dout", dout},
+                                                 {"dresidual", dresidual},
+                                                 {"dx", *dx},
+                                                 {"dgain", *dgain},
+                                                 {"dbias", *dbias}});
+  const Rows x_rows = matrix(check, {"x", x}), dout_rows = matrix(check, {"dout", dout});
+  const Rows dresidual_rows = matrix(check, {"dresidual", dresidual});
+  const Rows dx_rows = matrix(check, {"dx", *dx});
+  check.expect(alike(x_rows, dout_rows) && alike(x_rows, dresidual_rows) && alike(x_rows, dx_rows),
+               "x, dout, dresidual and dx of one shape and dtype");
+  check.size({"gain", gain}, x_rows.columns);
+  check.size({"dgain", *dgain}, x_rows.columns);
+  check.size({"dbias", *dbias}, x_rows.columns);
   XlaExecutor executor(pool, num_threads);
-  layer_norm_backward(x_rows, gain.typed_data(), others[0], others[1], others[2],
-                      dgain->typed_data(), dbias->typed_data(), executor);
-  return ffi::Error::Success();
+  return check.run([&] {
+    layer_norm_backward(x_rows, gain.typed_data(), dout_rows, dresidual_rows, dx_rows,
+                        dgain->typed_data(), dbias->typed_data(), executor);
+  });
 }
 
 ffi::Error gelu_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out,
                         int64_t num_threads) {
-  Checker check("gpt2_jax_gelu");
-  const Rows x_rows = check.rows("x", x), out_rows = check.rows("out", *out);
-  check.alike("x and out", x_rows, out_rows);
-  check.expect(x_rows.narrow == out_rows.narrow, "x and out of one dtype");
-  if (!check.ok()) return check.error();
+  Checker check("gpt2_jax_gelu", {{"x", x}, {"out", *out}});
+  const Rows x_rows = matrix(check, {"x", x}), out_rows = matrix(check, {"out", *out});
+  check.expect(alike(x_rows, out_rows), "x and out of one shape and dtype");
   XlaExecutor executor(pool, num_threads);
-  gelu(x_rows, out_rows, executor);
-  return ffi::Error::Success();
+  return check.run([&] { gelu(x_rows, out_rows, executor); });
 }
 
 ffi::Error gelu_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dout,
                                  ffi::Result<ffi::AnyBuffer> dx, int64_t num_threads) {
-  Checker check("gpt2_jax_gelu_backward");
-  const Rows x_rows = check.rows("x", x), dout_rows = check.rows("dout", dout);
-  const Rows dx_rows = check.rows("dx", *dx);
-  check.alike("x and dout", x_rows, dout_rows);
-  check.alike("x and dx", x_rows, dx_rows);
-  check.expect(x_rows.narrow == dout_rows.narrow && x_rows.narrow == dx_rows.narrow,
-               "x, dout and dx of one dtype");
-  if (!check.ok()) return check.error();
+  Checker check("gpt2_jax_gelu_backward", {{"x", x}, {"dout", dout}, {"dx", *dx}});
+  const Rows x_rows = matrix(check, {"x", x}), dout_rows = matrix(check, {"dout", dout});
+  const Rows dx_rows = matrix(check, {"dx", *dx});
+  check.expect(alike(x_rows, dout_rows) && alike(x_rows, dx_rows),
+               "x, dout and dx of one shape and dtype");
   XlaExecutor executor(pool, num_threads);
-  gelu_backward(x_rows, dout_rows, dx_rows, executor);
-  return ffi::Error::Success();
+  return check.run([&] { gelu_backward(x_rows, dout_rows, dx_rows, executor); });
 }
 
 ffi::Error softmax_cross_entropy_handler(ffi::ThreadPool pool, Floats logits,
                                          ffi::Buffer<ffi::S32> targets, ffi::Result<Floats> losses,
                                          ffi::Result<ffi::AnyBuffer> dlogits, int64_t vocab_size,
                                          float scale, int64_t num_threads) {
-  Checker check("gpt2_jax_softmax_cross_entropy");
-  const auto dimensions = logits.dimensions();
-  check.expect(dimensions.size() == 2, "logits of rank 2");
-  if (!check.ok()) return check.error();
-  const Rows rows = {logits.untyped_data(), dimensions[0], dimensions[1], false};
-  const Rows dlogits_rows = check.rows("dlogits", *dlogits);
-  check.alike("logits and dlogits", rows, dlogits_rows);
-  check.length("targets", targets.element_count(), rows.rows);
-  check.length("losses", losses->element_count(), rows.rows);
-  check.expect(vocab_size > 0 && vocab_size <= rows.columns, "a vocabulary within the columns");
-  if (!check.ok()) return check.error();
-  for (int64_t i = 0; i < rows.rows; ++i) {
+  Checker check(
+      "gpt2_jax_softmax_cross_entropy",
+      {{"logits", logits}, {"targets", targets}, {"losses", *losses}, {"dlogits", *dlogits}});
+  const Rows rows = matrix(check, {"logits", logits});
+  const Rows dlogits_rows = matrix(check, {"dlogits", *dlogits});
+  check.expect(rows.rows == dlogits_rows.rows && rows.columns == dlogits_rows.columns,
+               "logits and dlogits of one shape");
+  check.size({"targets", targets}, rows.rows);
+  check.size({"losses", *losses}, rows.rows);
+  check.expect(vocab_size > 0 && vocab_size <= rows.columns,
+               "vocab_size from 1 to the columns, got " + std::to_string(vocab_size));
+  for (int64_t i = 0; check.ok() && i < rows.rows; ++i) {
     const int32_t target = targets.typed_data()[i];
-    check.expect(target >= 0 && target < vocab_size,
-                 "targets in the vocabulary, found " + std::to_string(target));
+    if (target >= 0 && target < vocab_size) continue;
+    check.fail("expected targets below " + std::to_string(vocab_size) + ", got " +
+               std::to_string(target));
   }
-  if (!check.ok()) return check.error();
   XlaExecutor executor(pool, num_threads);
-  softmax_cross_entropy(rows, targets.typed_data(), vocab_size, scale, losses->typed_data(),
-                        dlogits_rows, executor);
-  return ffi::Error::Success();
+  return check.run([&] {
+    softmax_cross_entropy(rows, targets.typed_data(), vocab_size, scale, losses->typed_data(),
+                          dlogits_rows, executor);
+  });
 }
 
 ffi::Error column_sums_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<Floats> sums,
                                int64_t num_threads) {
-  Checker check("gpt2_jax_column_sums");
-  const Rows rows = check.rows("x", x);
-  check.length("sums", sums->element_count(), rows.columns);
-  if (!check.ok()) return check.error();
+  Checker check("gpt2_jax_column_sums", {{"x", x}, {"sums", *sums}});
+  const Rows rows = matrix(check, {"x", x});
+  check.size({"sums", *sums}, rows.columns);
   XlaExecutor executor(pool, num_threads);
-  column_sums(rows, sums->typed_data(), executor);
-  return ffi::Error::Success();
+  return check.run([&] { column_sums(rows, sums->typed_data(), executor); });
 }
 
 }  // namespace

@@ -46,7 +46,11 @@ Workspace::Workspace(int64_t floats) : data_(nullptr), floats_(floats) {
 
 Workspace::~Workspace() {
   std::lock_guard<std::mutex> lock(store().mutex);
-  store().idle.push_back({data_, floats_});
+  try {
+    store().idle.push_back({data_, floats_});
+  } catch (const std::bad_alloc&) {
+    ::operator delete(data_, kAlignment);
+  }
 }
 
 }  // namespace gpt2_jax

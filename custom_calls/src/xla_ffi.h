@@ -25,15 +25,20 @@ class XlaExecutor final : public Executor {
   int num_threads_;
 };
 
-// The memory of a result that is an argument's new content. XLA gives both the same memory where it
-// may; where not, the argument is copied to the result first, whole.
+// Gives a result an argument's content. XLA gives both the same memory where it may; where not, the
+// argument is copied, whole.
+template <typename Buffer>
+void copy_unless_aliased(const Buffer& argument, const Buffer& result) {
+  if (result.untyped_data() != argument.untyped_data() && argument.size_bytes() > 0) {
+    std::memcpy(result.untyped_data(), argument.untyped_data(), argument.size_bytes());
+  }
+}
+
+// The memory of a result that is an argument's new content.
 inline float* updated(const xla::ffi::Buffer<xla::ffi::F32>& argument,
                       xla::ffi::Result<xla::ffi::Buffer<xla::ffi::F32>>& result) {
-  float* const data = result->typed_data();
-  if (data != argument.typed_data() && argument.element_count() > 0) {
-    std::memcpy(data, argument.typed_data(), argument.element_count() * sizeof(float));
-  }
-  return data;
+  copy_unless_aliased(argument, *result);
+  return result->typed_data();
 }
 
 }  // namespace gpt2_jax

@@ -2,9 +2,11 @@
 #include <cstdlib>
 #include <string>
 
+#include "adamw/adamw.h"
 #include "check.h"
 #include "cpu_features.h"
 #include "kernels/kernel.h"
+#include "rows/rows.h"
 
 namespace gpt2_jax {
 namespace {
@@ -32,6 +34,21 @@ void test_kernel_choice() {
 #endif
 }
 
+void test_choice_of_loops() {
+  for (const CpuFeatures features : {0u, ~0u & ~(kAvx512f | kFma), ~0u & ~(kAvx512f | kAvx2)}) {
+    CHECK(&best_row_kernels(features) == &kRowKernelsGeneric, cpu_feature_names(features));
+    CHECK(best_adamw_kernel(features) == adamw_generic, cpu_feature_names(features));
+  }
+#if defined(__x86_64__)
+  for (const CpuFeature missing : {kAvx512f, kAvx512bw, kAvx512vl}) {
+    CHECK(&best_row_kernels(~missing) == &kRowKernelsAvx2, cpu_feature_names(missing));
+    CHECK(best_adamw_kernel(~missing) == adamw_avx2, cpu_feature_names(missing));
+  }
+  CHECK(&best_row_kernels(kAvx512Code) == &kRowKernelsAvx512, "");
+  CHECK(best_adamw_kernel(kAvx512Code) == adamw_avx512, "");
+#endif
+}
+
 void test_environment() {
   const char* mask = std::getenv("GPT2_JAX_CPU_FEATURES");
   const CpuFeatures allowed =
@@ -46,6 +63,7 @@ int main() {
   using namespace gpt2_jax;
   test_parsing();
   test_kernel_choice();
+  test_choice_of_loops();
   test_environment();
   return report("test_cpu_features");
 }

@@ -1,5 +1,10 @@
-// parallel_for never waits for a task that has not started. A deadlock here is a time-out of ctest.
+// parallel_for never waits for a task that has not started, and what an item throws reaches the
+// caller alone. A deadlock here is a time-out of ctest.
 #include <atomic>
+#include <chrono>
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -63,6 +68,95 @@ void test_pool_without_threads() {
   check_every_item_once(executor, 50, "empty pool");
 }
 
+// Waits until `count` items have begun, so that as many threads hold one each.
+void meet(std::atomic<int>& begun, int count) {
+  ++begun;
+  while (begun < count) std::this_thread::yield();
+}
+
+// As many items as threads, one each, and those of some workers throw: the caller's (0), a
+// helper's, everybody's.
+void test_exceptions_of_items() {
+  for (int threads = 1; threads <= 4; ++threads) {
+    ThreadPool pool(threads - 1);
+    PoolExecutor executor(pool, threads);
+    for (const bool caller_throws : {false, true}) {
+      for (const bool helpers_throw : {false, true}) {
+        const bool throws = caller_throws || (helpers_throw && threads > 1);
+        std::atomic<int> begun{0}, done{0};
+        std::string caught;
+        try {
+          parallel_for_with_workers(executor, threads, [&](int64_t, int worker) {
+            meet(begun, threads);
+            ++done;
+            if (worker == 0 ? caller_throws : helpers_throw) throw std::runtime_error("an item's");
+          });
+        } catch (const std::runtime_error& error) {
+          caught = error.what();
+        }
+        CHECK(caught == (throws ? "an item's" : ""), threads << " threads, caught: " << caught);
+        CHECK(done == threads, done << " of " << threads << " items were done");
+        check_every_item_once(executor, 100, "after an exception");
+      }
+    }
+  }
+}
+
+void test_items_after_an_exception_are_skipped() {
+  for (int threads = 1; threads <= 3; ++threads) {
+    ThreadPool pool(2);
+    PoolExecutor executor(pool, threads);
+    std::atomic<int> begun{0};
+    bool caught = false;
+    try {
+      parallel_for(executor, 1000, [&](int64_t) {
+        ++begun;
+        throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    CHECK(caught, threads << " threads");
+    CHECK(begun <= threads, begun << " items began on " << threads << " threads");
+  }
+}
+
+// The second helper cannot be scheduled while the first holds an item.
+void test_exception_of_schedule() {
+  class Failing final : public Executor {
+   public:
+    explicit Failing(ThreadPool& pool) : pool_(pool) {}
+    int num_threads() const override { return 3; }
+    void schedule(std::function<void()> task) override {
+      if (scheduled_++ == 1) {
+        while (begun == 0) std::this_thread::yield();
+        throw std::bad_alloc();
+      }
+      pool_.schedule(std::move(task));
+    }
+    std::atomic<int> begun{0};
+
+   private:
+    ThreadPool& pool_;
+    int scheduled_ = 0;
+  };
+  ThreadPool pool(1);
+  Failing executor(pool);
+  std::atomic<int> done{0};
+  bool caught = false;
+  try {
+    parallel_for(executor, 3, [&](int64_t) {
+      ++executor.begun;
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      ++done;
+    });
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  CHECK(caught, "what schedule threw");
+  CHECK(executor.begun == done, executor.begun << " items began, " << done << " are done");
+}
+
 // Several products at once, each called ON a thread of the pool that it asks for help, as XLA does;
 // and as many from outside. The pool has one thread, or two.
 void test_concurrent_callers(int pool_threads) {
@@ -97,6 +191,9 @@ int main() {
   using namespace gpt2_jax;
   test_every_item_once();
   test_pool_without_threads();
+  test_exceptions_of_items();
+  test_items_after_an_exception_are_skipped();
+  test_exception_of_schedule();
   test_concurrent_callers(1);
   test_concurrent_callers(2);
   return report("test_executor");

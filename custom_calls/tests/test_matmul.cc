@@ -74,8 +74,7 @@ TileKernel model_kernel() {
 std::vector<TileKernel> tile_kernels() {
   std::vector<TileKernel> all = {model_kernel()};
 #if defined(GPT2_JAX_HAS_AMX)
-  constexpr CpuFeatures kNeeded = kAvx512f | kAvx512bw | kAvx512vl | kAvx512bf16;
-  if ((cpu_features_seen() & kNeeded) == kNeeded) {
+  if (has_all(cpu_features_seen(), kAvx512Code | kAvx512bf16)) {
     all.push_back(model_kernel());
     all.back().name = "model, packing by AVX-512";
     all.back().pack = pack_tiles_avx512;

@@ -32,8 +32,8 @@ std::vector<const RowKernels*> all_kernels() {
   std::vector<const RowKernels*> all = {&kRowKernelsGeneric};
 #if defined(__x86_64__)
   const CpuFeatures seen = cpu_features_seen();
-  if (seen & kAvx2) all.push_back(&kRowKernelsAvx2);
-  if ((seen & kAvx512bw) && (seen & kAvx512vl)) all.push_back(&kRowKernelsAvx512);
+  if (has_all(seen, kAvx2Code)) all.push_back(&kRowKernelsAvx2);
+  if (has_all(seen, kAvx512Code)) all.push_back(&kRowKernelsAvx512);
 #endif
   return all;
 }

@@ -225,8 +225,7 @@ int main() {
   test_model();
   test_availability();
 #if defined(GPT2_JAX_HAS_AMX)
-  constexpr CpuFeatures kNeeded = kAvx512f | kAvx512bw | kAvx512vl | kAvx512bf16;
-  if ((cpu_features_seen() & kNeeded) == kNeeded) {
+  if (has_all(cpu_features_seen(), kAvx512Code | kAvx512bf16)) {
     test_packing_twins();
     test_finish_twins();
   } else {

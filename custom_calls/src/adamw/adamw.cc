@@ -13,20 +13,18 @@ namespace {
 // Elements of one work item: 256 KiB of each buffer, so that taking one costs nothing.
 constexpr int64_t kBlock = 1 << 16;
 
-AdamWKernel best_kernel() {
+}  // namespace
+
+AdamWKernel best_adamw_kernel([[maybe_unused]] uint32_t features) {
 #if defined(__x86_64__)
-  const CpuFeatures features = cpu_features();
-  constexpr CpuFeatures kAvx512 = kAvx512f | kAvx512bw | kAvx512vl;
-  if ((features & kAvx512) == kAvx512) return adamw_avx512;
-  if ((features & kAvx2) && (features & kFma)) return adamw_avx2;
+  if (has_all(features, kAvx512Code)) return adamw_avx512;
+  if (has_all(features, kAvx2Code)) return adamw_avx2;
 #endif
   return adamw_generic;
 }
 
-}  // namespace
-
 void adamw_update(const AdamWUpdate& update, const AdamWConstants& constants, Executor& executor) {
-  const AdamWKernel kernel = best_kernel();
+  const AdamWKernel kernel = best_adamw_kernel(cpu_features());
   const int64_t blocks = (update.count + kBlock - 1) / kBlock;
   parallel_for(executor, blocks, [&](int64_t block) {
     const int64_t begin = block * kBlock;

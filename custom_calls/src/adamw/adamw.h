@@ -33,6 +33,9 @@ struct DecaySpan {
 using AdamWKernel = void (*)(int64_t count, const AdamWConstants& constants, float weight_decay,
                              const float* gradients, float* params, float* m, float* v);
 
+// The best for these CpuFeatures.
+AdamWKernel best_adamw_kernel(uint32_t features);
+
 // The buffers' own memory is updated. Spans in order, together covering [0, count).
 struct AdamWUpdate {
   int64_t count;

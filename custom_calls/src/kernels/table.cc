@@ -11,7 +11,7 @@ constexpr Kernel kKernels[] = {
 //   name                features        mr  nr  function           depth item_m item_n pack_m pack_n
 #if defined(__x86_64__)
     {"f32_14x32_avx512", kAvx512f,       14, 32, f32_14x32_avx512, {384,  168,   256,   1008,  3072}},
-    {"f32_6x16_avx2",    kAvx2 | kFma,    6, 16, f32_6x16_avx2,    {384,  96,    256,   960,   3072}},
+    {"f32_6x16_avx2",    kAvx2Code,       6, 16, f32_6x16_avx2,    {384,  96,    256,   960,   3072}},
 #elif defined(__aarch64__)
     {"f32_8x12_neon",    kNeon,           8, 12, f32_8x12_neon,    {384,  128,   240,   1024,  3072}},
 #endif

@@ -29,14 +29,15 @@ char* elements(const Rows& x, int64_t first) {
 
 }  // namespace
 
-const RowKernels& row_kernels() {
+const RowKernels& best_row_kernels([[maybe_unused]] uint32_t features) {
 #if defined(__x86_64__)
-  constexpr CpuFeatures kAvx512 = kAvx512f | kAvx512bw | kAvx512vl;
-  if ((cpu_features() & kAvx512) == kAvx512) return kRowKernelsAvx512;
-  if (cpu_features() & kAvx2) return kRowKernelsAvx2;
+  if (has_all(features, kAvx512Code)) return kRowKernelsAvx512;
+  if (has_all(features, kAvx2Code)) return kRowKernelsAvx2;
 #endif
   return kRowKernelsGeneric;
 }
+
+const RowKernels& row_kernels() { return best_row_kernels(cpu_features()); }
 
 void layer_norm(const Rows& x, const float* gain, const float* bias, const Rows& out,
                 Executor& executor) {

@@ -48,7 +48,8 @@ struct RowKernels {
   double (*sum_of_squares)(int64_t count, const float* x);
 };
 
-// The best for this CPU.
+// The best for these CpuFeatures, and for this CPU.
+const RowKernels& best_row_kernels(uint32_t features);
 const RowKernels& row_kernels();
 
 // Rows over the executor's threads; sums over rows are made in blocks of a fixed number of them, in
