@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import checkpoint, custom_calls
-from gpt2_jax.backend import Backend
-from gpt2_jax.config import RunConfig, load_config, saved_config_path
+from gpt2_jax.config import load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ParameterLayout
@@ -22,35 +21,11 @@ from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.loader import Place, TokenLoader
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
-from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.report import RunLog
 from gpt2_jax.run_record import read_run_record
 from gpt2_jax.trainer import _not_finite, train
-from tests.conftest import TINY
-
-CPU = Backend("cpu", "cpu", "test")
-
-
-@pytest.fixture
-def config(tiny_shards, tmp_path):
-    base = RunConfig()
-    return RunConfig(
-        model=dataclasses.replace(base.model, init="d6", **dataclasses.asdict(TINY)),
-        data=dataclasses.replace(base.data, train=tiny_shards[0], validation=tiny_shards[1], batch_size=2, sequence_length=16),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-2, weight_decay=0.1),
-        evaluation=dataclasses.replace(
-            base.evaluation, validate_every=4, validation_batches=-1, sample_every=4, sample_tokens=5
-        ),
-        run=dataclasses.replace(base.run, steps=8, out_dir=str(tmp_path / "run")),
-    )
-
-
-def change(config, **sections):
-    """A copy with settings replaced: change(config, run={"steps": 3})."""
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    )
+from tests.conftest import CPU, TINY, change
 
 
 def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
@@ -141,46 +116,6 @@ def test_a_bfloat16_run_begins_with_bfloat16s_values_as_llmcs_does(config):
     config = change(config, optimizer={"learning_rate": 0.0, "weight_decay": 0.0}, run={"steps": 1})
     saved = checkpoint.load_checkpoint(train(change(config, compute={"dtype": "bfloat16"}), "tiny", CPU), 1)
     np.testing.assert_array_equal(saved.params, rounded_to_nearest(initialize_parameters(TINY)))
-
-
-def test_a_set_without_its_record_resumes_with_an_empty_window(config, capsys):
-    folder = train(config, "tiny", CPU)
-    (folder / "run_00000008.json").unlink()
-    train(change(config, run={"resume": True, "steps": 9}), "tiny", CPU)
-    assert "the outlier window begins empty" in capsys.readouterr().out
-    window = read_run_record(folder / "run_00000009.json").windows["loss"]
-    assert np.isnan(window[:-1]).all()
-    assert np.isfinite(window[-1])
-
-
-def test_a_record_of_another_sequence_length_is_refused(config):
-    folder = train(config, "tiny", CPU)
-    saved_config_path(folder).unlink()
-    with pytest.raises(Gpt2JaxError, match=r"expected the run's data.sequence_length = 16, found 8"):
-        train(change(config, run={"resume": True}, data={"sequence_length": 8, "total_batch_size": 0}), "tiny", CPU)
-
-
-def test_a_folder_of_llmcs_resumes(config, tiny_shards, capsys):
-    """Of two processes with ZeRO: two states, no config.toml, no record."""
-    layout, folder = ParameterLayout(TINY), Path(config.run.out_dir)
-    folder.mkdir()
-    params, m, v = np.abs(np.random.default_rng(0).normal(0, 0.02, (3, layout.num_parameters))).astype(np.float32)
-    params[slice(*layout.padding_span)] = 0
-    write_model_file(folder / "model_00000005.bin", TINY, rounded_to_nearest(params), "bfloat16")
-    processes = tuple(
-        ProcessState(TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True, process_rank=r, num_processes=2).state())
-        for r in range(2)
-    )
-    states = [folder / f"state_00000005_0000{rank}.bin" for rank in range(2)]
-    write_state_files(states, TrainingState(5, m, v, processes, params), layout, zero=True)
-    (folder / "DONE_00000005").touch()
-    train(change(config, run={"resume": True, "steps": 6}, optimizer={"learning_rate": 0.0}), "tiny", CPU)
-    assert "the checkpoint is of several processes" in capsys.readouterr().out
-    saved = checkpoint.load_checkpoint(folder, 6)
-    np.testing.assert_array_equal(saved.params, params)
-    loader = TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True)
-    loader.skip(6)
-    assert saved.loader.sample_index == loader.state().sample_index == 6
 
 
 def test_old_checkpoints_are_deleted(config):
@@ -274,19 +209,6 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(config):
     with pytest.raises(Gpt2JaxError, match=r"holds a run(.|\n)*--resume --out-dir"):
         train(config, "tiny", CPU)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_resuming_with_another_model_or_data_is_refused(config):
-    train(config, "tiny", CPU)
-    with pytest.raises(Gpt2JaxError, match=r"expected the run's data.batch_size = 2, found 3"):
-        train(change(config, run={"resume": True}, data={"batch_size": 3}), "tiny", CPU)
-
-
-def test_resuming_a_folder_without_a_complete_checkpoint_is_refused(config):
-    folder = train(config, "tiny", CPU)
-    (folder / "DONE_00000008").unlink()
-    with pytest.raises(Gpt2JaxError, match="complete checkpoint"):
-        train(change(config, run={"resume": True}), "tiny", CPU)
 
 
 def test_the_saved_settings_are_the_runs(config):
