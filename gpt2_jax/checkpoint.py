@@ -128,6 +128,11 @@ def complete_steps(folder: str | os.PathLike) -> list[int]:
     return [step for step in steps if _is_complete(folder, step)]
 
 
+def read_sizes(folder: str | os.PathLike, step: int) -> ModelConfig:
+    """The sizes of a complete set's model."""
+    return read_model_config(_paths(folder, step)[0])
+
+
 def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: bool = True) -> Checkpoint:
     """Read a complete set, of one process or of several, whose states are merged.
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax import memory
 from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.matmul import Choice, precision_of
+from gpt2_jax.memory import MemoryEstimate
 from gpt2_jax.train_step import writes_in_place
 
 
@@ -23,6 +23,7 @@ def start_table(
     matmul: Choice,
     layout: ParameterLayout,
     steps: int,
+    needed: MemoryEstimate,
     train_loader: TokenLoader,
     validation_loader: TokenLoader | None,
     folder: Path,
@@ -35,14 +36,6 @@ def start_table(
     )
     micro_batches = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length}"
     batch = f"{micro_batches} = {config.tokens_per_step:,} tokens a step"
-    needed = memory.estimate(
-        layout,
-        config.data.batch_size,
-        config.data.sequence_length,
-        config.compute.dtype,
-        gradient_buffers=1 if config.num_micro_batches == 1 or writes_in_place(matmul.name) else 2,
-        donates=backend.donates,
-    )
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
         f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
@@ -72,11 +65,21 @@ def start_table(
         ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
         ("learning rate", rate),
         ("updates", _update_rules(config)),
+    ]
+    if config.compute.recompute != "none" and not recomputing_saves_memory(backend, matmul.name):
+        saves_nothing = f"saves no memory: XLA for {backend.name} keeps all the same what is to be computed anew"
+        rows.append(("", f"--recompute {config.compute.recompute} {saves_nothing}"))
+    rows += [
         ("evaluation", _evaluations(config)),
         ("checkpoints", _checkpoints(config)),
         ("run folder", folder),
     ]
     return rows
+
+
+def recomputing_saves_memory(backend: Backend, matmul: str) -> bool:
+    """Whether what a step is told to compute anew is not kept: jax.checkpoint's barriers must outlive the compiler."""
+    return writes_in_place(matmul) or "barriers" not in backend.lacks
 
 
 def _update_rules(config: RunConfig) -> str:

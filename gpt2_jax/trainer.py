@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -42,10 +43,10 @@ from gpt2_jax.optimizer import adamw, learning_rate_schedule
 from gpt2_jax.report import Display, RunLog, plot_loss
 from gpt2_jax.run_record import Averages, RunRecord
 from gpt2_jax.stability import WATCHED
-from gpt2_jax.start_table import start_table
+from gpt2_jax.start_table import recomputing_saves_memory, start_table
 from gpt2_jax.tokenizer import gpt2_tokenizer
-from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step
-from gpt2_jax.weights import load_weights
+from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step, writes_in_place
+from gpt2_jax.weights import load_weights, read_sizes
 
 
 def train(config: RunConfig, name: str, backend: Backend) -> Path:
@@ -60,23 +61,24 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     device = open_device(backend)
     matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype)
 
-    resumed = None
+    # Sizes and data first: a mistyped path is reported at once, not after the weights were made.
     if config.run.resume:
         resume.check_settings(config)
         newest = checkpoint.newest_step(config.run.out_dir)
-        display.line(f"loading the checkpoint of step {newest} ...")
-        resumed = checkpoint.load_checkpoint(config.run.out_dir, newest, master_weights=not config.rounds_parameters)
-        model, params = resumed.model, resumed.params
+        model = checkpoint.read_sizes(config.run.out_dir, newest)
     else:
         if config.run.out_dir:
             _refuse_used_folder(Path(config.run.out_dir))
-        display.line(f"making the weights of {config.model.init} ...")
-        model, params = load_weights(config.model)
-    if config.rounds_parameters or (
-        config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
-    ):
-        params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
+        model = read_sizes(config.model)
     layout = ParameterLayout(model)
+    needed = memory.estimate(
+        layout,
+        config.data.batch_size,
+        config.data.sequence_length,
+        config.compute.dtype,
+        gradient_buffers=1 if config.num_micro_batches == 1 or writes_in_place(matmul.name) else 2,
+        donates=backend.donates,
+    )
     train_loader, validation_loader = _open_loaders(config, model)
     questions = _read_questions(config, model)
     steps = config.run.steps or train_loader.num_tokens // config.tokens_per_step
@@ -86,6 +88,19 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             "a smaller --total-batch-size, or --steps to train on the data more than once",
         )
 
+    resumed = None
+    if config.run.resume:
+        display.line(f"loading the checkpoint of step {newest} ...")
+        resumed = checkpoint.load_checkpoint(config.run.out_dir, newest, master_weights=not config.rounds_parameters)
+        params = resumed.params
+    else:
+        display.line(f"making the weights of {config.model.init} ...")
+        params = load_weights(config.model)[1]
+    if config.rounds_parameters or (
+        config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
+    ):
+        params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
+
     schedule = learning_rate_schedule(
         config.optimizer.schedule,
         config.optimizer.learning_rate,
@@ -94,9 +109,11 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
     optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul.name))
-    state = create_state(params, optimizer, matmul=matmul.name)
-    if resumed is not None:
-        state = resume.resumed_state(state, config, resumed, train_loader, display)
+    less = _needing_less(config, backend, matmul.name)
+    with _out_of_memory_explained(needed, less):
+        state = create_state(params, optimizer, matmul=matmul.name)
+        if resumed is not None:
+            state = resume.resumed_state(state, config, resumed, train_loader, display)
     done = 0 if resumed is None else resumed.step
     rounding = RoundingStream() if resumed is None else resumed.rounding
     averages = Averages() if resumed is None or resumed.record is None else resumed.record.averages
@@ -108,7 +125,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     loaders = (train_loader, validation_loader)
     run = _Run(config, folder, layout, steps, *loaders, questions, matmul.name, display, clock, peak, rounding)
     with display:
-        display.table(start_table(config, backend, device, matmul, layout, steps, train_loader, validation_loader, folder))
+        display.table(start_table(config, backend, device, matmul, layout, steps, needed, *loaders, folder))
         if done >= steps:
             display.line(f"nothing to do: {folder} is at step {done} of {steps}; a larger --steps goes on")
             return folder
@@ -124,7 +141,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             max_loss_z=config.optimizer.skip_loss_z,
             max_gradient_z=config.optimizer.skip_gradient_z,
         )
-        with stop_requests() as request:
+        with _out_of_memory_explained(needed, less), stop_requests() as request:
             run.train(state, step_function, done + 1, request)
     return folder
 
@@ -455,6 +472,32 @@ def _not_finite(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@contextmanager
+def _out_of_memory_explained(needed: memory.MemoryEstimate, less: list[str]) -> Iterator[None]:
+    """XLA's error for memory that the device does not have becomes a Gpt2JaxError with what would need `less`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # jax has one exception for all of XLA's failures; their text begins with the status code.
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        found = " ".join(str(error).split())[:200]
+        raise Gpt2JaxError(f"memory: expected room for {needed} in a step, found: {found}", "; or ".join(less)) from error
+
+
+def _needing_less(config: RunConfig, backend: Backend, matmul: str) -> list[str]:
+    """Settings that need less memory, the one that changes least first."""
+    B, less = config.data.batch_size, []
+    if B > 1:
+        fewer = max(size for size in range(1, B) if B % size == 0)
+        less.append(f"--batch-size {fewer} --total-batch-size {config.tokens_per_step}   (as many tokens a step)")
+    if config.compute.recompute != "block" and recomputing_saves_memory(backend, matmul):
+        less.append("--recompute block")
+    if config.compute.dtype == "float32":
+        less.append("--dtype bfloat16")
+    return [*less, "a shorter --sequence-length", "a smaller model"]
 
 
 def _open_loaders(config: RunConfig, model: ModelConfig) -> tuple[TokenLoader, TokenLoader | None]:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from gpt2_jax import model
+from gpt2_jax.backend import Backend, select_backend
 from gpt2_jax.config import RunConfig
-from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.matmul import Choice
+from gpt2_jax.memory import MemoryEstimate
 from gpt2_jax.start_table import start_table
+from gpt2_jax.train_step import writes_in_place
 from tests.conftest import CPU, TINY, change
 
+NEEDED = MemoryEstimate(1_000_000_000, 2_000_000_000, 3_000_000_000, 4_000_000_000)
+XLA_ON_CPU = Backend("cpu", "cpu", "test", frozenset({"barriers"}))
 CHOICE = Choice("xla", "the reference", {"amx": "this CPU has no AMX", "simd": "switched off", "naive": "switched off"})
 
 
@@ -20,7 +28,7 @@ def lines(config: RunConfig, backend=CPU, choice=CHOICE) -> list[str]:
     data = config.data
     sizes = {"batch_size": data.batch_size, "sequence_length": data.sequence_length, "vocab_size": TINY.vocab_size}
     loaders = TokenLoader(data.train, **sizes), TokenLoader(data.validation, **sizes)
-    rows = start_table(config, backend, "a CPU", choice, ParameterLayout(TINY), 60, *loaders, Path("runs/x"))
+    rows = start_table(config, backend, "a CPU", choice, ParameterLayout(TINY), 60, NEEDED, *loaders, Path("runs/x"))
     return [f"{name}: {value}" for name, value in rows]
 
 
@@ -37,6 +45,7 @@ def lines(config: RunConfig, backend=CPU, choice=CHOICE) -> list[str]:
         ({"data": {"overfit_one_batch": True}}, "training data: {validation}: 2,000 tokens, of which the first batch is all"),
         ({}, "validation data: {validation}: 300 tokens"),
         ({"data": {"total_batch_size": 96}}, "batch: 3 x 2 x 16 = 96 tokens a step"),
+        ({}, f"memory: {NEEDED} expected in a step"),
         ({}, "steps: 60 (0.96 epochs)"),
         (
             {"optimizer": {"schedule": "wsd", "warmup_steps": 7, "final_learning_rate_fraction": 0.25}},
@@ -66,3 +75,42 @@ def lines(config: RunConfig, backend=CPU, choice=CHOICE) -> list[str]:
 def test_settings_are_shown(config, sections, line):
     expected = line.format(train=config.data.train, validation=config.data.validation)
     assert expected in lines(change(config, **sections))
+
+
+@pytest.mark.parametrize("recompute", ["gelu", "layernorm", "block"])
+def test_recomputing_that_saves_nothing_is_said(config, recompute):
+    config = change(config, compute={"recompute": recompute})
+    (line,) = (line for line in lines(config, XLA_ON_CPU) if "saves no memory" in line)
+    assert line.startswith(f": --recompute {recompute} saves no memory: XLA for cpu keeps")
+
+
+@pytest.mark.parametrize(
+    ("recompute", "backend", "choice"),
+    [
+        ("none", XLA_ON_CPU, CHOICE),
+        ("block", CPU, CHOICE),
+        pytest.param(
+            *("block", XLA_ON_CPU, Choice("threaded", "test", {})),
+            marks=pytest.mark.skipif(not writes_in_place("threaded"), reason="no library of custom calls, or an old jax"),
+        ),
+    ],
+)
+def test_recomputing_that_saves_memory_or_is_not_asked_for_is_not_remarked_on(config, recompute, backend, choice):
+    found = lines(change(config, compute={"recompute": recompute}), backend, choice)
+    assert not any("saves no memory" in line for line in found)
+
+
+def test_xlas_compiler_for_the_cpu_takes_barriers_out():
+    """Were it otherwise, the CPU's record and the line above would be wrong."""
+    model_config = ModelConfig(max_sequence_length=64, vocab_size=203, num_layers=2, num_heads=2, channels=64)
+    layout = ParameterLayout(model_config)
+
+    def temporaries(recompute: str) -> int:
+        def loss(params_N, x_BT):
+            return model.loss(params_N, x_BT, x_BT, layout, dtype=jnp.dtype("float32"), recompute=recompute)
+
+        shapes = jnp.zeros(layout.num_parameters), jnp.zeros((8, 64), jnp.int32)
+        return jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert "barriers" in select_backend("cpu").lacks
+    assert temporaries("block") == temporaries("none")

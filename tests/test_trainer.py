@@ -9,10 +9,12 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from gpt2_jax import checkpoint, custom_calls
+from gpt2_jax import checkpoint, custom_calls, trainer
+from gpt2_jax.backend import Backend
 from gpt2_jax.config import load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.initialize import initialize_parameters
@@ -24,7 +26,7 @@ from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.report import RunLog
 from gpt2_jax.run_record import read_run_record
-from gpt2_jax.trainer import _not_finite, train
+from gpt2_jax.trainer import _needing_less, _not_finite, train
 from tests.conftest import CPU, TINY, change
 
 
@@ -304,6 +306,60 @@ def test_what_can_be_refused_is_refused_before_anything_is_written(config, secti
     with pytest.raises(Gpt2JaxError, match=message):
         train(change(config, **sections), "tiny", CPU)
     assert not (tmp_path / "run").exists()
+
+
+def allocate_too_much(*_, **__):
+    return jax.numpy.zeros((1 << 42,), "float32")
+
+
+@pytest.mark.parametrize("where", ["create_state", "make_train_step"])
+def test_memory_that_is_not_there_is_an_error_with_what_would_need_less(config, monkeypatch, where):
+    """A real failure of XLA's, before the first step or in it."""
+    too_much = allocate_too_much if where == "create_state" else lambda *_, **__: jax.jit(allocate_too_much)
+    monkeypatch.setattr(trainer, where, too_much)
+    config = change(config, data={"batch_size": 6, "total_batch_size": 192}, evaluation={"sample_every": 0})
+    with pytest.raises(Gpt2JaxError) as raised:
+        train(config, "tiny", CPU)
+    problem, hint = raised.value.problem, raised.value.hint
+    assert re.match(r"memory: expected room for 0\.00 GB \(.* activations\) in a step, found: RESOURCE_EXHAUSTED: ", problem)
+    assert hint.startswith("--batch-size 3 --total-batch-size 192   (as many tokens a step); or --recompute block; or ")
+    change(config, data={"batch_size": 3}).validate()
+
+
+@pytest.mark.parametrize(
+    ("sections", "lacks", "first"),
+    [
+        ({"data": {"batch_size": 5, "total_batch_size": 240}}, {"barriers"}, "--batch-size 1 --total-batch-size 240 "),
+        ({"data": {"batch_size": 1}}, {"barriers"}, "--dtype bfloat16; or a shorter --sequence-length; or a smaller model"),
+        ({"data": {"batch_size": 1}}, set(), "--recompute block; or --dtype bfloat16; or a shorter"),
+        ({"data": {"batch_size": 1}, "compute": {"recompute": "block", "dtype": "bfloat16"}}, set(), "a shorter "),
+    ],
+)
+def test_what_would_need_less_memory_is_said_where_it_would(config, sections, lacks, first):
+    backend = Backend("cpu", "cpu", "test", frozenset(lacks))
+    hint = "; or ".join(_needing_less(change(config, **sections), backend, "xla"))
+    assert hint.startswith(first)
+
+
+def test_other_failures_of_xlas_keep_their_traceback(config, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("INTERNAL: not RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(trainer, "create_state", fail)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        train(config, "tiny", CPU)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("data", [{"train": "nowhere.bin"}, {"validation": "nowhere.bin"}])
+def test_a_mistyped_path_is_reported_before_weights_are_made_or_loaded(config, monkeypatch, resume, data):
+    if resume:
+        folder = train(change(config, run={"steps": 1}), "tiny", CPU)
+        saved_config_path(folder).unlink()  # as llm.c's, which does not say what the data were
+    monkeypatch.setattr(trainer, "load_weights", lambda *_: pytest.fail("made the weights"))
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_, **__: pytest.fail("loaded the checkpoint"))
+    with pytest.raises(Gpt2JaxError, match=r"nowhere\.bin"):
+        train(change(config, data=data, run={"resume": resume}), "tiny", CPU)
 
 
 def test_a_token_beyond_the_vocabulary_is_named(config, tiny_shards):

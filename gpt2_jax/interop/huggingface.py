@@ -48,7 +48,7 @@ def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.
     compute (another activation, a missing tensor, a wrong shape).
     """
     folder = Path(folder)
-    config = _model_config(folder / "config.json")
+    config = read_huggingface_config(folder)
     layout = ParameterLayout(config)
     params = np.zeros(layout.num_parameters, dtype=np.float32)
     path = folder / "model.safetensors"
@@ -72,7 +72,9 @@ def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.
     return config, params
 
 
-def _model_config(path: Path) -> ModelConfig:
+def read_huggingface_config(folder: str | os.PathLike) -> ModelConfig:
+    """The sizes in a folder's config.json; Gpt2JaxError as `read_huggingface_folder`."""
+    path = Path(folder) / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         sizes = ModelConfig(

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from gpt2_jax.config import ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.pytorch import make_pytorch_model
+from gpt2_jax.weights import read_sizes
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.torch
@@ -23,7 +25,7 @@ def folder(tmp_path, tiny_params):
 
 def test_a_saved_model_reads_back(folder, tiny_params):
     config, params = read_huggingface_folder(folder)
-    assert config == TINY
+    assert config == TINY == read_sizes(ModelSettings(init=str(folder)))
     np.testing.assert_array_equal(params, tiny_params)
 
 
