@@ -161,7 +161,7 @@ def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: boo
         loader=first.loader if len(state.processes) == 1 else None,
         master_weights=state.master is not None,
         rounding=RoundingStream(first.rounding_state, first.last_rounding_state),
-        record=read_run_record(record_path) if record_path.exists() else None,
+        record=read_run_record(record_path) if os.path.lexists(record_path) else None,
     )
 
 
@@ -186,24 +186,28 @@ def delete_old_checkpoints(folder: str | os.PathLike, step: int, *, every: int, 
 def _paths(folder: str | os.PathLike, step: int) -> tuple[Path, Path, Path, Path]:
     """Of a set: the model, rank 0's state, the record and the marker."""
     folder = Path(folder)
-    (state_path,) = _state_paths(folder, step, 1)
-    return folder / f"model_{step:08d}.bin", state_path, folder / f"run_{step:08d}.json", folder / f"DONE_{step:08d}"
+    model_path, record_path = folder / f"model_{step:08d}.bin", folder / f"run_{step:08d}.json"
+    return model_path, _state_path(folder, step, 0), record_path, folder / f"DONE_{step:08d}"
+
+
+def _state_path(folder: str | os.PathLike, step: int, rank: int) -> Path:
+    return Path(folder) / f"state_{step:08d}_{rank:05d}.bin"
 
 
 def _state_paths(folder: str | os.PathLike, step: int, num_processes: int) -> list[Path]:
-    return [Path(folder) / f"state_{step:08d}_{rank:05d}.bin" for rank in range(num_processes)]
+    return [_state_path(folder, step, rank) for rank in range(num_processes)]
 
 
 def _is_complete(folder: str | os.PathLike, step: int) -> bool:
     """Whether every file of a set that has its DONE file is there; a damaged one is, and is the reader's to report."""
     model_path, state_path, _, _ = _paths(folder, step)
-    if not (model_path.exists() and state_path.exists()):
+    if not (os.path.exists(model_path) and os.path.exists(state_path)):
         return False
     try:
         num_processes = num_processes_of(state_path)
     except Gpt2JaxError:
         return True
-    return all(path.exists() for path in _state_paths(folder, step, min(num_processes, 100_000)))
+    return all(os.path.exists(_state_path(folder, step, rank)) for rank in range(num_processes))
 
 
 @contextmanager
@@ -212,7 +216,7 @@ def _removed_unless_complete(done_path: Path, *paths: Path) -> Iterator[None]:
     try:
         yield
     except Gpt2JaxError:
-        if not done_path.exists():
+        if not os.path.exists(done_path):
             for path in paths:
                 with suppress(OSError):
                     path.unlink()

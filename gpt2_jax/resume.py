@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.checkpoint import Checkpoint
-from gpt2_jax.config import RunConfig, load_config, saved_config_path
+from gpt2_jax.config import RunConfig, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.optimizer import AdamWState
@@ -21,10 +21,9 @@ from gpt2_jax.train_step import TrainState
 def check_settings(config: RunConfig) -> None:
     """Gpt2JaxError for other model or data settings than the run folder's, if it says what they were: one that llm.c
     wrote does not."""
-    path = saved_config_path(config.run.out_dir)
-    if not path.exists():
+    saved = load_saved_config(config.run.out_dir)
+    if saved is None:
         return
-    saved = load_config(path)
     for section in ("model", "data"):
         before, now = getattr(saved, section), getattr(config, section)
         for field in dataclasses.fields(before):

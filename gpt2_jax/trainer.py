@@ -6,6 +6,7 @@ Metrics are read one step late, while the next step is computing, so that the de
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -412,9 +413,10 @@ class _Run:
         self.display.line(f"average: {seconds * 1000:.2f} ms a step, {self.config.tokens_per_step / seconds:.0f} tok/s")
         peak, of = memory.measured_peak()
         self.display.line(f"peak memory: {memory.gigabytes(peak)} {of}")
-        validations = self.log.records("validation")
-        if self.baseline is not None and validations:
-            first, last = validations[0]["loss"], validations[-1]["loss"]
+        losses: list[float] = []
+        self.attempt(lambda: losses.extend(self.log.finite_values("validation", "loss").values()))
+        if self.baseline is not None and losses:
+            first, last = losses[0], losses[-1]
             verdict = "below it: more than word frequencies was learned" if last < self.baseline else "not below it yet"
             self.display.line(
                 f"validation loss {first:.4f} -> {last:.4f}; unigram cross-entropy {self.baseline:.4f}: {verdict}"
@@ -529,7 +531,8 @@ def _read_questions(config: RunConfig, model: ModelConfig) -> list[MultipleChoic
 
 
 def _refuse_used_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or saved_config_path(folder).exists() or any(folder.glob("DONE_*"))):
+    is_used = not os.path.isdir(folder) or os.path.lexists(saved_config_path(folder)) or any(folder.glob("DONE_*"))
+    if os.path.lexists(folder) and is_used:
         raise Gpt2JaxError(
             f"--out-dir: expected a new folder, found that {folder} holds a run or is a file",
             f"--resume --out-dir {folder}   (continues the run), or another folder",
@@ -541,8 +544,9 @@ def _open_folder(config: RunConfig, name: str) -> Path:
     folder = Path(config.run.out_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
         folder.mkdir(parents=True, exist_ok=config.run.out_dir != "")
-    except OSError as error:
-        raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = getattr(error, "strerror", None) or error
+        raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {cause}") from None
     with atomic_write(saved_config_path(folder)) as file:
         settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
         file.write(format_config(settled).encode("utf-8"))

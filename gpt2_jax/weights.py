@@ -30,5 +30,5 @@ def read_sizes(settings: ModelSettings) -> ModelConfig:
     if config is not None:
         return config
     if os.path.isdir(settings.init):
-        return read_huggingface_config(settings.init)
+        return read_huggingface_config(os.path.join(settings.init, "config.json"))
     return read_model_config(settings.init)

@@ -284,6 +284,23 @@ def test_with_skip_a_loss_that_is_not_finite_is_reported_and_never_reaches_the_p
     assert saved.rounding == stream
 
 
+def test_a_validation_loss_that_is_not_finite_is_no_crash(config, tmp_path, capsys):
+    config = change(poisoned(config, tmp_path), optimizer={"nonfinite": "skip"}, evaluation={"validate_every": 2})
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "validation loss at step 8: nan" in output
+    assert f"run folder: {folder}" in output
+
+
+def test_a_log_that_became_a_folder_does_not_end_the_run(config, capsys):
+    folder = Path(config.run.out_dir)
+    (folder / "log.jsonl").mkdir(parents=True)
+    train(change(config, evaluation={"sample_every": 0}), "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "log.jsonl: expected a log, found a folder\nthe run goes on without it" in output
+    assert f"run folder: {folder}" in output
+
+
 def test_the_message_names_the_tensors_whose_gradient_is_not_finite(tiny_layout):
     squared = np.ones(16, np.float32)
     squared[[4, 15]] = np.nan, np.inf
@@ -298,6 +315,9 @@ def test_the_message_names_the_tensors_whose_gradient_is_not_finite(tiny_layout)
     [
         ({"data": {"sequence_length": 17}}, r"--sequence-length: expected at most the model's 16, found 17"),
         ({"data": {"train": "nowhere.bin"}}, r"nowhere.bin: .*\n.*prepare_data.py"),
+        ({"run": {"out_dir": "x" * 300}}, r"x: expected to make the run folder, found: File name too long"),
+        ({"run": {"out_dir": "a\0b"}}, r"expected to make the run folder, found: .*null"),
+        ({"run": {"out_dir": "x" * 300, "resume": True}}, r"x: expected a run folder with a complete checkpoint"),
         ({"data": {"batch_size": 200}}, r"expected at least 3201 tokens for one batch"),
         ({"model": {"init": "nowhere.bin", **dict.fromkeys(dataclasses.asdict(TINY))}}, r"nowhere.bin: expected a model file"),
     ],

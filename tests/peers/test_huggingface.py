@@ -68,6 +68,13 @@ def test_another_model_is_refused(folder, change, message):
         read_huggingface_folder(folder)
 
 
+def test_sizes_that_the_weights_do_not_have_are_refused_without_a_buffer_for_them(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 2**40}))
+    with pytest.raises(Gpt2JaxError, match=r"safetensors: expected GPT-2 weights in safetensors of \d+ parameters"):
+        read_huggingface_folder(folder)
+
+
 def test_incomplete_folders_are_refused(folder):
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(Gpt2JaxError, match="expected GPT-2 weights in safetensors"):
