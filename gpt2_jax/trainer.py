@@ -72,14 +72,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             _refuse_used_folder(Path(config.run.out_dir))
         model = read_sizes(config.model)
     layout = ParameterLayout(model)
-    needed = memory.estimate(
-        layout,
-        config.data.batch_size,
-        config.data.sequence_length,
-        config.compute.dtype,
-        gradient_buffers=1 if config.num_micro_batches == 1 or writes_in_place(matmul.name) else 2,
-        donates=backend.donates,
-    )
+    needed = _memory_needed(config, backend, matmul.name, layout)
     train_loader, validation_loader = _open_loaders(config, model)
     questions = _read_questions(config, model)
     steps = config.run.steps or train_loader.num_tokens // config.tokens_per_step
@@ -487,6 +480,20 @@ def _out_of_memory_explained(needed: memory.MemoryEstimate, less: list[str]) -> 
             raise
         found = " ".join(str(error).split())[:200]
         raise Gpt2JaxError(f"memory: expected room for {needed} in a step, found: {found}", "; or ".join(less)) from error
+
+
+def _memory_needed(config: RunConfig, backend: Backend, matmul: str, layout: ParameterLayout) -> memory.MemoryEstimate:
+    in_place = writes_in_place(matmul)
+    return memory.estimate(
+        layout,
+        config.data.batch_size,
+        config.data.sequence_length,
+        config.compute.dtype,
+        gradient_buffers=1 if config.num_micro_batches == 1 or in_place else 2,
+        donates=backend.donates,
+        recompute=config.compute.recompute if recomputing_saves_memory(backend, matmul) else "none",
+        in_place=in_place,
+    )
 
 
 def _needing_less(config: RunConfig, backend: Backend, matmul: str) -> list[str]:

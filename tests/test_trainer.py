@@ -26,7 +26,8 @@ from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.report import RunLog
 from gpt2_jax.run_record import read_run_record
-from gpt2_jax.trainer import _needing_less, _not_finite, train
+from gpt2_jax.train_step import writes_in_place
+from gpt2_jax.trainer import _memory_needed, _needing_less, _not_finite, train
 from tests.conftest import CPU, TINY, change
 
 
@@ -57,10 +58,15 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     assert re.search(r"peak memory: \d+\.\d\d GB of the process\n", output)
 
 
-def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path, dtype):
     # Steps are given, so that the schedule is the same; the epoch ends at step 31 with two micro-batches a step.
     config = change(
-        config, data={"total_batch_size": 64}, run={"steps": 40, "checkpoint_every": 25}, evaluation={"sample_every": 0}
+        config,
+        data={"total_batch_size": 64},
+        run={"steps": 40, "checkpoint_every": 25},
+        evaluation={"sample_every": 10},
+        compute={"dtype": dtype},
     )
     straight = train(change(config, run={"out_dir": str(tmp_path / "straight")}), "tiny", CPU)
     folder = train(config, "tiny", CPU)
@@ -69,8 +75,11 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path):
     train(change(config, run={"resume": True}), "tiny", CPU)
     for name in ("model_00000040.bin", "state_00000040_00000.bin"):
         assert (folder / name).read_bytes() == (straight / name).read_bytes()
-    rows = [[row["loss"] for row in RunLog(path / "log.jsonl").records("train")] for path in (straight, folder)]
-    assert rows[0] == rows[1]
+    for event, keys in (("train", ("loss", "norm", "lr")), ("validation", ("loss",)), ("sample", ("text",))):
+        straight_rows, rows = (RunLog(path / "log.jsonl").records(event) for path in (straight, folder))
+        assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in straight_rows]
+    # The samples were those of models that had learned something, so they tell the models apart.
+    assert len({row["text"] for row in rows}) > 1
 
 
 @pytest.mark.parametrize("variant", ["outlier skip", "bfloat16", "no masters"])
@@ -344,6 +353,26 @@ def test_memory_that_is_not_there_is_an_error_with_what_would_need_less(config, 
     assert re.match(r"memory: expected room for 0\.00 GB \(.* activations\) in a step, found: RESOURCE_EXHAUSTED: ", problem)
     assert hint.startswith("--batch-size 3 --total-batch-size 192   (as many tokens a step); or --recompute block; or ")
     change(config, data={"batch_size": 3}).validate()
+
+
+@pytest.mark.parametrize(
+    ("matmul", "lacks", "saves"),
+    [
+        ("xla", {"barriers"}, False),
+        ("xla", set(), True),
+        pytest.param(
+            *("threaded", {"barriers"}, True),
+            marks=pytest.mark.skipif(not writes_in_place("threaded"), reason="no library of custom calls, or an old jax"),
+        ),
+    ],
+)
+def test_memory_is_expected_to_be_saved_where_recomputing_saves_it(config, tiny_layout, matmul, lacks, saves):
+    backend = Backend("cpu", "cpu", "test", frozenset(lacks))
+    none, block = (
+        _memory_needed(change(config, compute={"recompute": level}), backend, matmul, tiny_layout).activations
+        for level in ("none", "block")
+    )
+    assert (block < none) == saves
 
 
 @pytest.mark.parametrize(
