@@ -81,7 +81,8 @@ def reshard_checkpoint(
 
     llm.c resumes it with that many processes, `zero` meaning its -z 1. Moments, master weights and model stay as they
     are. Each process has the loader given for it, and its rank's rounding stream after as many steps of
-    `num_micro_batches` each.
+    `num_micro_batches` each. Gpt2JaxError for a folder that has a set of this step, and when a file cannot be written;
+    what was written is removed then.
     """
     model_path, state_path, _, _ = _paths(folder, step)
     layout = ParameterLayout(read_model_config(model_path))
@@ -94,15 +95,19 @@ def reshard_checkpoint(
         processes.append(ProcessState(loader, stream.state, stream.last_update_state))
     new_model_path, _, _, new_done_path = _paths(output_folder, step)
     new_paths = _state_paths(output_folder, step, len(loaders))
+    if os.path.lexists(new_done_path):  # written over, it would be a mixture if the writing were interrupted
+        raise Gpt2JaxError(f"{output_folder}: expected no set of step {step} in it, found one", "another --output-dir")
     try:
         Path(output_folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = getattr(error, "strerror", None) or error
+        raise Gpt2JaxError(f"{output_folder}: expected to make the folder, found: {cause}") from None
+    with _removed_unless_complete(new_done_path, new_model_path, *new_paths):
         with atomic_write(new_model_path) as target, open(model_path, "rb") as source:
             shutil.copyfileobj(source, target)
-    except OSError as error:
-        raise Gpt2JaxError(f"{output_folder}: expected to write the set to it, found: {error.strerror or error}") from None
-    write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero)
-    with atomic_write(new_done_path):
-        pass
+        write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero)
+        with atomic_write(new_done_path):
+            pass
     return new_paths
 
 
