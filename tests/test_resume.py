@@ -13,7 +13,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.model_file import write_model_file
-from gpt2_jax.llmc.rounding import rounded_to_nearest
+from gpt2_jax.llmc.rounding import rounded_to_nearest, stochastically_rounded
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
 from gpt2_jax.run_record import read_run_record
 from gpt2_jax.trainer import train
@@ -35,6 +35,23 @@ def test_a_record_of_another_sequence_length_is_refused(config):
     saved_config_path(folder).unlink()
     with pytest.raises(Gpt2JaxError, match=r"expected the run's data.sequence_length = 16, found 8"):
         train(change(config, run={"resume": True}, data={"sequence_length": 8, "total_batch_size": 0}), "tiny", CPU)
+
+
+def test_a_bfloat16_run_of_llmcs_without_masters_goes_on_with_llmcs_own_bits(config, tiny_shards):
+    """Those of the model file, which are not the master weights rounded to the nearest."""
+    layout, folder = ParameterLayout(TINY), Path(config.run.out_dir)
+    folder.mkdir()
+    params, m, v = np.abs(np.random.default_rng(0).normal(0, 0.02, (3, layout.num_parameters))).astype(np.float32)
+    params[slice(*layout.padding_span)] = 0
+    bits = stochastically_rounded(params, layout, np.arange(16, dtype=np.uint32))
+    assert (bits != rounded_to_nearest(params)).any()
+    write_model_file(folder / "model_00000005.bin", TINY, bits, "bfloat16")
+    process = ProcessState(TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True).state())
+    write_state_files([folder / "state_00000005_00000.bin"], TrainingState(5, m, v, (process,), params), layout)
+    (folder / "DONE_00000005").touch()
+    config = change(config, optimizer={"learning_rate": 0.0, "master_weights": False}, compute={"dtype": "bfloat16"})
+    train(change(config, run={"resume": True, "steps": 6}), "tiny", CPU)
+    np.testing.assert_array_equal(checkpoint.load_checkpoint(folder, 6).params, bits)
 
 
 def test_a_folder_of_llmcs_resumes(config, tiny_shards, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -78,6 +79,10 @@ def test_sizes_that_the_weights_do_not_have_are_refused_without_a_buffer_for_the
 def test_incomplete_folders_are_refused(folder):
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(Gpt2JaxError, match="expected GPT-2 weights in safetensors"):
+        read_huggingface_folder(folder)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(Gpt2JaxError, match="found something that is not a regular file"):
         read_huggingface_folder(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(Gpt2JaxError, match="expected GPT-2 weights in safetensors"):
