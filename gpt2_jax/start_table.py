@@ -13,7 +13,7 @@ from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.matmul import Choice, precision_of
 from gpt2_jax.memory import MemoryEstimate
-from gpt2_jax.train_step import writes_in_place
+from gpt2_jax.run_memory import recomputing_saves_memory
 
 
 def start_table(
@@ -43,7 +43,7 @@ def start_table(
     rows: list[tuple[str, object]] = [
         ("backend", f"{backend.name}: {backend.reason}"),
         ("device", device),
-        *(("environment", f"{name}={value}, set for {backend.plugin}") for name, value in backend.environment),
+        *(("environment", f"{name}={value}, set for {backend.plugin or backend.name}") for name, value in backend.environment),
         ("compute", f"{config.compute.dtype}, matmul precision {config.compute.matmul_precision}, jax {jax.__version__}"),
         ("matmul", f"{matmul.name} in {precision_of(matmul.name, jnp.dtype(config.compute.dtype))}: {matmul.reason}"),
     ]
@@ -75,11 +75,6 @@ def start_table(
         ("run folder", folder),
     ]
     return rows
-
-
-def recomputing_saves_memory(backend: Backend, matmul: str) -> bool:
-    """Whether what a step is told to compute anew is not kept: jax.checkpoint's barriers must outlive the compiler."""
-    return writes_in_place(matmul) or "barriers" not in backend.lacks
 
 
 def _update_rules(config: RunConfig) -> str:

@@ -9,8 +9,7 @@ import dataclasses
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -42,11 +41,12 @@ from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.matmul import choose_implementation
 from gpt2_jax.optimizer import adamw, learning_rate_schedule
 from gpt2_jax.report import Display, RunLog, plot_loss
+from gpt2_jax.run_memory import memory_needed, needing_less, out_of_memory_explained
 from gpt2_jax.run_record import Averages, RunRecord
 from gpt2_jax.stability import WATCHED
-from gpt2_jax.start_table import recomputing_saves_memory, start_table
+from gpt2_jax.start_table import start_table
 from gpt2_jax.tokenizer import gpt2_tokenizer
-from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step, writes_in_place
+from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step
 from gpt2_jax.weights import load_weights, read_sizes
 
 
@@ -72,7 +72,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             _refuse_used_folder(Path(config.run.out_dir))
         model = read_sizes(config.model)
     layout = ParameterLayout(model)
-    needed = _memory_needed(config, backend, matmul.name, layout)
+    needed = memory_needed(config, backend, matmul.name, layout)
     train_loader, validation_loader = _open_loaders(config, model)
     questions = _read_questions(config, model)
     steps = config.run.steps or train_loader.num_tokens // config.tokens_per_step
@@ -103,8 +103,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
     optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul.name))
-    less = _needing_less(config, backend, matmul.name)
-    with _out_of_memory_explained(needed, less):
+    less = needing_less(config, backend, matmul.name)
+    with out_of_memory_explained(needed, less):
         state = create_state(params, optimizer, matmul=matmul.name)
         if resumed is not None:
             state = resume.resumed_state(state, config, resumed, train_loader, display)
@@ -135,7 +135,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             max_loss_z=config.optimizer.skip_loss_z,
             max_gradient_z=config.optimizer.skip_gradient_z,
         )
-        with _out_of_memory_explained(needed, less), stop_requests() as request:
+        with out_of_memory_explained(needed, less), stop_requests() as request:
             run.train(state, step_function, done + 1, request)
     return folder
 
@@ -467,46 +467,6 @@ def _not_finite(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def _out_of_memory_explained(needed: memory.MemoryEstimate, less: list[str]) -> Iterator[None]:
-    """XLA's error for memory that the device does not have becomes a Gpt2JaxError with what would need `less`."""
-    try:
-        yield
-    except RuntimeError as error:
-        # jax has one exception for all of XLA's failures; their text begins with the status code.
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        found = " ".join(str(error).split())[:200]
-        raise Gpt2JaxError(f"memory: expected room for {needed} in a step, found: {found}", "; or ".join(less)) from error
-
-
-def _memory_needed(config: RunConfig, backend: Backend, matmul: str, layout: ParameterLayout) -> memory.MemoryEstimate:
-    in_place = writes_in_place(matmul)
-    return memory.estimate(
-        layout,
-        config.data.batch_size,
-        config.data.sequence_length,
-        config.compute.dtype,
-        gradient_buffers=1 if config.num_micro_batches == 1 or in_place else 2,
-        donates=backend.donates,
-        recompute=config.compute.recompute if recomputing_saves_memory(backend, matmul) else "none",
-        in_place=in_place,
-    )
-
-
-def _needing_less(config: RunConfig, backend: Backend, matmul: str) -> list[str]:
-    """Settings that need less memory, the one that changes least first."""
-    B, less = config.data.batch_size, []
-    if B > 1:
-        fewer = max(size for size in range(1, B) if B % size == 0)
-        less.append(f"--batch-size {fewer} --total-batch-size {config.tokens_per_step}   (as many tokens a step)")
-    if config.compute.recompute != "block" and recomputing_saves_memory(backend, matmul):
-        less.append("--recompute block")
-    if config.compute.dtype == "float32":
-        less.append("--dtype bfloat16")
-    return [*less, "a shorter --sequence-length", "a smaller model"]
 
 
 def _open_loaders(config: RunConfig, model: ModelConfig) -> tuple[TokenLoader, TokenLoader | None]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from gpt2_jax import model
-from gpt2_jax.backend import Backend, select_backend
+from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig
-from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.matmul import Choice
 from gpt2_jax.memory import MemoryEstimate
@@ -77,6 +74,14 @@ def test_settings_are_shown(config, sections, line):
     assert expected in lines(change(config, **sections))
 
 
+def test_what_is_set_in_the_environment_is_shown_with_for_whom(config):
+    for backend, whom in (
+        (Backend("cpu", "cpu", "x", environment=(("A", "b"),)), "cpu"),
+        (Backend("metal", "METAL", "x", plugin="jax-metal", environment=(("A", "b"),)), "jax-metal"),
+    ):
+        assert f"environment: A=b, set for {whom}" in lines(config, backend)
+
+
 @pytest.mark.parametrize("recompute", ["gelu", "layernorm", "block"])
 def test_recomputing_that_saves_nothing_is_said(config, recompute):
     config = change(config, compute={"recompute": recompute})
@@ -98,19 +103,3 @@ def test_recomputing_that_saves_nothing_is_said(config, recompute):
 def test_recomputing_that_saves_memory_or_is_not_asked_for_is_not_remarked_on(config, recompute, backend, choice):
     found = lines(change(config, compute={"recompute": recompute}), backend, choice)
     assert not any("saves no memory" in line for line in found)
-
-
-def test_xlas_compiler_for_the_cpu_takes_barriers_out():
-    """Were it otherwise, the CPU's record and the line above would be wrong."""
-    model_config = ModelConfig(max_sequence_length=64, vocab_size=203, num_layers=2, num_heads=2, channels=64)
-    layout = ParameterLayout(model_config)
-
-    def temporaries(recompute: str) -> int:
-        def loss(params_N, x_BT):
-            return model.loss(params_N, x_BT, x_BT, layout, dtype=jnp.dtype("float32"), recompute=recompute)
-
-        shapes = jnp.zeros(layout.num_parameters), jnp.zeros((8, 64), jnp.int32)
-        return jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-
-    assert "barriers" in select_backend("cpu").lacks
-    assert temporaries("block") == temporaries("none")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from gpt2_jax import checkpoint, custom_calls, trainer
-from gpt2_jax.backend import Backend
 from gpt2_jax.config import load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.initialize import initialize_parameters
@@ -26,8 +25,7 @@ from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.report import RunLog
 from gpt2_jax.run_record import read_run_record
-from gpt2_jax.train_step import writes_in_place
-from gpt2_jax.trainer import _memory_needed, _needing_less, _not_finite, train
+from gpt2_jax.trainer import _not_finite, train
 from tests.conftest import CPU, TINY, change
 
 
@@ -353,41 +351,6 @@ def test_memory_that_is_not_there_is_an_error_with_what_would_need_less(config, 
     assert re.match(r"memory: expected room for 0\.00 GB \(.* activations\) in a step, found: RESOURCE_EXHAUSTED: ", problem)
     assert hint.startswith("--batch-size 3 --total-batch-size 192   (as many tokens a step); or --recompute block; or ")
     change(config, data={"batch_size": 3}).validate()
-
-
-@pytest.mark.parametrize(
-    ("matmul", "lacks", "saves"),
-    [
-        ("xla", {"barriers"}, False),
-        ("xla", set(), True),
-        pytest.param(
-            *("threaded", {"barriers"}, True),
-            marks=pytest.mark.skipif(not writes_in_place("threaded"), reason="no library of custom calls, or an old jax"),
-        ),
-    ],
-)
-def test_memory_is_expected_to_be_saved_where_recomputing_saves_it(config, tiny_layout, matmul, lacks, saves):
-    backend = Backend("cpu", "cpu", "test", frozenset(lacks))
-    none, block = (
-        _memory_needed(change(config, compute={"recompute": level}), backend, matmul, tiny_layout).activations
-        for level in ("none", "block")
-    )
-    assert (block < none) == saves
-
-
-@pytest.mark.parametrize(
-    ("sections", "lacks", "first"),
-    [
-        ({"data": {"batch_size": 5, "total_batch_size": 240}}, {"barriers"}, "--batch-size 1 --total-batch-size 240 "),
-        ({"data": {"batch_size": 1}}, {"barriers"}, "--dtype bfloat16; or a shorter --sequence-length; or a smaller model"),
-        ({"data": {"batch_size": 1}}, set(), "--recompute block; or --dtype bfloat16; or a shorter"),
-        ({"data": {"batch_size": 1}, "compute": {"recompute": "block", "dtype": "bfloat16"}}, set(), "a shorter "),
-    ],
-)
-def test_what_would_need_less_memory_is_said_where_it_would(config, sections, lacks, first):
-    backend = Backend("cpu", "cpu", "test", frozenset(lacks))
-    hint = "; or ".join(_needing_less(change(config, **sections), backend, "xla"))
-    assert hint.startswith(first)
 
 
 def test_other_failures_of_xlas_keep_their_traceback(config, monkeypatch):
