@@ -26,7 +26,8 @@ _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute. `lacks` names what code must do without: 'donation', 'custom_calls', 'loops' (compiled ones)."""
+    """One way to compute. `lacks` names what code must do without: 'donation', 'custom_calls', 'loops' (compiled ones),
+    'barriers' (the compiler takes them out, and merges what is computed anew with what is kept)."""
 
     name: str
     platform: str  # jax's name for it, as in JAX_PLATFORMS
@@ -91,7 +92,7 @@ _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
 
 
 def _cpu(reason: str = "asked for with --backend cpu") -> Backend:
-    return Backend("cpu", "cpu", reason, environment=_kept_programs())
+    return Backend("cpu", "cpu", reason, frozenset({"barriers"}), environment=_kept_programs())
 
 
 def _cuda(reason: str = "asked for with --backend cuda") -> Backend:

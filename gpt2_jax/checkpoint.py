@@ -81,7 +81,8 @@ def reshard_checkpoint(
 
     llm.c resumes it with that many processes, `zero` meaning its -z 1. Moments, master weights and model stay as they
     are. Each process has the loader given for it, and its rank's rounding stream after as many steps of
-    `num_micro_batches` each.
+    `num_micro_batches` each. Gpt2JaxError for a folder that has a set of this step, and when a file cannot be written;
+    what was written is removed then.
     """
     model_path, state_path, _, _ = _paths(folder, step)
     layout = ParameterLayout(read_model_config(model_path))
@@ -94,15 +95,19 @@ def reshard_checkpoint(
         processes.append(ProcessState(loader, stream.state, stream.last_update_state))
     new_model_path, _, _, new_done_path = _paths(output_folder, step)
     new_paths = _state_paths(output_folder, step, len(loaders))
+    if os.path.lexists(new_done_path):  # written over, it would be a mixture if the writing were interrupted
+        raise Gpt2JaxError(f"{output_folder}: expected no set of step {step} in it, found one", "another --output-dir")
     try:
         Path(output_folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = getattr(error, "strerror", None) or error
+        raise Gpt2JaxError(f"{output_folder}: expected to make the folder, found: {cause}") from None
+    with _removed_unless_complete(new_done_path, new_model_path, *new_paths):
         with atomic_write(new_model_path) as target, open(model_path, "rb") as source:
             shutil.copyfileobj(source, target)
-    except OSError as error:
-        raise Gpt2JaxError(f"{output_folder}: expected to write the set to it, found: {error.strerror or error}") from None
-    write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero)
-    with atomic_write(new_done_path):
-        pass
+        write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero)
+        with atomic_write(new_done_path):
+            pass
     return new_paths
 
 
@@ -126,6 +131,11 @@ def complete_steps(folder: str | os.PathLike) -> list[int]:
         names = []
     steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"DONE_(\d{8})", name)))
     return [step for step in steps if _is_complete(folder, step)]
+
+
+def read_sizes(folder: str | os.PathLike, step: int) -> ModelConfig:
+    """The sizes of a complete set's model."""
+    return read_model_config(_paths(folder, step)[0])
 
 
 def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: bool = True) -> Checkpoint:
@@ -156,7 +166,7 @@ def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: boo
         loader=first.loader if len(state.processes) == 1 else None,
         master_weights=state.master is not None,
         rounding=RoundingStream(first.rounding_state, first.last_rounding_state),
-        record=read_run_record(record_path) if record_path.exists() else None,
+        record=read_run_record(record_path) if os.path.lexists(record_path) else None,
     )
 
 
@@ -181,24 +191,28 @@ def delete_old_checkpoints(folder: str | os.PathLike, step: int, *, every: int, 
 def _paths(folder: str | os.PathLike, step: int) -> tuple[Path, Path, Path, Path]:
     """Of a set: the model, rank 0's state, the record and the marker."""
     folder = Path(folder)
-    (state_path,) = _state_paths(folder, step, 1)
-    return folder / f"model_{step:08d}.bin", state_path, folder / f"run_{step:08d}.json", folder / f"DONE_{step:08d}"
+    model_path, record_path = folder / f"model_{step:08d}.bin", folder / f"run_{step:08d}.json"
+    return model_path, _state_path(folder, step, 0), record_path, folder / f"DONE_{step:08d}"
+
+
+def _state_path(folder: str | os.PathLike, step: int, rank: int) -> Path:
+    return Path(folder) / f"state_{step:08d}_{rank:05d}.bin"
 
 
 def _state_paths(folder: str | os.PathLike, step: int, num_processes: int) -> list[Path]:
-    return [Path(folder) / f"state_{step:08d}_{rank:05d}.bin" for rank in range(num_processes)]
+    return [_state_path(folder, step, rank) for rank in range(num_processes)]
 
 
 def _is_complete(folder: str | os.PathLike, step: int) -> bool:
     """Whether every file of a set that has its DONE file is there; a damaged one is, and is the reader's to report."""
     model_path, state_path, _, _ = _paths(folder, step)
-    if not (model_path.exists() and state_path.exists()):
+    if not (os.path.exists(model_path) and os.path.exists(state_path)):
         return False
     try:
         num_processes = num_processes_of(state_path)
     except Gpt2JaxError:
         return True
-    return all(path.exists() for path in _state_paths(folder, step, min(num_processes, 100_000)))
+    return all(os.path.exists(_state_path(folder, step, rank)) for rank in range(num_processes))
 
 
 @contextmanager
@@ -207,7 +221,7 @@ def _removed_unless_complete(done_path: Path, *paths: Path) -> Iterator[None]:
     try:
         yield
     except Gpt2JaxError:
-        if not done_path.exists():
+        if not os.path.exists(done_path):
             for path in paths:
                 with suppress(OSError):
                     path.unlink()

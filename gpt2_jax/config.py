@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import shlex
 import tomllib
 import types
@@ -24,6 +25,9 @@ import tyro
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, is_descriptor, model_config_from_descriptor
 from gpt2_jax.llmc.command_line import translate
+from gpt2_jax.text_file import read_text_file
+
+_MAX_BYTES = 100_000  # of a file with settings
 
 
 @dataclass(frozen=True)
@@ -237,10 +241,11 @@ def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfi
         seen, _ = first_look.parse_known_args(arguments)
     except argparse.ArgumentError:
         seen = argparse.Namespace(config=None, resume=False, out_dir=None)
-    saved = saved_config_path(seen.out_dir) if seen.resume and seen.out_dir else None
-    # A folder that llm.c wrote has none: the command line alone says what its run was.
-    preset = seen.config or (saved if saved is not None and saved.exists() else None)
-    defaults = RunConfig() if preset is None else load_config(preset)
+    if seen.config:
+        defaults = load_config(seen.config)
+    else:
+        # Of a folder that llm.c wrote the command line alone says what its run was.
+        defaults = (load_saved_config(seen.out_dir) if seen.resume and seen.out_dir else None) or RunConfig()
     command = tyro.cli(
         _CommandLine,
         args=arguments,
@@ -270,13 +275,18 @@ def saved_config_path(out_dir: str | Path) -> Path:
     return Path(out_dir) / "config.toml"
 
 
+def load_saved_config(out_dir: str | Path) -> RunConfig | None:
+    """The settings of the run in a folder; None where there is none, or one that llm.c wrote."""
+    path = saved_config_path(out_dir)
+    return load_config(path) if os.path.lexists(path) else None
+
+
 def load_config(path: str | Path) -> RunConfig:
     """Settings of a TOML file over the defaults; Gpt2JaxError for an unknown section or key, or a value of a wrong type."""
+    text = read_text_file(path, "a TOML file with settings", "ls configs/", max_bytes=_MAX_BYTES)
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected a TOML file with settings, found: {error.strerror}", "ls configs/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also of an integer or a nesting that Python has no room for
         raise Gpt2JaxError(f"{path}: expected TOML, found: {error}") from None
     sections = {section.name: section for section in dataclasses.fields(RunConfig)}
     settings: dict[str, Any] = {}

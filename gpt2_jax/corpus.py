@@ -21,6 +21,7 @@ import numpy as np
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice, write_eval_file
 from gpt2_jax.llmc.token_shard import write_token_shard
+from gpt2_jax.text_file import read_text_file
 from gpt2_jax.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 _KJV_VALIDATION_EVERY = 20  # every 20th chapter is for validation, so that both splits have every book
@@ -95,12 +96,7 @@ def tinyshakespeare_from_bytes(content: bytes) -> Corpus:
 
 def text_file(path: str | os.PathLike) -> Corpus:
     """A UTF-8 text file; '<|endoftext|>' in it begins a new document. The last tenth of the tokens is for validation."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected a text file, found: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise Gpt2JaxError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#x} at {error.start}") from None
+    text = read_text_file(path, "a text file")
     tokens = encode_documents([document for document in text.split(END_OF_TEXT) if document.strip()])
     validation_tokens = int(len(tokens) * _FILE_VALIDATION_FRACTION)
     if validation_tokens < 2:
@@ -146,12 +142,7 @@ def hellaswag(path: str | os.PathLike) -> list[MultipleChoice]:
     Gpt2JaxError, naming the line, for one that is not an object with 'ctx', four 'endings' and the 'label' of one.
     """
     tokenizer = gpt2_tokenizer()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected HellaSwag's JSONL file, found: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise Gpt2JaxError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#x} at {error.start}") from None
+    lines = read_text_file(path, "HellaSwag's JSONL file").splitlines()
     examples = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -135,9 +135,8 @@ def _matrix_products() -> Iterator[Finding]:
     choice = matmul.choose_implementation("auto", Backend("cpu", "cpu", "to ask what it can"))
     available = [name for name in matmul.IMPLEMENTATIONS if name not in choice.refusals]
     yield Finding("matmul, CPU", f"{', '.join(available)}; auto takes {choice.name}: {choice.reason}")
-    for reason in dict.fromkeys(choice.refusals.values()):
-        refused = [name for name, why in choice.refusals.items() if why == reason]
-        yield Finding("", f"not {', '.join(refused)}: {reason}")
+    for line in choice.refusals_by_reason():
+        yield Finding("", line)
 
 
 def _devices() -> Iterator[Finding]:

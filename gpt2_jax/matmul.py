@@ -49,6 +49,13 @@ class Choice(NamedTuple):
     reason: str
     refusals: dict[str, str]
 
+    def refusals_by_reason(self) -> list[str]:
+        """'not a, b: reason' for people to read, a line a reason."""
+        return [
+            f"not {', '.join(name for name, why in self.refusals.items() if why == reason)}: {reason}"
+            for reason in dict.fromkeys(self.refusals.values())
+        ]
+
 
 def choose_implementation(requested: str, backend: Backend, dtype: str = "float32") -> Choice:
     """Resolve 'auto' or a name for a run on `backend` that computes in `dtype`.

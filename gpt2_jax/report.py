@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.text_file import read_text_file
 
 
 class Display:
@@ -116,18 +117,26 @@ class RunLog:
             raise Gpt2JaxError(f"{path}: expected to append to the log, found: {error.strerror}") from None
 
     def records(self, event: str) -> list[dict[str, Any]]:
-        """All records of one kind, in order of their step; of a step that was run twice, the last."""
+        """All records of one kind, in order of their step; of a step that was run twice, the last.
+
+        Lines that are none, as a crash or a full disk leaves them, are passed over; Gpt2JaxError for what is no file.
+        """
         by_step: dict[int, dict[str, Any]] = {}
-        # A line that a crash or a full disk cut short may end within a character.
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        # A line that was cut short may end within a character.
+        text = read_text_file(self.path, "a log", errors="replace") if os.path.lexists(self.path) else ""
         for line in text.splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if record["event"] == event:
+            if isinstance(record, dict) and record.get("event") == event and type(record.get("step")) is int:
                 by_step[record["step"]] = record
         return [by_step[step] for step in sorted(by_step)]
+
+    def finite_values(self, event: str, key: str) -> dict[int, float]:
+        """A value of all records of one kind that have it, by their steps."""
+        values = {record["step"]: record.get(key) for record in self.records(event)}
+        return {step: value for step, value in values.items() if isinstance(value, float)}
 
 
 def plot_loss(log: RunLog, path: str | os.PathLike, *, baseline: float | None = None) -> None:
@@ -140,8 +149,8 @@ def plot_loss(log: RunLog, path: str | os.PathLike, *, baseline: float | None = 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for event, style in (("train", {"linewidth": 1.0}), ("validation", {"marker": "o", "markersize": 4})):
-        records = [record for record in log.records(event) if record["loss"] is not None]
-        axes.plot([record["step"] for record in records], [record["loss"] for record in records], label=event, **style)
+        losses = log.finite_values(event, "loss")
+        axes.plot(list(losses), list(losses.values()), label=event, **style)
     if baseline is not None:
         axes.axhline(baseline, color="gray", linestyle="--", label=f"unigram cross-entropy ({baseline:.2f})")
     axes.set_xlabel("step")

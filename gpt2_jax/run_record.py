@@ -6,13 +6,13 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.llmc.header import atomic_write, file_size
+from gpt2_jax.llmc.header import atomic_write
+from gpt2_jax.text_file import read_text_file
 
 _VERSION = 1
 _MAX_BYTES = 1_000_000
@@ -70,11 +70,9 @@ def write_run_record(path: str | os.PathLike, record: RunRecord) -> None:
 def read_run_record(path: str | os.PathLike) -> RunRecord:
     """Read what `write_run_record` wrote; Gpt2JaxError for anything else."""
     hint = f"rm {path}   (the run goes on with an empty outlier window)"
-    size = file_size(path, _WHAT, hint)
+    text = read_text_file(path, _WHAT, hint, max_bytes=_MAX_BYTES)
     try:
-        if size > _MAX_BYTES:
-            raise ValueError(f"{size} bytes")
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(text)
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']}")
         windows = {name: _window(values) for name, values in content["windows"].items()}
@@ -86,8 +84,6 @@ def read_run_record(path: str | os.PathLike) -> RunRecord:
             averages=_averages(content["averages"]),
             settings=_checked(content["settings"], dict),
         )
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected {_WHAT}, found a file that cannot be read: {error.strerror}", hint) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         found = " ".join(str(error).split())[:200]
         raise Gpt2JaxError(f"{path}: expected {_WHAT} (JSON, version {_VERSION}), found: {found}", hint) from None

@@ -6,6 +6,7 @@ Metrics are read one step late, while the next step is computing, so that the de
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import checkpoint, custom_calls, memory
+from gpt2_jax import checkpoint, custom_calls, memory, resume
 from gpt2_jax.backend import Backend, open_device
-from gpt2_jax.config import RunConfig, format_config, load_config, saved_config_path
+from gpt2_jax.config import RunConfig, format_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import (
     check_questions,
@@ -37,14 +38,16 @@ from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file
 from gpt2_jax.llmc.header import atomic_write
 from gpt2_jax.llmc.loader import Place, TokenLoader
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
-from gpt2_jax.matmul import Choice, choose_implementation, precision_of
-from gpt2_jax.optimizer import AdamWState, adamw, learning_rate_schedule
+from gpt2_jax.matmul import choose_implementation
+from gpt2_jax.optimizer import adamw, learning_rate_schedule
 from gpt2_jax.report import Display, RunLog, plot_loss
+from gpt2_jax.run_memory import memory_needed, needing_less, out_of_memory_explained
 from gpt2_jax.run_record import Averages, RunRecord
-from gpt2_jax.stability import WATCHED, WINDOW, empty_windows
+from gpt2_jax.stability import WATCHED
+from gpt2_jax.start_table import start_table
 from gpt2_jax.tokenizer import gpt2_tokenizer
-from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step, writes_in_place
-from gpt2_jax.weights import load_weights
+from gpt2_jax.train_step import Metrics, TrainState, create_state, make_train_step
+from gpt2_jax.weights import load_weights, read_sizes
 
 
 def train(config: RunConfig, name: str, backend: Backend) -> Path:
@@ -59,23 +62,17 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     device = open_device(backend)
     matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype)
 
-    resumed = None
+    # Sizes and data first: a mistyped path is reported at once, not after the weights were made.
     if config.run.resume:
-        _check_resumable(config)
+        resume.check_settings(config)
         newest = checkpoint.newest_step(config.run.out_dir)
-        display.line(f"loading the checkpoint of step {newest} ...")
-        resumed = checkpoint.load_checkpoint(config.run.out_dir, newest, master_weights=not config.rounds_parameters)
-        model, params = resumed.model, resumed.params
+        model = checkpoint.read_sizes(config.run.out_dir, newest)
     else:
         if config.run.out_dir:
             _refuse_used_folder(Path(config.run.out_dir))
-        display.line(f"making the weights of {config.model.init} ...")
-        model, params = load_weights(config.model)
-    if config.rounds_parameters or (
-        config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
-    ):
-        params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
+        model = read_sizes(config.model)
     layout = ParameterLayout(model)
+    needed = memory_needed(config, backend, matmul.name, layout)
     train_loader, validation_loader = _open_loaders(config, model)
     questions = _read_questions(config, model)
     steps = config.run.steps or train_loader.num_tokens // config.tokens_per_step
@@ -85,6 +82,19 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             "a smaller --total-batch-size, or --steps to train on the data more than once",
         )
 
+    resumed = None
+    if config.run.resume:
+        display.line(f"loading the checkpoint of step {newest} ...")
+        resumed = checkpoint.load_checkpoint(config.run.out_dir, newest, master_weights=not config.rounds_parameters)
+        params = resumed.params
+    else:
+        display.line(f"making the weights of {config.model.init} ...")
+        params = load_weights(config.model)[1]
+    if config.rounds_parameters or (
+        config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
+    ):
+        params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
+
     schedule = learning_rate_schedule(
         config.optimizer.schedule,
         config.optimizer.learning_rate,
@@ -93,9 +103,11 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
     optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul.name))
-    state = create_state(params, optimizer, matmul=matmul.name)
-    if resumed is not None:
-        state = _resumed_state(state, config, resumed, train_loader, display)
+    less = needing_less(config, backend, matmul.name)
+    with out_of_memory_explained(needed, less):
+        state = create_state(params, optimizer, matmul=matmul.name)
+        if resumed is not None:
+            state = resume.resumed_state(state, config, resumed, train_loader, display)
     done = 0 if resumed is None else resumed.step
     rounding = RoundingStream() if resumed is None else resumed.rounding
     averages = Averages() if resumed is None or resumed.record is None else resumed.record.averages
@@ -107,7 +119,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     loaders = (train_loader, validation_loader)
     run = _Run(config, folder, layout, steps, *loaders, questions, matmul.name, display, clock, peak, rounding)
     with display:
-        display.table(_start_table(config, backend, device, matmul, layout, steps, train_loader, validation_loader, folder))
+        display.table(start_table(config, backend, device, matmul, layout, steps, needed, *loaders, folder))
         if done >= steps:
             display.line(f"nothing to do: {folder} is at step {done} of {steps}; a larger --steps goes on")
             return folder
@@ -123,7 +135,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
             max_loss_z=config.optimizer.skip_loss_z,
             max_gradient_z=config.optimizer.skip_gradient_z,
         )
-        with stop_requests() as request:
+        with out_of_memory_explained(needed, less), stop_requests() as request:
             run.train(state, step_function, done + 1, request)
     return folder
 
@@ -394,9 +406,10 @@ class _Run:
         self.display.line(f"average: {seconds * 1000:.2f} ms a step, {self.config.tokens_per_step / seconds:.0f} tok/s")
         peak, of = memory.measured_peak()
         self.display.line(f"peak memory: {memory.gigabytes(peak)} {of}")
-        validations = self.log.records("validation")
-        if self.baseline is not None and validations:
-            first, last = validations[0]["loss"], validations[-1]["loss"]
+        losses: list[float] = []
+        self.attempt(lambda: losses.extend(self.log.finite_values("validation", "loss").values()))
+        if self.baseline is not None and losses:
+            first, last = losses[0], losses[-1]
             verdict = "below it: more than word frequencies was learned" if last < self.baseline else "not below it yet"
             self.display.line(
                 f"validation loss {first:.4f} -> {last:.4f}; unigram cross-entropy {self.baseline:.4f}: {verdict}"
@@ -484,62 +497,13 @@ def _read_questions(config: RunConfig, model: ModelConfig) -> list[MultipleChoic
     return questions
 
 
-def _resumed_state(
-    fresh: TrainState, config: RunConfig, resumed: checkpoint.Checkpoint, train_loader: TokenLoader, display: Display
-) -> TrainState:
-    """A fresh state of the saved parameters made the saved one, and the data put where they stood; says what is other."""
-    windows = empty_windows()
-    if resumed.record is None:
-        display.line("the checkpoint has no run_*.json: the outlier window begins empty")
-    else:
-        _check_record(resumed.record, config, display)
-        windows = np.stack([resumed.record.windows[name] for name in WATCHED])
-    if resumed.loader is not None:
-        train_loader.restore(resumed.loader)
-    else:
-        train_loader.skip(resumed.step * config.num_micro_batches)
-        display.line("the checkpoint is of several processes: the training data go on in the order of one process")
-    moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
-    return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
-
-
-def _check_record(record: RunRecord, config: RunConfig, display: Display) -> None:
-    """Gpt2JaxError for a record of another batch size or sequence length, with which the data would be others."""
-    for name in ("batch_size", "sequence_length"):
-        before, now = getattr(record, name), getattr(config.data, name)
-        if before != now:
-            raise Gpt2JaxError(
-                f"--resume: expected the run's data.{name} = {before}, found {now}",
-                "leave it out: a resumed run takes its settings from its folder",
-            )
-    if {name: window.size for name, window in record.windows.items()} != dict.fromkeys(WATCHED, WINDOW):
-        raise Gpt2JaxError(f"--resume: expected the record of {WINDOW} values each of {' and '.join(WATCHED)}, found others")
-    if record.dtype != config.compute.dtype:
-        display.line(f"so far the run was computed in {record.dtype}, from here on in {config.compute.dtype}")
-
-
 def _refuse_used_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or saved_config_path(folder).exists() or any(folder.glob("DONE_*"))):
+    is_used = not os.path.isdir(folder) or os.path.lexists(saved_config_path(folder)) or any(folder.glob("DONE_*"))
+    if os.path.lexists(folder) and is_used:
         raise Gpt2JaxError(
             f"--out-dir: expected a new folder, found that {folder} holds a run or is a file",
             f"--resume --out-dir {folder}   (continues the run), or another folder",
         )
-
-
-def _check_resumable(config: RunConfig) -> None:
-    """The model and the data of a run cannot change under it. A folder that llm.c wrote does not say what they were."""
-    path = saved_config_path(config.run.out_dir)
-    if not path.exists():
-        return
-    saved = load_config(path)
-    for section in ("model", "data"):
-        before, now = dataclasses.asdict(getattr(saved, section)), dataclasses.asdict(getattr(config, section))
-        for key, value in now.items():
-            if value != before[key]:
-                raise Gpt2JaxError(
-                    f"--resume: expected the run's {section}.{key} = {before[key]!r}, found {value!r}",
-                    "leave it out: a resumed run takes its settings from its folder",
-                )
 
 
 def _open_folder(config: RunConfig, name: str) -> Path:
@@ -547,104 +511,10 @@ def _open_folder(config: RunConfig, name: str) -> Path:
     folder = Path(config.run.out_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
         folder.mkdir(parents=True, exist_ok=config.run.out_dir != "")
-    except OSError as error:
-        raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = getattr(error, "strerror", None) or error
+        raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {cause}") from None
     with atomic_write(saved_config_path(folder)) as file:
         settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
         file.write(format_config(settled).encode("utf-8"))
     return folder
-
-
-def _start_table(
-    config: RunConfig,
-    backend: Backend,
-    device: str,
-    matmul: Choice,
-    layout: ParameterLayout,
-    steps: int,
-    train_loader: TokenLoader,
-    validation_loader: TokenLoader | None,
-    folder: Path,
-) -> list[tuple[str, object]]:
-    model, optimizer = layout.config, config.optimizer
-    sizes = (
-        f"{model.num_layers} layers, {model.num_heads} heads, {model.channels} channels, "
-        f"{model.vocab_size} tokens (padded to {model.padded_vocab_size}), {model.max_sequence_length} positions"
-    )
-    micro_batches = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length}"
-    batch = f"{micro_batches} = {config.tokens_per_step:,} tokens a step"
-    needed = memory.estimate(
-        layout,
-        config.data.batch_size,
-        config.data.sequence_length,
-        config.compute.dtype,
-        gradient_buffers=1 if config.num_micro_batches == 1 or writes_in_place(matmul.name) else 2,
-        donates=backend.donates,
-    )
-    rate = (
-        f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
-        f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
-    )
-    rows: list[tuple[str, object]] = [
-        ("backend", f"{backend.name}: {backend.reason}"),
-        ("device", device),
-        *(("environment", f"{name}={value}, set for {backend.plugin}") for name, value in backend.environment),
-        ("compute", f"{config.compute.dtype}, matmul precision {config.compute.matmul_precision}, jax {jax.__version__}"),
-        ("matmul", f"{matmul.name} in {precision_of(matmul.name, jnp.dtype(config.compute.dtype))}: {matmul.reason}"),
-    ]
-    for reason in dict.fromkeys(matmul.refusals.values()):
-        refused = ", ".join(name for name, why in matmul.refusals.items() if why == reason)
-        rows.append(("", f"not {refused}: {reason}"))
-    data, order = config.data.train, "shuffled" if config.data.shuffle else "in order"
-    if config.data.overfit_one_batch:
-        data, order = config.data.validation, "of which the first batch is all"
-    rows += [
-        ("weights", config.model.init if not config.run.resume else f"resumed from {folder}"),
-        ("model", sizes),
-        ("parameters", f"{layout.num_parameters:,} with padding, {layout.num_true_parameters:,} without"),
-        ("training data", f"{data}: {train_loader.num_tokens:,} tokens, {order}"),
-    ]
-    if validation_loader is not None:
-        rows.append(("validation data", f"{config.data.validation}: {validation_loader.num_tokens:,} tokens"))
-    rows += [
-        ("batch", batch),
-        ("memory", f"{needed} expected in a step"),
-        ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
-        ("learning rate", rate),
-        ("updates", _update_rules(config)),
-        ("evaluation", _evaluations(config)),
-        ("checkpoints", _checkpoints(config)),
-        ("run folder", folder),
-    ]
-    return rows
-
-
-def _update_rules(config: RunConfig) -> str:
-    optimizer, recompute = config.optimizer, config.compute.recompute
-    outliers = [
-        f"{name} above {threshold:g} z"
-        for name, threshold in (("loss", optimizer.skip_loss_z), ("gradient norm", optimizer.skip_gradient_z))
-        if threshold
-    ]
-    what_is_not_finite = "ends the run" if optimizer.nonfinite == "raise" else "is skipped"
-    masters = "float32 parameters" if not config.rounds_parameters else "bfloat16 parameters, rounded stochastically"
-    return (
-        f"{masters}; outliers skipped: {', '.join(outliers) or 'none'}; what is not finite {what_is_not_finite}; "
-        f"recomputed: {recompute}"
-    )
-
-
-def _evaluations(config: RunConfig) -> str:
-    evaluation = config.evaluation
-    parts = [
-        f"{what} every {every} steps" if every else f"no {what}"
-        for what, every in (("validation", evaluation.validate_every), ("sample", evaluation.sample_every))
-    ]
-    return ", ".join(parts + ([f"HellaSwag from {evaluation.hellaswag}"] if evaluation.hellaswag else []))
-
-
-def _checkpoints(config: RunConfig) -> str:
-    run = config.run
-    every = f"every {run.checkpoint_every} steps and after the last" if run.checkpoint_every else "after the last step"
-    major = f" and every {run.major_checkpoint_every}th step's" if run.major_checkpoint_every else ""
-    return every + (f", of which the newest {run.keep_checkpoints}{major} are kept" if run.keep_checkpoints else "")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import numpy as np
 
 from gpt2_jax.config import ModelSettings, model_config_from_settings
 from gpt2_jax.initialize import initialize_parameters
-from gpt2_jax.interop.huggingface import read_huggingface_folder
+from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
 from gpt2_jax.layout import ModelConfig
-from gpt2_jax.llmc.model_file import read_model_file
+from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 
 
 def load_weights(settings: ModelSettings) -> tuple[ModelConfig, np.ndarray]:
@@ -19,6 +19,16 @@ def load_weights(settings: ModelSettings) -> tuple[ModelConfig, np.ndarray]:
     config = model_config_from_settings(settings)
     if config is not None:
         return config, initialize_parameters(config)
-    if Path(settings.init).is_dir():
+    if os.path.isdir(settings.init):
         return read_huggingface_folder(settings.init)
     return read_model_file(settings.init)
+
+
+def read_sizes(settings: ModelSettings) -> ModelConfig:
+    """The sizes alone of what `load_weights` would load."""
+    config = model_config_from_settings(settings)
+    if config is not None:
+        return config
+    if os.path.isdir(settings.init):
+        return read_huggingface_config(os.path.join(settings.init, "config.json"))
+    return read_model_config(settings.init)

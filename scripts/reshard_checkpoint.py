@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from gpt2_jax.checkpoint import newest_step, reshard_checkpoint
-from gpt2_jax.config import DataSettings, load_config, saved_config_path
+from gpt2_jax.config import DataSettings, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError, run_program
 from gpt2_jax.llmc.loader import loader_states
 
@@ -39,8 +39,8 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    saved = saved_config_path(arguments.folder)
-    data = load_config(saved).data if saved.exists() else DataSettings()
+    saved = load_saved_config(arguments.folder)
+    data = DataSettings() if saved is None else saved.data
     B, T = arguments.batch_size or data.batch_size, arguments.sequence_length or data.sequence_length
     tokens = arguments.processes * B * T
     total = arguments.total_batch_size or data.total_batch_size or tokens

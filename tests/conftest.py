@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -29,6 +30,7 @@ from hypothesis import settings
 import gpt2_jax
 from gpt2_jax import backend, metal_plugins
 from gpt2_jax.backend import Backend
+from gpt2_jax.config import RunConfig
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.token_shard import write_token_shard
@@ -52,11 +54,12 @@ REPOSITORY = Path(gpt2_jax.__file__).parents[1]
 
 # Two layers and a vocabulary that is no multiple of 128, so that there are padding rows.
 TINY = ModelConfig(max_sequence_length=16, vocab_size=203, num_layers=2, num_heads=4, channels=32)
+CPU = Backend("cpu", "cpu", "test")
 
 
 def available(implementations: Iterable[str]) -> list[Any]:
     """Names of matrix products as a test's parameters; what this machine cannot run is skipped with the reason."""
-    refusals = choose_implementation("auto", Backend("cpu", "cpu", "test")).refusals
+    refusals = choose_implementation("auto", CPU).refusals
     return [
         pytest.param(name, marks=pytest.mark.skipif(name in refusals, reason=f"{name}: {refusals.get(name)}"))
         for name in implementations
@@ -94,6 +97,28 @@ def tiny_shards(tmp_path: Path) -> tuple[str, str]:
     write_token_shard(paths[0], tokens[:2000])
     write_token_shard(paths[1], tokens[2000:])
     return paths
+
+
+@pytest.fixture
+def config(tiny_shards: tuple[str, str], tmp_path: Path) -> RunConfig:
+    """A run of eight steps of TINY, in the folder 'run'."""
+    base = RunConfig()
+    return RunConfig(
+        model=dataclasses.replace(base.model, init="d6", **dataclasses.asdict(TINY)),
+        data=dataclasses.replace(base.data, train=tiny_shards[0], validation=tiny_shards[1], batch_size=2, sequence_length=16),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-2, weight_decay=0.1),
+        evaluation=dataclasses.replace(
+            base.evaluation, validate_every=4, validation_batches=-1, sample_every=4, sample_tokens=5
+        ),
+        run=dataclasses.replace(base.run, steps=8, out_dir=str(tmp_path / "run")),
+    )
+
+
+def change(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """A copy with settings replaced: change(config, run={"steps": 3})."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
 
 
 # What the wheels say of jax.

@@ -130,6 +130,12 @@ def test_wrong_files_are_refused(tmp_path, text, message):
         parse("--config", path)
 
 
+@pytest.mark.parametrize("folder", ["missing", "x" * 300])
+def test_resuming_what_has_no_settings_takes_the_command_lines(tmp_path, folder):
+    config, _, _ = parse("--resume", "--out-dir", tmp_path / folder, "--steps", 7)
+    assert config.run.steps == 7
+
+
 def test_a_missing_file_or_a_folder_is_refused(tmp_path):
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(Gpt2JaxError, match="expected a TOML file"):

@@ -49,7 +49,7 @@ def test_a_text_file_splits_into_documents_and_a_last_tenth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe", "expected UTF-8 text, found byte 0xff at 0"), (b"Hi", "enough text")]
+    ("content", "message"), [(b"\xff\xfe", "expected a text file in UTF-8, found byte 0xff at 0"), (b"Hi", "enough text")]
 )
 def test_unusable_text_files_are_refused(tmp_path, content, message):
     path = tmp_path / "book.txt"

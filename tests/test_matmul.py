@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gpt2_jax import custom_calls, matmul
 from gpt2_jax.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.matmul import IMPLEMENTATIONS, RUNGS, choose_implementation, linear
+from gpt2_jax.matmul import IMPLEMENTATIONS, RUNGS, Choice, choose_implementation, linear
 from gpt2_jax.views import WeightView
 from tests.conftest import available
 
@@ -170,6 +170,11 @@ def test_auto_chooses_something_and_says_why():
     choice = choose_implementation("auto", CPU)
     assert choice.name in IMPLEMENTATIONS
     assert choice.reason
+
+
+def test_refusals_of_one_reason_are_one_line():
+    choice = Choice("xla", "", {"naive": "not built", "amx": "no AMX", "simd": "not built"})
+    assert choice.refusals_by_reason() == ["not naive, simd: not built", "not amx: no AMX"]
 
 
 @pytest.mark.parametrize("name", RUNGS)

@@ -9,12 +9,12 @@ import os
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from gpt2_jax import checkpoint, custom_calls
-from gpt2_jax.backend import Backend
-from gpt2_jax.config import RunConfig, load_config, saved_config_path
+from gpt2_jax import checkpoint, custom_calls, trainer
+from gpt2_jax.config import load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ParameterLayout
@@ -22,35 +22,11 @@ from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.loader import Place, TokenLoader
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
-from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.report import RunLog
 from gpt2_jax.run_record import read_run_record
 from gpt2_jax.trainer import _not_finite, train
-from tests.conftest import TINY
-
-CPU = Backend("cpu", "cpu", "test")
-
-
-@pytest.fixture
-def config(tiny_shards, tmp_path):
-    base = RunConfig()
-    return RunConfig(
-        model=dataclasses.replace(base.model, init="d6", **dataclasses.asdict(TINY)),
-        data=dataclasses.replace(base.data, train=tiny_shards[0], validation=tiny_shards[1], batch_size=2, sequence_length=16),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=1e-2, weight_decay=0.1),
-        evaluation=dataclasses.replace(
-            base.evaluation, validate_every=4, validation_batches=-1, sample_every=4, sample_tokens=5
-        ),
-        run=dataclasses.replace(base.run, steps=8, out_dir=str(tmp_path / "run")),
-    )
-
-
-def change(config, **sections):
-    """A copy with settings replaced: change(config, run={"steps": 3})."""
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    )
+from tests.conftest import CPU, TINY, change
 
 
 def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
@@ -80,10 +56,15 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     assert re.search(r"peak memory: \d+\.\d\d GB of the process\n", output)
 
 
-def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path, dtype):
     # Steps are given, so that the schedule is the same; the epoch ends at step 31 with two micro-batches a step.
     config = change(
-        config, data={"total_batch_size": 64}, run={"steps": 40, "checkpoint_every": 25}, evaluation={"sample_every": 0}
+        config,
+        data={"total_batch_size": 64},
+        run={"steps": 40, "checkpoint_every": 25},
+        evaluation={"sample_every": 10},
+        compute={"dtype": dtype},
     )
     straight = train(change(config, run={"out_dir": str(tmp_path / "straight")}), "tiny", CPU)
     folder = train(config, "tiny", CPU)
@@ -92,8 +73,11 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path):
     train(change(config, run={"resume": True}), "tiny", CPU)
     for name in ("model_00000040.bin", "state_00000040_00000.bin"):
         assert (folder / name).read_bytes() == (straight / name).read_bytes()
-    rows = [[row["loss"] for row in RunLog(path / "log.jsonl").records("train")] for path in (straight, folder)]
-    assert rows[0] == rows[1]
+    for event, keys in (("train", ("loss", "norm", "lr")), ("validation", ("loss",)), ("sample", ("text",))):
+        straight_rows, rows = (RunLog(path / "log.jsonl").records(event) for path in (straight, folder))
+        assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in straight_rows]
+    # The samples were those of models that had learned something, so they tell the models apart.
+    assert len({row["text"] for row in rows}) > 1
 
 
 @pytest.mark.parametrize("variant", ["outlier skip", "bfloat16", "no masters"])
@@ -141,46 +125,6 @@ def test_a_bfloat16_run_begins_with_bfloat16s_values_as_llmcs_does(config):
     config = change(config, optimizer={"learning_rate": 0.0, "weight_decay": 0.0}, run={"steps": 1})
     saved = checkpoint.load_checkpoint(train(change(config, compute={"dtype": "bfloat16"}), "tiny", CPU), 1)
     np.testing.assert_array_equal(saved.params, rounded_to_nearest(initialize_parameters(TINY)))
-
-
-def test_a_set_without_its_record_resumes_with_an_empty_window(config, capsys):
-    folder = train(config, "tiny", CPU)
-    (folder / "run_00000008.json").unlink()
-    train(change(config, run={"resume": True, "steps": 9}), "tiny", CPU)
-    assert "the outlier window begins empty" in capsys.readouterr().out
-    window = read_run_record(folder / "run_00000009.json").windows["loss"]
-    assert np.isnan(window[:-1]).all()
-    assert np.isfinite(window[-1])
-
-
-def test_a_record_of_another_sequence_length_is_refused(config):
-    folder = train(config, "tiny", CPU)
-    saved_config_path(folder).unlink()
-    with pytest.raises(Gpt2JaxError, match=r"expected the run's data.sequence_length = 16, found 8"):
-        train(change(config, run={"resume": True}, data={"sequence_length": 8, "total_batch_size": 0}), "tiny", CPU)
-
-
-def test_a_folder_of_llmcs_resumes(config, tiny_shards, capsys):
-    """Of two processes with ZeRO: two states, no config.toml, no record."""
-    layout, folder = ParameterLayout(TINY), Path(config.run.out_dir)
-    folder.mkdir()
-    params, m, v = np.abs(np.random.default_rng(0).normal(0, 0.02, (3, layout.num_parameters))).astype(np.float32)
-    params[slice(*layout.padding_span)] = 0
-    write_model_file(folder / "model_00000005.bin", TINY, rounded_to_nearest(params), "bfloat16")
-    processes = tuple(
-        ProcessState(TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True, process_rank=r, num_processes=2).state())
-        for r in range(2)
-    )
-    states = [folder / f"state_00000005_0000{rank}.bin" for rank in range(2)]
-    write_state_files(states, TrainingState(5, m, v, processes, params), layout, zero=True)
-    (folder / "DONE_00000005").touch()
-    train(change(config, run={"resume": True, "steps": 6}, optimizer={"learning_rate": 0.0}), "tiny", CPU)
-    assert "the checkpoint is of several processes" in capsys.readouterr().out
-    saved = checkpoint.load_checkpoint(folder, 6)
-    np.testing.assert_array_equal(saved.params, params)
-    loader = TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True)
-    loader.skip(6)
-    assert saved.loader.sample_index == loader.state().sample_index == 6
 
 
 def test_old_checkpoints_are_deleted(config):
@@ -276,19 +220,6 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(config):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_resuming_with_another_model_or_data_is_refused(config):
-    train(config, "tiny", CPU)
-    with pytest.raises(Gpt2JaxError, match=r"expected the run's data.batch_size = 2, found 3"):
-        train(change(config, run={"resume": True}, data={"batch_size": 3}), "tiny", CPU)
-
-
-def test_resuming_a_folder_without_a_complete_checkpoint_is_refused(config):
-    folder = train(config, "tiny", CPU)
-    (folder / "DONE_00000008").unlink()
-    with pytest.raises(Gpt2JaxError, match="complete checkpoint"):
-        train(change(config, run={"resume": True}), "tiny", CPU)
-
-
 def test_the_saved_settings_are_the_runs(config):
     folder = train(config, "tiny", CPU)
     assert load_config(saved_config_path(folder)) == config
@@ -360,6 +291,23 @@ def test_with_skip_a_loss_that_is_not_finite_is_reported_and_never_reaches_the_p
     assert saved.rounding == stream
 
 
+def test_a_validation_loss_that_is_not_finite_is_no_crash(config, tmp_path, capsys):
+    config = change(poisoned(config, tmp_path), optimizer={"nonfinite": "skip"}, evaluation={"validate_every": 2})
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "validation loss at step 8: nan" in output
+    assert f"run folder: {folder}" in output
+
+
+def test_a_log_that_became_a_folder_does_not_end_the_run(config, capsys):
+    folder = Path(config.run.out_dir)
+    (folder / "log.jsonl").mkdir(parents=True)
+    train(change(config, evaluation={"sample_every": 0}), "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "log.jsonl: expected a log, found a folder\nthe run goes on without it" in output
+    assert f"run folder: {folder}" in output
+
+
 def test_the_message_names_the_tensors_whose_gradient_is_not_finite(tiny_layout):
     squared = np.ones(16, np.float32)
     squared[[4, 15]] = np.nan, np.inf
@@ -374,6 +322,9 @@ def test_the_message_names_the_tensors_whose_gradient_is_not_finite(tiny_layout)
     [
         ({"data": {"sequence_length": 17}}, r"--sequence-length: expected at most the model's 16, found 17"),
         ({"data": {"train": "nowhere.bin"}}, r"nowhere.bin: .*\n.*prepare_data.py"),
+        ({"run": {"out_dir": "x" * 300}}, r"x: expected to make the run folder, found: File name too long"),
+        ({"run": {"out_dir": "a\0b"}}, r"expected to make the run folder, found: .*null"),
+        ({"run": {"out_dir": "x" * 300, "resume": True}}, r"x: expected a run folder with a complete checkpoint"),
         ({"data": {"batch_size": 200}}, r"expected at least 3201 tokens for one batch"),
         ({"model": {"init": "nowhere.bin", **dict.fromkeys(dataclasses.asdict(TINY))}}, r"nowhere.bin: expected a model file"),
     ],
@@ -382,6 +333,45 @@ def test_what_can_be_refused_is_refused_before_anything_is_written(config, secti
     with pytest.raises(Gpt2JaxError, match=message):
         train(change(config, **sections), "tiny", CPU)
     assert not (tmp_path / "run").exists()
+
+
+def allocate_too_much(*_, **__):
+    return jax.numpy.zeros((1 << 42,), "float32")
+
+
+@pytest.mark.parametrize("where", ["create_state", "make_train_step"])
+def test_memory_that_is_not_there_is_an_error_with_what_would_need_less(config, monkeypatch, where):
+    """A real failure of XLA's, before the first step or in it."""
+    too_much = allocate_too_much if where == "create_state" else lambda *_, **__: jax.jit(allocate_too_much)
+    monkeypatch.setattr(trainer, where, too_much)
+    config = change(config, data={"batch_size": 6, "total_batch_size": 192}, evaluation={"sample_every": 0})
+    with pytest.raises(Gpt2JaxError) as raised:
+        train(config, "tiny", CPU)
+    problem, hint = raised.value.problem, raised.value.hint
+    assert re.match(r"memory: expected room for 0\.00 GB \(.* activations\) in a step, found: RESOURCE_EXHAUSTED: ", problem)
+    assert hint.startswith("--batch-size 3 --total-batch-size 192   (as many tokens a step); or --recompute block; or ")
+    change(config, data={"batch_size": 3}).validate()
+
+
+def test_other_failures_of_xlas_keep_their_traceback(config, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("INTERNAL: not RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(trainer, "create_state", fail)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        train(config, "tiny", CPU)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("data", [{"train": "nowhere.bin"}, {"validation": "nowhere.bin"}])
+def test_a_mistyped_path_is_reported_before_weights_are_made_or_loaded(config, monkeypatch, resume, data):
+    if resume:
+        folder = train(change(config, run={"steps": 1}), "tiny", CPU)
+        saved_config_path(folder).unlink()  # as llm.c's, which does not say what the data were
+    monkeypatch.setattr(trainer, "load_weights", lambda *_: pytest.fail("made the weights"))
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_, **__: pytest.fail("loaded the checkpoint"))
+    with pytest.raises(Gpt2JaxError, match=r"nowhere\.bin"):
+        train(change(config, data=data, run={"resume": resume}), "tiny", CPU)
 
 
 def test_a_token_beyond_the_vocabulary_is_named(config, tiny_shards):

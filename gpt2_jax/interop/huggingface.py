@@ -12,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.llmc.header import file_size
+from gpt2_jax.text_file import read_text_file
 
+_MAX_CONFIG_BYTES = 1_000_000
 _HINT = "a folder that transformers' save_pretrained wrote for GPT2LMHeadModel"
 # Our tensor -> their name in a block. Their Conv1D weights are (in, out), ours (out, in).
 _BLOCK_NAMES = {
@@ -48,10 +51,15 @@ def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.
     compute (another activation, a missing tensor, a wrong shape).
     """
     folder = Path(folder)
-    config = _model_config(folder / "config.json")
+    config = read_huggingface_config(folder / "config.json")
     layout = ParameterLayout(config)
-    params = np.zeros(layout.num_parameters, dtype=np.float32)
     path = folder / "model.safetensors"
+    what = "GPT-2 weights in safetensors"
+    size = file_size(path, what, _HINT)
+    # Before there is a buffer of what may be a damaged config's sizes: no kind of weights takes less than a byte each.
+    if size < layout.num_true_parameters:
+        raise Gpt2JaxError(f"{path}: expected {what} of {layout.num_true_parameters} parameters, found {size} bytes", _HINT)
+    params = np.zeros(layout.num_parameters, dtype=np.float32)
     tensors = layout.views(params)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -68,13 +76,15 @@ def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.
                     raise Gpt2JaxError(f"{path}: expected {prefix + name} of shape {out.shape}, found {value.shape}", _HINT)
                 out[...] = value
     except (OSError, SafetensorError) as error:
-        raise Gpt2JaxError(f"{path}: expected GPT-2 weights in safetensors, found: {error}", _HINT) from None
+        raise Gpt2JaxError(f"{path}: expected {what}, found: {error}", _HINT) from None
     return config, params
 
 
-def _model_config(path: Path) -> ModelConfig:
+def read_huggingface_config(path: str | os.PathLike) -> ModelConfig:
+    """The sizes in a config.json; Gpt2JaxError as `read_huggingface_folder`."""
+    text = read_text_file(path, "a GPT-2 config", _HINT, max_bytes=_MAX_CONFIG_BYTES)
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(text)
         sizes = ModelConfig(
             max_sequence_length=int(config["n_positions"]),
             vocab_size=int(config["vocab_size"]),
@@ -82,9 +92,7 @@ def _model_config(path: Path) -> ModelConfig:
             num_heads=int(config["n_head"]),
             channels=int(config["n_embd"]),
         )
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected a GPT-2 config, found: {error.strerror}", _HINT) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Gpt2JaxError(f"{path}: expected a GPT-2 config with its five sizes, found: {error!r}", _HINT) from None
     # What our forward pass has fixed; a key left out has transformers' default, which is ours.
     for key, expected in (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5), ("tie_word_embeddings", True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shlex
 from collections.abc import Callable
@@ -229,6 +230,6 @@ def _folder(given: dict[str, str]) -> list[str]:
         if resume:
             raise Gpt2JaxError("--llmc: expected a folder to resume from, found -y 1 without -o", "-y 1 -o DIR")
         return []
-    if resume and any(Path(folder).glob("DONE_*")):
+    if resume and glob.glob("DONE_*", root_dir=folder):
         return ["--resume", "--out-dir", folder]
     return ["--out-dir", folder]

@@ -47,7 +47,7 @@ def header_words(values: dict[int, int]) -> np.ndarray:
     return header
 
 
-def file_size(path: str | os.PathLike, what: str, hint: str) -> int:
+def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
     """Size in bytes of a regular file; Gpt2JaxError for anything that cannot be read as one (missing, folder, pipe)."""
     try:
         status = os.stat(path)

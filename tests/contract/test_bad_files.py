@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import tracemalloc
@@ -14,7 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2_jax.config import RunConfig, format_config, load_config
+from gpt2_jax.corpus import hellaswag, text_file
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.interop.huggingface import read_huggingface_config
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file, write_eval_file
@@ -24,6 +28,7 @@ from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_m
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file, write_tokenizer_file
+from gpt2_jax.report import RunLog
 from gpt2_jax.run_record import Averages, RunRecord, read_run_record, write_run_record
 from tests.contract.guard import no_hang
 
@@ -56,6 +61,19 @@ READERS: dict[str, Callable[[str], object]] = {
     "loader": read_all_batches,
 }
 every_reader = pytest.mark.parametrize("reader", READERS)
+# Of text, with a file that each reads.
+TEXT_READERS: dict[str, Callable[[str], object]] = {
+    "run_record": read_run_record,
+    "settings": load_config,
+    "log": lambda path: [RunLog(path).records(event) for event in ("train", "validation")],
+    "hellaswag_jsonl": hellaswag,
+    "text": text_file,
+    "huggingface_config": read_huggingface_config,
+}
+every_text_reader = pytest.mark.parametrize("reader", TEXT_READERS)
+every_reader_of_either = pytest.mark.parametrize("reader", [*READERS, *TEXT_READERS])
+# A log that is not there has no records.
+every_reader_but_the_logs = pytest.mark.parametrize("reader", [name for name in (*READERS, *TEXT_READERS) if name != "log"])
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +115,72 @@ def valid(folder: Path) -> Callable[[str], bytes]:
     return lambda reader: (folder / f"{reader}.bin").read_bytes()
 
 
-@given(kept=st.integers(0, 2**32), junk=st.binary(max_size=30))
-def test_damaged_record_of_a_run_is_read_or_refused(folder, kept, junk):
+@pytest.fixture(scope="module")
+def valid_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], bytes]:
+    """For the name of a reader of text the content of a file that it reads."""
+    folder = tmp_path_factory.mktemp("texts")
     windows = {"loss": np.array([1.5, np.nan], np.float32)}
-    path = folder / "run.json"
-    write_run_record(path, RunRecord(2, 4, "float32", windows, Averages(3, 0.5, 100.0), {"run": {"steps": 3}}))
-    content = path.read_bytes()
-    path.write_bytes(content[: kept % len(content)] + junk + content[kept % len(content) + len(junk) :])
-    with no_hang(), suppress(Gpt2JaxError):
-        read_run_record(path)
+    write_run_record(folder / "run_record", RunRecord(2, 4, "float32", windows, Averages(3, 0.5, 100.0), {"run": {"steps": 3}}))
+    (folder / "settings").write_text(format_config(RunConfig()))
+    log = RunLog(folder / "log")
+    for step in range(1, 4):
+        log.write("train", step, loss=float(step), lr=0.1, norm=1.0)
+    question = {"ctx": "A dog", "endings": ["barks.", "sings.", "writes.", "flies."], "label": 0}
+    (folder / "hellaswag_jsonl").write_text(f"{json.dumps(question)}\n" * 2)
+    (folder / "text").write_text("In the beginning God created the heaven and the earth. " * 3)
+    sizes = {"n_positions": 8, "vocab_size": 10, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    (folder / "huggingface_config").write_text(json.dumps(sizes))
+    return lambda reader: (folder / reader).read_bytes()
+
+
+@every_text_reader
+def test_undamaged_text_is_read(reader, folder, valid_text):
+    assert outcome_of_content(reader, folder, valid_text(reader)) == ""
+
+
+@every_text_reader
+@given(kept=st.integers(0, 2**32), junk=st.binary(max_size=30), removed=st.integers(0, 30))
+def test_damaged_text_is_read_or_refused(reader, folder, valid_text, kept, junk, removed):
+    content = valid_text(reader)
+    kept %= len(content)
+    outcome_of_content(reader, folder, content[:kept] + junk + content[kept + removed :])
+
+
+@every_text_reader
+@given(kept=st.integers(0, 2**32))
+def test_text_cut_at_any_byte_is_read_or_refused(reader, folder, valid_text, kept):
+    content = valid_text(reader)
+    outcome_of_content(reader, folder, content[: kept % len(content)])
+
+
+OTHER_TEXTS = {
+    "empty": b"",
+    "a number": b"5",
+    "a list": b"[]",
+    "null": b"null",
+    "zeros": b"\0" * 1000,
+    "no UTF-8": b"\xff" * 1000,
+    "an open bracket": b"{",
+    "brackets": b"[" * 50_000,
+    "nested tables": b"a = " + b"[" * 50_000,
+    "a long number": b"[run]\nsteps = " + b"1" * 5_000,
+    "a long number in JSON": b'{"event": ' + b"1" * 5_000 + b"}",
+    "numbers that are none": b'{"n_positions": Infinity, "vocab_size": NaN}',
+    "records without their values": b'{"event": "train"}\n{"event": "train", "step": "x"}\n{"step": 3}\n',
+}
+
+
+@every_text_reader
+@pytest.mark.parametrize("content", OTHER_TEXTS.values(), ids=OTHER_TEXTS)
+def test_other_text_is_read_or_refused(reader, folder, content):
+    outcome_of_content(reader, folder, content)
 
 
 def outcome(reader: str, path: str) -> str:
     """The error's text, or nothing if the file was read. Anything but success and a Gpt2JaxError fails the test."""
     try:
         with no_hang():
-            READERS[reader](path)
+            (READERS | TEXT_READERS)[reader](path)
     except Gpt2JaxError as error:
         text = str(error)
         assert path in text
@@ -225,62 +293,62 @@ def test_file_of_another_kind_is_refused(reader, other, folder, valid):
         assert "found magic" in outcome_of_content(reader, folder, valid(other))
 
 
-@every_reader
+@every_reader_of_either
 def test_folder_is_refused(reader, tmp_path):
     assert "found a folder" in outcome(reader, str(tmp_path))
 
 
-@every_reader
+@every_reader_of_either
 def test_pipe_is_refused_without_waiting(reader, tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     assert "found something that is not a regular file" in outcome(reader, str(path))
 
 
-@every_reader
+@every_reader_of_either
 def test_device_is_refused(reader):
     assert "found something that is not a regular file" in outcome(reader, os.devnull)
 
 
-@every_reader
+@every_reader_of_either
 def test_links_in_a_circle_are_refused(reader, tmp_path):
     path = tmp_path / "link"
     path.symlink_to(path)
     assert "Too many levels of symbolic links" in outcome(reader, str(path))
 
 
-@every_reader
+@every_reader_but_the_logs
 def test_missing_file_is_refused(reader, tmp_path):
     assert "found no" in outcome(reader, str(tmp_path / "missing.bin"))
 
 
-@every_reader
+@every_reader_of_either
 def test_link_to_a_missing_file_is_refused(reader, tmp_path):
     path = tmp_path / "link"
     path.symlink_to(tmp_path / "missing.bin")
     assert "found no such file" in outcome(reader, str(path))
 
 
-@every_reader
+@every_reader_but_the_logs
 def test_path_through_a_file_is_refused(reader, folder, valid):
-    path = folder / f"{reader}.bin" / "inside.bin"
+    path = folder / "eval.bin" / "inside.bin"
     assert "found" in outcome(reader, str(path))
 
 
-@every_reader
+@every_reader_but_the_logs
 def test_name_that_is_too_long_is_refused(reader, tmp_path):
     assert "found" in outcome(reader, str(tmp_path / ("x" * 300)))
 
 
-@every_reader
+@every_reader_but_the_logs
 def test_name_with_a_zero_byte_is_refused(reader, tmp_path):
     assert "found" in outcome(reader, str(tmp_path / "a\0b"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@every_reader
+@every_reader_of_either
 def test_file_without_read_permission_is_refused(reader, tmp_path, valid):
     path = tmp_path / "secret.bin"
-    path.write_bytes(valid(reader))
+    path.write_bytes(valid("eval"))
     path.chmod(0)
     assert "Permission denied" in outcome(reader, str(path))

@@ -6,8 +6,11 @@ import dataclasses
 import errno
 import os
 import resource
+import struct
 import tempfile
+import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +23,7 @@ from gpt2_jax.checkpoint import (
     delete_old_checkpoints,
     load_checkpoint,
     newest_step,
+    reshard_checkpoint,
     save_checkpoint,
 )
 from gpt2_jax.errors import Gpt2JaxError
@@ -466,3 +470,80 @@ def test_master_weights_with_padding_that_is_not_zero_are_refused(tmp_path):
     save_checkpoint(tmp_path, dataclasses.replace(saved, dtype="bfloat16"))
     with pytest.raises(Gpt2JaxError, match="expected zeros in the padding rows of wte's master weights"):
         load_checkpoint(tmp_path, 5)
+
+
+def reshard_for_two(source: Path, target: Path) -> None:
+    reshard_checkpoint(source, 5, target, [LoaderState(0, rank) for rank in range(2)], num_micro_batches=1, zero=True)
+
+
+def test_resharding_killed_at_any_call_leaves_the_source_and_no_set(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    saved = checkpoint_of(5)
+    save_checkpoint(source, saved)
+    for call in range(1, 100):
+        target = tmp_path / str(call)
+        with pytest.MonkeyPatch.context() as patch:
+            machine = Machine(patch, call)
+            with suppress(Killed):
+                reshard_for_two(source, target)
+        assert_newest_is(source, saved)
+        if machine.calls < call:
+            break
+        if complete_steps(target):  # the last call syncs the folder, after DONE got its name
+            with pytest.raises(Gpt2JaxError, match="expected no set of step 5 in it, found one"):
+                reshard_for_two(source, target)
+        else:
+            reshard_for_two(source, target)
+        assert complete_steps(target) == [5]
+    assert call > 15
+    np.testing.assert_array_equal(load_checkpoint(target, 5).m, saved.m)
+
+
+def test_resharding_into_the_same_folder_is_refused_and_changes_nothing(tmp_path):
+    save_checkpoint(tmp_path, checkpoint_of(5))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(Gpt2JaxError, match=r"expected no set of step 5 in it, found one\n---> HINT: another --output-dir"):
+        reshard_for_two(tmp_path, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resharding_that_cannot_write_leaves_nothing(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    save_checkpoint(source, checkpoint_of(5))
+    replace = os.replace
+
+    def full(old, new):
+        if "state" in Path(new).name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(Gpt2JaxError, match="No space left on device"):
+        reshard_for_two(source, target)
+    assert names(target) == set()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file/inside"])
+def test_resharding_into_a_folder_that_cannot_be_is_refused(tmp_path, name):
+    save_checkpoint(tmp_path, checkpoint_of(5))
+    (tmp_path / "file").touch()
+    with pytest.raises(Gpt2JaxError, match="expected to make the folder"):
+        reshard_for_two(tmp_path, tmp_path / name)
+
+
+def test_state_that_claims_billions_of_processes_is_passed_over_with_little_memory(tmp_path):
+    old = checkpoint_of(5)
+    save_checkpoint(tmp_path, old)
+    save_checkpoint(tmp_path, checkpoint_of(10))
+    path = tmp_path / "state_00000010_00000.bin"
+    content = bytearray(path.read_bytes())
+    content[8:12] = struct.pack("<i", 2**31 - 1)
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert complete_steps(tmp_path) == [5]
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

@@ -16,6 +16,7 @@ import pytest
 
 from gpt2_jax.checkpoint import complete_steps
 from gpt2_jax.interrupts import stop_requests
+from gpt2_jax.report import RunLog
 from gpt2_jax.run_record import read_run_record
 from tests.conftest import REPOSITORY
 
@@ -65,8 +66,9 @@ def ended(process: subprocess.Popen) -> tuple[str, str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_interrupted_and_resumed_run_ends_with_the_files_of_a_straight_one(tiny_shards, tmp_path, dtype):
-    """With shuffling, accumulation, a falling learning rate and the outlier skip."""
+    """With shuffling, accumulation, a falling learning rate, the outlier skip and samples."""
     flags = [*FLAGS, "--dtype", dtype, "--train", tiny_shards[0], "--validation", tiny_shards[1]]
+    flags += ["--sample-every", "200", "--sample-tokens", "8"]
     with training(*flags, "--out-dir", tmp_path / "straight") as process:
         ended(process)
         assert process.returncode == 0
@@ -89,6 +91,11 @@ def test_interrupted_and_resumed_run_ends_with_the_files_of_a_straight_one(tiny_
         assert process.returncode == 0
     for name in (f"model_{STEPS:08d}.bin", f"state_{STEPS:08d}_00000.bin"):
         assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    logs = [RunLog(path / "log.jsonl") for path in (folder, tmp_path / "straight")]
+    assert logs[0].main_path.read_bytes() == logs[1].main_path.read_bytes()
+    samples = [[(row["step"], row["text"]) for row in log.records("sample")] for log in logs]
+    assert samples[0] == samples[1]
+    assert [step for step, _ in samples[0]] == [0, 200, 400, 600]
     # The skip did refuse updates, so its windows mattered.
     assert '"applied": false' in (folder / "log.jsonl").read_text()
     records = [read_run_record(path / f"run_{STEPS:08d}.json") for path in (folder, tmp_path / "straight")]

@@ -137,6 +137,7 @@ def test_resume_takes_what_is_there(tmp_path):
     (tmp_path / "DONE_00000005").touch()
     assert settings(f"-o {tmp_path} -y 1").run.resume
     assert not settings(f"-o {tmp_path} -y 0").run.resume
+    assert not settings(f"-o {'x' * 300} -y 1").run.resume
 
 
 def test_hellaswag_is_where_llmc_looks_for_it(tmp_path, monkeypatch):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 
+from gpt2_jax.config import ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.pytorch import make_pytorch_model
+from gpt2_jax.weights import read_sizes
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.torch
@@ -23,7 +26,7 @@ def folder(tmp_path, tiny_params):
 
 def test_a_saved_model_reads_back(folder, tiny_params):
     config, params = read_huggingface_folder(folder)
-    assert config == TINY
+    assert config == TINY == read_sizes(ModelSettings(init=str(folder)))
     np.testing.assert_array_equal(params, tiny_params)
 
 
@@ -66,9 +69,20 @@ def test_another_model_is_refused(folder, change, message):
         read_huggingface_folder(folder)
 
 
+def test_sizes_that_the_weights_do_not_have_are_refused_without_a_buffer_for_them(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 2**40}))
+    with pytest.raises(Gpt2JaxError, match=r"safetensors: expected GPT-2 weights in safetensors of \d+ parameters"):
+        read_huggingface_folder(folder)
+
+
 def test_incomplete_folders_are_refused(folder):
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(Gpt2JaxError, match="expected GPT-2 weights in safetensors"):
+        read_huggingface_folder(folder)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(Gpt2JaxError, match="found something that is not a regular file"):
         read_huggingface_folder(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(Gpt2JaxError, match="expected GPT-2 weights in safetensors"):

@@ -1,0 +1,69 @@
+"""How a run goes on from a checkpoint: what may not change under it, and the state that it stood in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.checkpoint import Checkpoint
+from gpt2_jax.config import RunConfig, load_saved_config
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.optimizer import AdamWState
+from gpt2_jax.report import Display
+from gpt2_jax.run_record import RunRecord
+from gpt2_jax.stability import WATCHED, WINDOW, empty_windows
+from gpt2_jax.train_step import TrainState
+
+
+def check_settings(config: RunConfig) -> None:
+    """Gpt2JaxError for other model or data settings than the run folder's, if it says what they were: one that llm.c
+    wrote does not."""
+    saved = load_saved_config(config.run.out_dir)
+    if saved is None:
+        return
+    for section in ("model", "data"):
+        before, now = getattr(saved, section), getattr(config, section)
+        for field in dataclasses.fields(before):
+            _expect_the_same(f"{section}.{field.name}", getattr(before, field.name), getattr(now, field.name))
+
+
+def resumed_state(
+    fresh: TrainState, config: RunConfig, resumed: Checkpoint, train_loader: TokenLoader, display: Display
+) -> TrainState:
+    """A fresh state of the saved parameters made the saved one, and the data put where they stood; says what is other.
+
+    Gpt2JaxError for a checkpoint of another batch size or sequence length, with which the data would be others.
+    """
+    windows = empty_windows()
+    if resumed.record is None:
+        display.line("the checkpoint has no run_*.json: the outlier window begins empty")
+    else:
+        _check_record(resumed.record, config, display)
+        windows = np.stack([resumed.record.windows[name] for name in WATCHED])
+    if resumed.loader is not None:
+        train_loader.restore(resumed.loader)
+    else:
+        train_loader.skip(resumed.step * config.num_micro_batches)
+        display.line("the checkpoint is of several processes: the training data go on in the order of one process")
+    moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
+    return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
+
+
+def _check_record(record: RunRecord, config: RunConfig, display: Display) -> None:
+    for name in ("batch_size", "sequence_length"):
+        _expect_the_same(f"data.{name}", getattr(record, name), getattr(config.data, name))
+    if {name: window.size for name, window in record.windows.items()} != dict.fromkeys(WATCHED, WINDOW):
+        raise Gpt2JaxError(f"--resume: expected the record of {WINDOW} values each of {' and '.join(WATCHED)}, found others")
+    if record.dtype != config.compute.dtype:
+        display.line(f"so far the run was computed in {record.dtype}, from here on in {config.compute.dtype}")
+
+
+def _expect_the_same(setting: str, before: object, now: object) -> None:
+    if before != now:
+        raise Gpt2JaxError(
+            f"--resume: expected the run's {setting} = {before!r}, found {now!r}",
+            "leave it out: a resumed run takes its settings from its folder",
+        )
