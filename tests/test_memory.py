@@ -118,13 +118,13 @@ def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(jnp.arange(5000, dtype=jnp.float32)).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(*(pages() for _ in range(6)))
+print(*(pages() for _ in range(12)))
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     counts = [int(count) for count in ended.stdout.split()]
     assert counts[0] > 20_000, (counts, ended.stderr)
-    assert min(counts[2:]) < 1_000, counts
+    assert min(counts[2:]) < 1_000, counts  # with the machine busy some blocks may lie badly at first
 
 
 def test_the_peak_of_the_process_rises_with_what_it_holds():
