@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_jax import metal_plugins
+from gpt2_jax import jax_compat, metal_plugins
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.metal_plugins import MetalPlugin
 
@@ -92,7 +92,8 @@ _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
 
 
 def _cpu(reason: str = "asked for with --backend cpu") -> Backend:
-    return Backend("cpu", "cpu", reason, frozenset({"barriers"}), environment=_kept_programs())
+    lacks = frozenset() if jax_compat.cpu_compiler_keeps_barriers() else frozenset({"barriers"})
+    return Backend("cpu", "cpu", reason, lacks, environment=_kept_programs())
 
 
 def _cuda(reason: str = "asked for with --backend cuda") -> Backend:

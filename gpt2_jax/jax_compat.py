@@ -56,6 +56,11 @@ def switch_off_ynnpack_fusions() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {YNNPACK_FLAG}=".strip()
 
 
+def cpu_compiler_keeps_barriers() -> bool:
+    """Whether XLA's compiler for the CPU leaves jax.checkpoint's barriers in: seen with 0.12.0, not with 0.10.2 and 0.4.34."""
+    return (installed_version("jaxlib") or ()) >= (0, 12)
+
+
 def ffi_module() -> Any:
     """jax's module of the foreign function interface."""
     import jax

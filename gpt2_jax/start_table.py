@@ -67,7 +67,7 @@ def start_table(
         ("updates", _update_rules(config)),
     ]
     if config.compute.recompute != "none" and not recomputing_saves_memory(backend, matmul.name):
-        saves_nothing = f"saves no memory: XLA for {backend.name} keeps all the same what is to be computed anew"
+        saves_nothing = f"saves little or no memory: XLA for {backend.name} keeps all the same what is to be computed anew"
         rows.append(("", f"--recompute {config.compute.recompute} {saves_nothing}"))
     rows += [
         ("evaluation", _evaluations(config)),

@@ -49,7 +49,7 @@ def test_what_would_need_less_memory_is_said_where_it_would(config, sections, la
     assert hint.startswith(first)
 
 
-def test_xlas_compiler_for_the_cpu_takes_barriers_out():
+def test_the_cpus_record_is_right_about_barriers():
     """Were it otherwise, the CPU's record would be wrong."""
     model_config = ModelConfig(max_sequence_length=64, vocab_size=203, num_layers=2, num_heads=2, channels=64)
     layout = ParameterLayout(model_config)
@@ -61,5 +61,5 @@ def test_xlas_compiler_for_the_cpu_takes_barriers_out():
         shapes = jnp.zeros(layout.num_parameters), jnp.zeros((8, 64), jnp.int32)
         return jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    assert "barriers" in select_backend("cpu").lacks
-    assert temporaries("block") == temporaries("none")
+    saved = 1 - temporaries("block") / temporaries("none")
+    assert (saved < 0.25) == ("barriers" in select_backend("cpu").lacks)
