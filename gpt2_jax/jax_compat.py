@@ -57,8 +57,8 @@ def switch_off_ynnpack_fusions() -> None:
 
 
 def cpu_compiler_keeps_barriers() -> bool:
-    """Whether XLA's compiler for the CPU leaves jax.checkpoint's barriers in: seen with 0.12.0, not with 0.10.2 and 0.4.34."""
-    return (installed_version("jaxlib") or ()) >= (0, 12)
+    """Whether XLA's compiler for the CPU leaves jax.checkpoint's barriers in: seen with 0.11.2, not with 0.10.2 and 0.4.34."""
+    return (installed_version("jaxlib") or ()) >= (0, 11)
 
 
 def ffi_module() -> Any:
