@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import custom_calls
+from gpt2_jax.backend import Backend
 from gpt2_jax.checkpoint import Checkpoint
 from gpt2_jax.config import RunConfig, load_saved_config
+from gpt2_jax.doctor import processor_name
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.jax_compat import version_text
 from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.matmul import precision_of
 from gpt2_jax.optimizer import AdamWState
 from gpt2_jax.report import Display
 from gpt2_jax.run_record import RunRecord
@@ -30,8 +36,23 @@ def check_settings(config: RunConfig) -> None:
             _expect_the_same(f"{section}.{field.name}", getattr(before, field.name), getattr(now, field.name))
 
 
+def computed_by(config: RunConfig, backend: Backend, matmul: str) -> str:
+    """What the bits of a run depend on beside its data and its model: another computation rounds differently."""
+    products = f"{matmul} in {precision_of(matmul, jnp.dtype(config.compute.dtype))}"
+    if custom_calls.serve(matmul):
+        products += f" ({custom_calls.description()['kernel']})"
+    processor = processor_name() if backend.platform == "cpu" else jax.devices()[0].device_kind
+    return f"{config.compute.dtype}, {products}, jax {version_text('jax')}, jaxlib {version_text('jaxlib')}, {processor}"
+
+
 def resumed_state(
-    fresh: TrainState, config: RunConfig, resumed: Checkpoint, train_loader: TokenLoader, display: Display
+    fresh: TrainState,
+    config: RunConfig,
+    resumed: Checkpoint,
+    train_loader: TokenLoader,
+    display: Display,
+    *,
+    computed_by: str,
 ) -> TrainState:
     """A fresh state of the saved parameters made the saved one, and the data put where they stood; says what is other.
 
@@ -41,7 +62,10 @@ def resumed_state(
     if resumed.record is None:
         display.line("the checkpoint has no run_*.json: the outlier window begins empty")
     else:
-        _check_record(resumed.record, config, display)
+        _check_record(resumed.record, config)
+        if resumed.record.computed_by != computed_by:
+            display.line(f"so far the run was computed by {resumed.record.computed_by}")
+            display.line(f"from here on by {computed_by}: its bits are no longer those of a straight run")
         windows = np.stack([resumed.record.windows[name] for name in WATCHED])
     if resumed.loader is not None:
         train_loader.restore(resumed.loader)
@@ -52,13 +76,11 @@ def resumed_state(
     return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
 
 
-def _check_record(record: RunRecord, config: RunConfig, display: Display) -> None:
+def _check_record(record: RunRecord, config: RunConfig) -> None:
     for name in ("batch_size", "sequence_length"):
         _expect_the_same(f"data.{name}", getattr(record, name), getattr(config.data, name))
     if {name: window.size for name, window in record.windows.items()} != dict.fromkeys(WATCHED, WINDOW):
         raise Gpt2JaxError(f"--resume: expected the record of {WINDOW} values each of {' and '.join(WATCHED)}, found others")
-    if record.dtype != config.compute.dtype:
-        display.line(f"so far the run was computed in {record.dtype}, from here on in {config.compute.dtype}")
 
 
 def _expect_the_same(setting: str, before: object, now: object) -> None:

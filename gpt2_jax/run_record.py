@@ -45,6 +45,7 @@ class RunRecord:
     batch_size: int
     sequence_length: int
     dtype: str
+    computed_by: str  # what the bits depend on beside the settings, for people: processor, products, versions
     windows: dict[str, np.ndarray]  # of the outlier detector, float32, nan where no value is yet
     averages: Averages
     settings: dict[str, dict[str, Any]]  # the whole configuration, for people
@@ -57,6 +58,7 @@ def write_run_record(path: str | os.PathLike, record: RunRecord) -> None:
         "batch_size": record.batch_size,
         "sequence_length": record.sequence_length,
         "dtype": record.dtype,
+        "computed_by": record.computed_by,
         "windows": {
             name: [None if math.isnan(value) else value for value in window.tolist()] for name, window in record.windows.items()
         },
@@ -80,6 +82,7 @@ def read_run_record(path: str | os.PathLike) -> RunRecord:
             batch_size=_checked(content["batch_size"], int),
             sequence_length=_checked(content["sequence_length"], int),
             dtype=_checked(content["dtype"], str),
+            computed_by=_checked(content["computed_by"], str),
             windows=windows,
             averages=_averages(content["averages"]),
             settings=_checked(content["settings"], dict),

@@ -104,12 +104,13 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         warmup_steps=config.optimizer.warmup_steps,
         final_fraction=config.optimizer.final_learning_rate_fraction,
     )
+    computed_by = resume.computed_by(config, backend, matmul.name)
     optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul.name))
     less = needing_less(config, backend, matmul.name)
     with out_of_memory_explained(needed, less):
         state = create_state(params, optimizer, matmul=matmul.name)
         if resumed is not None:
-            state = resume.resumed_state(state, config, resumed, train_loader, display)
+            state = resume.resumed_state(state, config, resumed, train_loader, display, computed_by=computed_by)
     done = 0 if resumed is None else resumed.step
     rounding = RoundingStream() if resumed is None else resumed.rounding
     averages = Averages() if resumed is None or resumed.record is None else resumed.record.averages
@@ -119,7 +120,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     clock = _StepClock(config.tokens_per_step, averages)
     peak = peak_flops(jax.devices()[0].device_kind, config.compute.dtype)
     loaders = (train_loader, validation_loader)
-    run = _Run(config, folder, layout, steps, *loaders, questions, matmul.name, display, clock, peak, rounding)
+    run = _Run(config, folder, layout, steps, *loaders, questions, matmul.name, computed_by, display, clock, peak, rounding)
     with display:
         display.table(start_table(config, backend, device, matmul, layout, steps, needed, *loaders, folder))
         if done >= steps:
@@ -163,6 +164,7 @@ class _Run:
         validation_loader: TokenLoader | None,
         questions: list[MultipleChoice],
         matmul: str,
+        computed_by: str,
         display: Display,
         clock: _StepClock,
         peak: float | None,
@@ -171,7 +173,7 @@ class _Run:
         self.config, self.folder, self.layout, self.steps = config, folder, layout, steps
         self.train_loader, self.validation_loader, self.questions = train_loader, validation_loader, questions
         self.dtype, self.matmul = jnp.dtype(config.compute.dtype), matmul
-        self.display, self.clock, self.peak, self.rounding = display, clock, peak, rounding
+        self.computed_by, self.display, self.clock, self.peak, self.rounding = computed_by, display, clock, peak, rounding
         self.log = RunLog(folder / "log.jsonl")
         self.loss_function = make_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
         self.token_loss_function = make_token_loss_function(layout, dtype=self.dtype, matmul=self.matmul)
@@ -342,6 +344,7 @@ class _Run:
             batch_size=data.batch_size,
             sequence_length=data.sequence_length,
             dtype=self.config.compute.dtype,
+            computed_by=self.computed_by,
             windows=dict(zip(WATCHED, np.asarray(state.windows), strict=True)),
             averages=self.clock.averages,
             settings=dataclasses.asdict(self.config),

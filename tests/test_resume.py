@@ -30,6 +30,18 @@ def test_a_set_without_its_record_resumes_with_an_empty_window(config, capsys):
     assert np.isfinite(window[-1])
 
 
+def test_what_else_changes_the_bits_is_said(config, capsys):
+    config = change(config, compute={"matmul": "xla"})
+    train(config, "tiny", CPU)
+    train(change(config, run={"resume": True, "steps": 9}), "tiny", CPU)
+    assert "so far the run was computed by" not in capsys.readouterr().out
+    in_bfloat16 = {"matmul": "xla", "dtype": "bfloat16"}
+    train(change(config, run={"resume": True, "steps": 10}, compute=in_bfloat16), "tiny", CPU)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "so far the run was computed by float32, xla in " in text
+    assert "from here on by bfloat16, xla in " in text
+
+
 def test_a_record_of_another_sequence_length_is_refused(config):
     folder = train(config, "tiny", CPU)
     saved_config_path(folder).unlink()

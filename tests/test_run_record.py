@@ -21,6 +21,7 @@ def record(**changes) -> RunRecord:
         "batch_size": 4,
         "sequence_length": 64,
         "dtype": "bfloat16",
+        "computed_by": "bfloat16, amx in BF16_BF16_F32, a processor",
         "windows": {"loss": window, "gradient_norm": window[::-1]},
         "averages": Averages(7, 1.25, 1000 / 3),
         "settings": {"run": {"steps": 40, "out_dir": "runs/ä"}, "optimizer": {"learning_rate": 3e-4}},

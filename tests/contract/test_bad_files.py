@@ -120,7 +120,9 @@ def valid_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], byte
     """For the name of a reader of text the content of a file that it reads."""
     folder = tmp_path_factory.mktemp("texts")
     windows = {"loss": np.array([1.5, np.nan], np.float32)}
-    write_run_record(folder / "run_record", RunRecord(2, 4, "float32", windows, Averages(3, 0.5, 100.0), {"run": {"steps": 3}}))
+    write_run_record(
+        folder / "run_record", RunRecord(2, 4, "float32", "a test", windows, Averages(3, 0.5, 100.0), {"run": {"steps": 3}})
+    )
     (folder / "settings").write_text(format_config(RunConfig()))
     log = RunLog(folder / "log")
     for step in range(1, 4):

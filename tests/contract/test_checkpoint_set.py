@@ -49,7 +49,7 @@ def checkpoint_of(step: int, loader: LoaderState | None = None) -> Checkpoint:
     params[slice(*layout.padding_span)] = 0
     windows = {name: np.full(128, np.nan, np.float32) for name in ("loss", "gradient_norm")}
     windows["loss"][-3:] = params[:3]
-    record = RunRecord(2, 16, "float32", windows, Averages(step, 0.25 * step, 100.0), {"run": {"steps": 40}})
+    record = RunRecord(2, 16, "float32", "a test", windows, Averages(step, 0.25 * step, 100.0), {"run": {"steps": 40}})
     return Checkpoint(TINY, params, m, v, step, loader or LoaderState(0, 3), record=record)
 
 
