@@ -25,7 +25,7 @@ train: $(VENV)/installed
 	$(BIN)/python scripts/train.py --config configs/demo.toml $(TRAIN_FLAGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/installed-test
 	@mkdir -p build

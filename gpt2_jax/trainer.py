@@ -58,8 +58,6 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
     config.validate()
     if config.compute.matmul_precision != "default":
         jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
-    if backend.platform == "cpu":
-        memory.keep_freed_memory()
     display = Display()
     device = open_device(backend)
     matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype)

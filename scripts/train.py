@@ -13,6 +13,7 @@ import sys
 from gpt2_jax.backend import select_backend
 from gpt2_jax.config import format_config, parse_command_line
 from gpt2_jax.errors import run_program
+from gpt2_jax.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -25,6 +26,9 @@ def main() -> None:
     backend = select_backend(
         compute.backend, metal_plugin=compute.metal_plugin, full_float32=compute.matmul_precision == "highest"
     )
+
+    if backend.platform == "cpu":
+        keep_freed_memory()
 
     from gpt2_jax.trainer import train
 

@@ -13,8 +13,10 @@ import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests, and the programs that they run, compile the same few functions again and again.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-test-cache-")
+# Tests, and the programs that they run, compile the same few functions again and again; pytest-xdist's workers share them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -36,7 +38,6 @@ from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.matmul import choose_implementation
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
