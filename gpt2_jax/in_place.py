@@ -42,6 +42,7 @@ class _Gradient:
         self._buffer_N, self._layout = buffer_N, layout
         self._implementation, self._accumulate = implementation, accumulate
         self._pieces: list[tuple[int, jax.Array]] = []
+        self._awaited = 0  # so many of them by the last barrier
 
     def write_product(self, name: str, layer: int, dy_MO: jax.Array, x_MI: jax.Array, *, more: bool = False) -> None:
         """dyᵀ x, the gradient of a weight (O, I), or with `more` the rest of it."""
@@ -54,9 +55,14 @@ class _Gradient:
             implementation=self._implementation,
         )
 
-    def after_what_is_written(self, x: jax.Array) -> jax.Array:
-        """x, but not before all that was written so far is in the buffer."""
-        return _barrier(x, self._buffer_N)
+    def barrier(self, x: jax.Array, *others: jax.Array) -> jax.Array:
+        """x, but not before the others and all gradients so far are there, so that what they are made of is free.
+
+        lax.optimization_barrier is gone when XLA's CPU compiler orders the calls.
+        """
+        gradients = [piece for _, piece in self._pieces[self._awaited :]]
+        self._awaited = len(self._pieces)
+        return jax_compat.ffi_call(custom_calls.BARRIER, _like(x), x, self._buffer_N, *gradients, *others, aliases={0: 0})
 
     def add_rows(self, name: str, indices: jax.Array, rows: jax.Array) -> None:
         """Add rows (..., C) to those of a matrix that `indices` (...) name, after its product was written."""
@@ -164,7 +170,7 @@ def _part(this: _Pass, name: str, part: Callable[[jax.Array], tuple[jax.Array, A
 
     def backward_anew(*cotangents: jax.Array) -> jax.Array:
         # Without a barrier XLA would find both computations equal, and keep the first one's values after all.
-        return part(_barrier(x, *cotangents))[1](*cotangents)
+        return part(this.gradient.barrier(x, *cotangents))[1](*cotangents)
 
     return value, backward_anew
 
@@ -260,11 +266,12 @@ def _classify(this: _Pass, h_BTC: jax.Array, y_BT: jax.Array, scale: float) -> t
     M = y_M.shape[0]
     num_chunks = -(-M // CLASSIFIER_ROWS)
     bounds = [M * chunk // num_chunks for chunk in range(num_chunks + 1)]
-    losses, dh = [], []
+    losses: list[jax.Array] = []
+    dh: list[jax.Array] = []
     for start, stop in pairwise(bounds):
         h_RC, y_R = h_MC[start:stop], y_M[start:stop]
-        if start > 0:  # or XLA may make the logits of all chunks first
-            h_RC = this.gradient.after_what_is_written(h_RC)
+        if dh:  # or XLA may make the logits of all chunks first
+            h_RC = this.gradient.barrier(h_RC, dh[-1])
         losses_R, dh_RC = _classify_rows(this, h_RC, y_R, scale / M, more=start > 0)
         losses.append(losses_R)
         dh.append(dh_RC)
@@ -290,11 +297,6 @@ def _classify_rows(this: _Pass, h_RC: jax.Array, y_R: jax.Array, scale: float, *
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _barrier(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """x, but not before the others are there; lax.optimization_barrier is gone when XLA's CPU compiler orders the calls."""
-    return jax_compat.ffi_call(custom_calls.BARRIER, _like(x), x, *others, aliases={0: 0})
 
 
 def _call(target: str, result: Any, *args: jax.Array, **attributes: Any) -> Any:

@@ -94,8 +94,8 @@ def test_what_is_computed_anew_is_not_kept():
     activation, layers = 4 * 256 * 64, DEEP.config.num_layers
     needed = {level: temporary_bytes(DEEP, 256, recompute=level) for level in model.RECOMPUTED}
     for level, saved in (("gelu", 4), ("layernorm", 6), ("block", 15)):
-        # The layer that is computed anew has all of its own.
-        assert needed["none"] - needed[level] >= saved * (layers - 1) * activation, (level, needed)
+        # The layer that is computed anew has all of its own and cotangents of as many elements, as may its neighbour.
+        assert needed["none"] - needed[level] >= saved * (layers - 3) * activation, (level, needed)
 
 
 @implementations
