@@ -68,8 +68,12 @@ def estimate(
     states = 1 if donates else 2
     softmax = 4 * H if in_place else s * H * T
     attention_and_mlp = 16 * s * C + softmax  # of one layer, bytes a token
-    kept = {"none": attention_and_mlp, "gelu": attention_and_mlp - 4 * s * C, "layernorm": attention_and_mlp - 6 * s * C}
-    a_layer = kept.get(recompute, s * C)  # 'block': its input
+    a_layer = {
+        "none": attention_and_mlp,
+        "gelu": attention_and_mlp - 4 * s * C,
+        "layernorm": attention_and_mlp - 6 * s * C,
+        "block": s * C,
+    }[recompute]
     logits = B * T * (4 + s) * config.padded_vocab_size
     if in_place:
         rows = min(B * T, CLASSIFIER_ROWS)
