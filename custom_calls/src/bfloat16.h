@@ -13,6 +13,13 @@ inline float bfloat16_to_float(uint16_t value) {
   return result;
 }
 
+// Towards zero.
+inline uint16_t upper_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>(bits >> 16);
+}
+
 // To nearest, ties to even. A NaN stays a NaN: rounding its payload up could make it an infinity.
 inline uint16_t float_to_bfloat16(float value) {
   uint32_t bits;

@@ -54,9 +54,11 @@ Lanes as_lanes(const Operand& operand, int64_t count, bool along_k, Precision pr
 struct Passes {
   TilePass pass[6];
   int count = 0;
-  // X6 sums a block of k for itself, all but the last pass first: added one by one to a large sum,
-  // the small products would each cost it a rounding.
+  // X6 has sums of their own for all but the last pass: added one by one to a large sum, the small
+  // products would each cost it a rounding.
   bool small_ones_apart = false;
+
+  int64_t sums_of_block() const { return kBlockSums * (small_ones_apart ? 2 : 1); }
 };
 
 Passes choose_passes(int left_parts, int right_parts) {
@@ -162,25 +164,23 @@ void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, in
                              narrow,
                              matmul.accumulate,
                              matmul.bias == nullptr ? nullptr : matmul.bias + column,
+                             plan.passes.small_ones_apart ? sums + kBlockSums : nullptr,
                              plan.transposed,
                              plan.stream};
   plan.kernel.finish(result, sums, static_cast<int>(std::min<int64_t>(matmul.m - row, kPanelLanes)),
                      static_cast<int>(std::min<int64_t>(matmul.n - column, kPanelLanes)));
 }
 
+// The sums of the last pass, then those of the others.
 void multiply_small_ones_apart(const Plan& plan, const TileBlock& whole) {
-  alignas(64) float sums[kBlockSums] = {};
   TileBlock block = whole;
-  if (whole.accumulate) block.sums = sums;
-  block.accumulate = false;
+  block.sums = whole.sums + kBlockSums;
   block.num_passes = whole.num_passes - 1;
   plan.kernel.multiply(block);
-  block.accumulate = true;
+  block.sums = whole.sums;
   block.passes = whole.passes + whole.num_passes - 1;
   block.num_passes = 1;
   plan.kernel.multiply(block);
-  if (!whole.accumulate) return;
-  for (int i = 0; i < kBlockSums; ++i) whole.sums[i] += sums[i];
 }
 
 // All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
@@ -289,7 +289,7 @@ Cuts cut_operands(const Plan& plan) {
   const int64_t streamed = plan.streamed().count;
   cuts.streamed = {streamed, streamed};
   if (cuts.k_at_once < plan.k_cut.count()) {
-    const int64_t sums_bytes = cuts.shared.block * kPanelLanes * 4;
+    const int64_t sums_bytes = cuts.shared.block / kPanelLanes * plan.passes.sums_of_block() * 4;
     cuts.streamed.block = even_block(streamed, panels(sizes.sums_bytes, sums_bytes), kPanelLanes);
   }
   return cuts;
@@ -318,9 +318,10 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
   const int64_t p_total = ceil_div(cuts.streamed.block, kPanelLanes);
   const int64_t q_item = size.shared.size / kPanelLanes;
   const int64_t p_item = size.streamed.size / kPanelLanes;
-  const int64_t waiting_sums = sums_wait ? p_total * q_total * kBlockSums : 0;
+  const int64_t block_sums = plan.passes.sums_of_block();
+  const int64_t waiting_sums = sums_wait ? p_total * q_total * block_sums : 0;
   const int64_t worker_sums =
-      sums_wait ? 0 : kBlockSums * (plan.k_cut.count() == 1 ? 1 : p_item * q_item);
+      sums_wait ? 0 : block_sums * (plan.k_cut.count() == 1 ? 1 : p_item * q_item);
   const int64_t shared_block = plan.shared().packed_bytes(cuts.shared.block, plan.k_cut.block);
   const int64_t worker_packed = plan.streamed().packed_bytes(size.streamed.size, plan.k_cut.block);
   const int64_t worker_floats = worker_sums + worker_packed / 4;
@@ -358,9 +359,9 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
           const int64_t next = (index + workers) / shared_cut.count();
           const Range next_lanes = next < streamed_cut.count() ? streamed_cut[next] : Range{0, 0};
           float* const own = worker_memory + worker * worker_floats;
-          Sums sums = {own + worker_packed / 4, q_item * kBlockSums, kBlockSums};
+          Sums sums = {own + worker_packed / 4, q_item * block_sums, block_sums};
           if (sums_wait) {
-            sums = {workspace.data(), q_total * kBlockSums, kBlockSums};
+            sums = {workspace.data(), q_total * block_sums, block_sums};
             sums.data = sums.at((item.streamed.first - all_streamed.first) / kPanelLanes,
                                 (item.shared.first - all_shared.first) / kPanelLanes);
           } else if (plan.k_cut.count() == 1) {

@@ -96,10 +96,13 @@ void test_packing_twins() {
 // And so does the way out.
 void test_finish_twins() {
   Random random(3);
-  const Workspace sums(kBlockSums);
+  const Workspace sums(kBlockSums), more_sums(kBlockSums);
   constexpr int64_t kFloats = 32 * 64 + 64;
   for (int i = 0; i < 1000; ++i) {
-    for (int j = 0; j < kBlockSums; ++j) sums.data()[j] = random.any_float();
+    for (int j = 0; j < kBlockSums; ++j) {
+      sums.data()[j] = random.any_float();
+      more_sums.data()[j] = random.any_float();
+    }
     const int rows = 1 + static_cast<int>(random.below(32));
     const int columns = 1 + static_cast<int>(random.below(32));
     const DType dtype = random.below(2) ? DType::kFloat32 : DType::kBFloat16;
@@ -114,6 +117,7 @@ void test_finish_twins() {
                          dtype == DType::kBFloat16,
                          accumulate,
                          !accumulate && random.below(2) ? bias.data() : nullptr,
+                         random.below(2) ? more_sums.data() : nullptr,
                          random.below(2) == 1,
                          !accumulate && random.below(2) == 1};
     for (int64_t k = 0; k < kFloats; ++k) {

@@ -34,9 +34,10 @@ struct TileSource {
 // Which tile an operand is packed for.
 enum class TileSide { kLeft, kRight };
 
-// Packs lanes x depth into ceil(lanes / 32) panels of ceil(depth / 32) steps. Parts are rounded to
-// nearest even, each from what the parts before it left; denormals become zeros, NaNs stay NaNs. A
-// narrow source has one part.
+// Packs lanes x depth into ceil(lanes / 32) panels of ceil(depth / 32) steps, each part from what
+// the parts before it left. One or two are rounded to nearest even, denormals to zero. Three are
+// cut off: 8 bits each hold a float32's 24 to the last one. NaNs stay NaNs. A narrow source has one
+// part.
 using PackTiles = void (*)(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
                            int parts, unsigned char* packed);
 
@@ -74,6 +75,7 @@ struct TileResult {
   bool narrow;                // out is bfloat16: rounded as operands are
   bool accumulate;            // out += sums; only when it is float32
   const float* bias;          // of the block's first column, or nullptr
+  const float* more_sums;     // of the same blocks, to be added to the others, or nullptr
   bool transposed;            // the sums' rows are out's columns
   bool stream;                // whole cache lines go to memory past the caches
 };

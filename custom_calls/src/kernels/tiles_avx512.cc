@@ -42,12 +42,36 @@ inline Rows<kParts> split(__m512 low, __m512 high) {
   return rows;
 }
 
+// 16 pairs as words, `even` in the lower half, cut into three parts: and, subtract and shift alone,
+// which every port does, where conversions and shuffles would wait for one.
+inline Rows<3> cut(__m512 even, __m512 odd) {
+  const __m512i upper_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  Rows<3> rows;
+#pragma GCC unroll 3
+  for (int part = 0; part < 3; ++part) {
+    const __m512i even_part = _mm512_and_si512(_mm512_castps_si512(even), upper_half);
+    const __m512i odd_part = _mm512_and_si512(_mm512_castps_si512(odd), upper_half);
+    rows.part[part] = _mm512_or_si512(_mm512_srli_epi32(even_part, 16), odd_part);
+    even = _mm512_sub_ps(even, _mm512_castsi512_ps(even_part));
+    odd = _mm512_sub_ps(odd, _mm512_castsi512_ps(odd_part));
+  }
+  return rows;
+}
+
 // `count` elements of one lane along k, up to 32.
 template <bool kNarrow, int kParts>
 inline Rows<kParts> load_lane(const void* data, int64_t index, int64_t count) {
   if constexpr (kNarrow) {
     const uint16_t* from = static_cast<const uint16_t*>(data) + index;
     return {{_mm512_maskz_loadu_epi16(first32(count), from)}};
+  } else if constexpr (kParts == 3) {
+    const float* from = static_cast<const float*>(data) + index;
+    const __m512 low = _mm512_maskz_loadu_ps(first16(count), from);
+    const __m512 high = _mm512_maskz_loadu_ps(first16(count - 16), from + 16);
+    const __m512i evens =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    return cut(_mm512_permutex2var_ps(low, evens, high), _mm512_permutex2var_ps(low, odds, high));
   } else {
     const float* from = static_cast<const float*>(data) + index;
     return split<kParts>(_mm512_maskz_loadu_ps(first16(count), from),
@@ -66,6 +90,10 @@ inline Rows<kParts> load_pair(const void* data, int64_t index, int64_t k_stride,
     const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
     const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next_mask, from + k_stride));
     return {{_mm512_or_si512(even, _mm512_slli_epi32(odd, 16))}};
+  } else if constexpr (kParts == 3) {
+    const float* from = static_cast<const float*>(data) + index;
+    return cut(_mm512_maskz_loadu_ps(mask, from),
+               _mm512_maskz_loadu_ps(next_mask, from + k_stride));
   } else {
     const float* from = static_cast<const float*>(data) + index;
     Rows<kParts> rows = split<kParts>(_mm512_maskz_loadu_ps(mask, from),
@@ -169,10 +197,51 @@ void pack_pairs(TileSource source, int64_t lanes, int64_t all_lanes, int64_t dep
   }
 }
 
+// As pack_tile below, in three parts: transposed as float32, which is less than every part for
+// itself.
+template <bool kAlongK, bool kWhole>
+inline void pack_tile_in_three(TileSource source, int64_t lane, int64_t k, int64_t lanes,
+                               int64_t depth, unsigned char* to) {
+  if constexpr (kWhole) {
+    lanes = kTileLanes;
+    depth = kTileDepth;
+  }
+  // Along k the lanes' first and second 16 of k, to pairs along the lanes; else the even and the
+  // odd k, to lanes along the pairs.
+  __m512i half[2][16];
+  const float* const from =
+      static_cast<const float*>(source.data) + lane * source.lane_stride + k * source.k_stride;
+#pragma GCC unroll 2
+  for (int part = 0; part < 2; ++part) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      __m512 row;
+      if constexpr (kAlongK) {
+        const __mmask16 mask = i < lanes ? first16(depth - 16 * part) : 0;
+        row = _mm512_maskz_loadu_ps(mask, from + i * source.lane_stride + 16 * part);
+      } else {
+        const __mmask16 mask = 2 * i + part < depth ? first16(lanes) : 0;
+        row = _mm512_maskz_loadu_ps(mask, from + (2 * i + part) * source.k_stride);
+      }
+      half[part][i] = _mm512_castps_si512(row);
+    }
+    transpose(half[part]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const __m512i even = kAlongK ? half[i / 8][2 * (i % 8)] : half[0][i];
+    const __m512i odd = kAlongK ? half[i / 8][2 * (i % 8) + 1] : half[1][i];
+    store(cut(_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)), to + i * 64);
+  }
+}
+
 // A tile from (lane, k) on, where there are `lanes` and `depth` left, or it is whole: transposed.
 template <bool kNarrow, int kParts, bool kAlongK, bool kWhole>
 inline void pack_tile(TileSource source, int64_t lane, int64_t k, int64_t lanes, int64_t depth,
                       unsigned char* to) {
+  if constexpr (kParts == 3) {
+    return pack_tile_in_three<kAlongK, kWhole>(source, lane, k, lanes, depth, to);
+  }
   if constexpr (kWhole) {
     lanes = kTileLanes;
     depth = kTileDepth;
@@ -235,6 +304,12 @@ void pack(TileSource source, int64_t lanes, int64_t depth, TileSide side, unsign
   }
 }
 
+inline __m512 load_sums(const TileResult& result, const float* sums, int64_t at) {
+  const __m512 row = _mm512_load_ps(sums + at);
+  return result.more_sums == nullptr ? row
+                                     : _mm512_add_ps(row, _mm512_load_ps(result.more_sums + at));
+}
+
 // One row of up to 16 sums to its place.
 inline void finish_row(const TileResult& result, __m512 value, int64_t row, int column,
                        __mmask16 mask) {
@@ -273,16 +348,18 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
       const int count = rows - row < kTileLanes ? rows - row : kTileLanes;
       const int left = (result.transposed ? column : row) / kTileLanes;
       const int right = (result.transposed ? row : column) / kTileLanes;
-      const float* from = sums + (left * 2 + right) * kTileLanes * kTileLanes;
+      const int64_t from = (left * 2 + right) * kTileLanes * kTileLanes;
       if (!result.transposed) {
         for (int i = 0; i < count; ++i) {
-          finish_row(result, _mm512_load_ps(from + i * kTileLanes), row + i, column, mask);
+          finish_row(result, load_sums(result, sums, from + i * kTileLanes), row + i, column, mask);
         }
         continue;
       }
       __m512i tile[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) tile[i] = _mm512_load_si512(from + i * kTileLanes);
+      for (int i = 0; i < 16; ++i) {
+        tile[i] = _mm512_castps_si512(load_sums(result, sums, from + i * kTileLanes));
+      }
       transpose(tile);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {

@@ -16,7 +16,7 @@ void split(const TileSource& source, int64_t lane, int64_t k, int parts, uint16_
   }
   float rest = static_cast<const float*>(source.data)[index];
   for (int part = 0; part < parts; ++part) {
-    words[part] = float_to_bfloat16_without_denormals(rest);
+    words[part] = parts == kMaxParts ? upper_half(rest) : float_to_bfloat16_without_denormals(rest);
     rest -= bfloat16_to_float(words[part]);
   }
 }
@@ -50,7 +50,9 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
       const int left = result.transposed ? column : row;
       const int right = result.transposed ? row : column;
       const int tile = left / kTileLanes * 2 + right / kTileLanes;
-      float value = sums[(tile * kTileLanes + left % kTileLanes) * kTileLanes + right % kTileLanes];
+      const int at = (tile * kTileLanes + left % kTileLanes) * kTileLanes + right % kTileLanes;
+      float value = sums[at];
+      if (result.more_sums != nullptr) value += result.more_sums[at];
       if (result.bias != nullptr) value += result.bias[column];
       const int64_t index = row * result.leading_dimension + column;
       if (result.narrow) {
