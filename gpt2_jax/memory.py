@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # gradient as much again.
 CLASSIFIER_ROWS = 1024
 _BYTES = {"float32": 4, "bfloat16": 2}
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14  # sys/mman.h
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,31 @@ def keep_freed_memory() -> bool:
     XLA frees a step's temporary memory and takes it anew: without this every page of it is mapped and zeroed again in
     every step. False where nothing was changed.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(libc, "mallopt", None)
+    if libc is None or mallopt is None:
         return False
     # malloc.h's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD: one heap for all threads, also for large blocks, never cut.
-    return all(mallopt(option, value) for option, value in ((-8, 1), (-4, 0), (-1, -1)))
+    if not all(mallopt(option, value) for option, value in ((-8, 1), (-4, 0), (-1, -1))):
+        return False
+    _ask_for_huge_pages(libc)
+    return True
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+    """Grow the heap by half of the machine's memory, of addresses alone, that the kernel may back by pages of 2 MiB.
+
+    A step reads and writes its buffers from end to end: with pages of 4 KiB it waits for their addresses. Where the
+    kernel has none to give, or not so many addresses, all is as it was.
+    """
+    libc.malloc.restype = ctypes.c_void_p
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    block = libc.malloc(ctypes.c_size_t(size))
+    if block is None:
+        return
+    start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((block + size - start) // _HUGE_PAGE * _HUGE_PAGE), _MADV_HUGEPAGE)
+    libc.free(ctypes.c_void_p(block))
 
 
 def gigabytes(size: int) -> str:
