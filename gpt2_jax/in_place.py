@@ -22,7 +22,7 @@ from jax import lax
 
 from gpt2_jax import custom_calls, jax_compat
 from gpt2_jax.layout import ParameterLayout
-from gpt2_jax.matmul import matmul, matmul_into, precision_of
+from gpt2_jax.matmul import matmul, matmul_into, rung_precision
 from gpt2_jax.memory import CLASSIFIER_ROWS
 from gpt2_jax.model import RECOMPUTED
 from gpt2_jax.views import WeightView, weight_view
@@ -53,6 +53,7 @@ class _Gradient:
             transpose_a=True,
             accumulate=self._accumulate or more,
             implementation=self._implementation,
+            precision=rung_precision(self._implementation, x_MI.dtype, weight_gradient=True),
         )
 
     def barrier(self, x: jax.Array, *others: jax.Array) -> jax.Array:
@@ -187,7 +188,7 @@ def _attention_half(this: _Pass, layer: int, residual_BTC: jax.Array) -> tuple[j
     options = {
         "num_heads": np.int64(H),
         "implementation": this.implementation,
-        "precision": precision_of(this.implementation, residual_BTC.dtype),
+        "precision": rung_precision(this.implementation, residual_BTC.dtype),
     }
     qkv, qkv_backward = _part(this, "layer_norm", partial(_normed_linear, this, "ln1", "qkv", layer), residual_BTC)
     results = (_like(residual_BTC), jax.ShapeDtypeStruct((B, H, T), _FLOAT32))

@@ -118,7 +118,7 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
     """What the trainer compiles, made the way it makes it, to be traced on shapes alone."""
     layout = ParameterLayout(model)
     dtype = jnp.dtype(config.compute.dtype)
-    matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype).name
+    matmul = choose_implementation(config.compute.matmul, backend).name
     schedule = learning_rate_schedule(
         config.optimizer.schedule,
         config.optimizer.learning_rate,

@@ -82,15 +82,15 @@ class Check:
         return all(row.passed for row in (*self.against_reference, *self.against_pytorch))
 
 
-def systems_to_check(backend: Backend, dtype: str) -> list[System]:
+def systems_to_check(backend: Backend) -> list[System]:
     """The reference, XLA on the CPU, then the backend's device, then the CPU with the custom calls that serve best."""
     cpu_backend = Backend("cpu", "cpu", "the reference")
     cpu = jax.devices("cpu")[0]
     systems = [System("cpu, xla", cpu, "xla", cpu_backend)]
     if backend.name != "cpu":
-        matmul = choose_implementation("auto", backend, dtype).name
+        matmul = choose_implementation("auto", backend).name
         systems.append(System(backend.plugin or backend.name, jax.devices()[0], matmul, backend))
-    choice = choose_implementation("auto", cpu_backend, dtype)
+    choice = choose_implementation("auto", cpu_backend)
     # Accelerate wherever it is there, as the report is to compare the CPU with and without it.
     served = [name for name in IMPLEMENTATIONS if name not in choice.refusals and name in ("accelerate", choice.name)]
     return [*systems, *(System(f"cpu, {name}", cpu, name, cpu_backend) for name in served if name != "xla")]

@@ -60,7 +60,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         jax.config.update("jax_default_matmul_precision", config.compute.matmul_precision)
     display = Display()
     device = open_device(backend)
-    matmul = choose_implementation(config.compute.matmul, backend, config.compute.dtype)
+    matmul = choose_implementation(config.compute.matmul, backend)
 
     # Sizes and data first: a mistyped path is reported at once, not after the weights were made.
     if config.run.resume:

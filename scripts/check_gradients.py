@@ -51,7 +51,7 @@ def main() -> None:
     from gpt2_jax.weights import load_weights
 
     device = open_device(backend)
-    matmul = choose_implementation(arguments.matmul, backend, arguments.dtype).name
+    matmul = choose_implementation(arguments.matmul, backend).name
     config, params = load_weights(ModelSettings(init=arguments.checkpoint or arguments.size))
     if arguments.batch_size < 1 or not 1 <= arguments.sequence_length <= config.max_sequence_length:
         raise Gpt2JaxError(

@@ -43,7 +43,7 @@ def main() -> None:
     print(f"{backend.name} ({open_device(backend)}): {backend.reason}", flush=True)
     config = selfcheck.SMALL_MODEL
     tokens_per_step = selfcheck.BATCH_SIZE * config.max_sequence_length
-    systems = selfcheck.systems_to_check(backend, arguments.dtype)
+    systems = selfcheck.systems_to_check(backend)
     print(f"training {selfcheck.STEPS} steps on {'; '.join(system.name for system in systems)} ...", flush=True)
     tokens = selfcheck.built_in_tokens(selfcheck.STEPS * tokens_per_step + 1)
     checks = selfcheck.check_systems(systems, config, tokens, dtype=arguments.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -15,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax import custom_calls, matmul
+from gpt2_jax import custom_calls, in_place, matmul
 from gpt2_jax.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.matmul import IMPLEMENTATIONS, RUNGS, Choice, choose_implementation, linear
 from gpt2_jax.views import WeightView
 from tests.conftest import available
@@ -146,6 +148,35 @@ def test_the_precision_of_float32_is_jaxs_setting(setting, expected):
     with jax.default_matmul_precision(setting):
         assert matmul.precision_of("threaded", jnp.dtype("float32")) == expected
         assert matmul.precision_of("threaded", jnp.dtype("bfloat16")) == "BF16_BF16_F32"
+
+
+@pytest.mark.parametrize(
+    ("setting", "passes", "of_gradients"),
+    [(None, "X6", "X3"), ("default", "X6", "X3"), ("high", "X3", "X3"), ("highest", "X6", "X6")],
+)
+def test_only_a_weights_gradient_is_split_less_by_default(setting, passes, of_gradients, monkeypatch):
+    """In what XLA is given, by differentiation and in place, for a rung that multiplies float32 in parts alone."""
+    parts = {"available": True, "reason": "", "precisions": ["BF16_BF16_F32_X3", "BF16_BF16_F32_X6"]}
+    monkeypatch.setattr(custom_calls, "implementation", lambda rung: parts)
+    layout = ParameterLayout(ModelConfig(8, 50, 1, 1, 16))
+    params_N, tokens_BT = jnp.zeros(layout.num_parameters), jnp.zeros((2, 8), jnp.int32)
+
+    def in_place_step(params_N, grads_N):
+        options = {"dtype": jnp.dtype("float32"), "matmul": "amx"}
+        return in_place.loss_and_gradient(params_N, grads_N, tokens_BT, tokens_BT, layout, **options)
+
+    def loss(w_OI):
+        return linear(jnp.ones((3, 16)), w_OI, implementation="amx").sum()
+
+    with jax.default_matmul_precision(setting):
+        lowered = [jax.jit(in_place_step).lower(params_N, params_N), jax.jit(jax.value_and_grad(loss)).lower(jnp.ones((5, 16)))]
+        said = matmul.precision_of("amx", jnp.dtype("float32"))
+    for program in lowered:
+        calls = re.findall(r".*@gpt2_jax_(?:matmul|attention).*", program.as_text())
+        found = {("transpose_a = 1" in call, re.search(r"BF16_BF16_F32_(X\d)", call)[1]) for call in calls}
+        assert found == {(False, passes), (True, of_gradients)}
+    gradients = "" if of_gradients == passes else f", weights' gradients BF16_BF16_F32_{of_gradients}"
+    assert said == f"BF16_BF16_F32_{passes}{gradients}"
 
 
 def test_a_precision_that_a_rung_lacks_is_refused_with_what_it_has():

@@ -34,7 +34,7 @@ def check(systems, dtype="float32"):
 @pytest.fixture(scope="module")
 def checks():
     """In float32: XLA, the custom calls, the imitated plugin."""
-    return check([*selfcheck.systems_to_check(CPU, "float32"), imitated_plugin()])
+    return check([*selfcheck.systems_to_check(CPU), imitated_plugin()])
 
 
 def test_systems_that_agree_pass(checks):
@@ -49,7 +49,7 @@ def test_systems_that_agree_pass(checks):
 
 
 def test_bfloat16_has_its_own_tolerance(checks):
-    found = check(selfcheck.systems_to_check(CPU, "bfloat16"), "bfloat16")
+    found = check(selfcheck.systems_to_check(CPU), "bfloat16")
     assert all(one.passed for one in found)
     for one in found:  # each was computed in bfloat16
         [in_float32, in_bfloat16] = (outcome.grads["wte"] for outcome in (checks[0].outcome, one.outcome))
@@ -57,7 +57,7 @@ def test_bfloat16_has_its_own_tolerance(checks):
 
 
 def test_the_reference_is_plain_xla_and_the_custom_calls_are_checked_too():
-    systems = selfcheck.systems_to_check(CPU, "float32")
+    systems = selfcheck.systems_to_check(CPU)
     assert (systems[0].matmul, systems[0].device.platform) == ("xla", "cpu")
     assert [system.matmul for system in systems[1:]] != []
     assert "xla" not in [system.matmul for system in systems[1:]]

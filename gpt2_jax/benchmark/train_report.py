@@ -125,6 +125,7 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
         "matmul": one.result.matmul,
         "dtype": one.system.dtype,
         "precision": one.result.precision,
+        "weight_gradient_precision": one.result.weight_gradient_precision,
         "seconds_per_step": one.seconds_per_step,
         "tokens_per_second": work.tokens / one.seconds_per_step,
         "gflops": _gflops(one, work),
@@ -134,9 +135,11 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
 
 
 def _matmul_name(result: Result) -> str:
-    """With the number of passes, where float32 is split: 'amx X3'."""
-    passes = result.precision.rpartition("_")[2]
-    return f"{result.matmul} {passes}" if passes.startswith("X") else result.matmul
+    """With the number of passes, where float32 is split: 'amx X3', or 'amx X6 dw X3' where a weight's gradient has others."""
+    passes, of_dw = (each.rpartition("_")[2] for each in (result.precision, result.weight_gradient_precision))
+    if not passes.startswith("X"):
+        return result.matmul
+    return f"{result.matmul} {passes}" + ("" if of_dw == passes else f" dw {of_dw}")
 
 
 def _gflops(one: Measured, work: Workload) -> float:
@@ -151,8 +154,8 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
     pytorch = {one.system.dtype: one.seconds_per_step for one in measured if one.result and one.system.name == "pytorch"}
     lines = [
         "",
-        f"{'':<37}{'':>18}{'time, of':>10}{'GFLOP/s by':^20}{'':>7}{'peak':>10}{'compile':>9}{'loss after':>12}",
-        f"{'system':<17}{'matmul':<11}{'dtype':<9}{'s/step':>9}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}{'nanoGPT':>10}{'MFU':>7}"
+        f"{'':<40}{'':>18}{'time, of':>10}{'GFLOP/s by':^20}{'':>7}{'peak':>10}{'compile':>9}{'loss after':>12}",
+        f"{'system':<17}{'matmul':<14}{'dtype':<9}{'s/step':>9}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}{'nanoGPT':>10}{'MFU':>7}"
         f"{'memory':>10}{'s':>9}{'1 step':>12}",
     ]
     for one in measured:
@@ -162,7 +165,7 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
         of_pytorch = f"{seconds / pytorch[one.system.dtype]:.2f}" if one.system.dtype in pytorch else "-"
         loss = f"{one.result.losses[1]:.4f}" if len(one.result.losses) > 1 else "-"
         lines.append(
-            f"{one.system.name:<17}{_matmul_name(one.result):<11}{one.system.dtype:<9}{seconds:>9.3f}"
+            f"{one.system.name:<17}{_matmul_name(one.result):<14}{one.system.dtype:<9}{seconds:>9.3f}"
             f"{work.tokens / seconds:>9,.0f}{of_pytorch:>10}{gflops:>10,.1f}{gflops * nanogpt:>10,.1f}"
             f"{gflops / peak['gflops']:>7.1%}{gigabytes(one.result.peak_memory_bytes):>10}"
             f"{one.result.compile_seconds:>9.1f}{loss:>12}"

@@ -53,6 +53,7 @@ class Result:
     losses: list[float]  # of every step from the first
     device: str
     precision: str  # of the products
+    weight_gradient_precision: str  # of those that are the gradient of a weight
     estimated_bytes: int | None = None  # of gpt2_jax only, as the next
     compiled_bytes: int | None = None
 
@@ -83,7 +84,8 @@ def measure_system(request: Request) -> Result:
             break
     # The first warms up and, in PyTorch, compiles; it counts only when there was no time for a second one.
     timed = seconds[1:] or seconds
-    result.setdefault("precision", "BF16_BF16_F32" if request.dtype == "bfloat16" else "F32_F32_F32")
+    precision = "BF16_BF16_F32" if request.dtype == "bfloat16" else "F32_F32_F32"
+    result = {"precision": precision, "weight_gradient_precision": precision, **result}
     if request.name == "pytorch_compiled":
         result["compile_seconds"] = seconds[0] - statistics.median(timed)
     return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": _peak(request), **result})
@@ -106,7 +108,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     import jax
     import jax.numpy as jnp
 
-    from gpt2_jax.matmul import choose_implementation, precision_of
+    from gpt2_jax.matmul import choose_implementation, rung_precision
     from gpt2_jax.optimizer import adamw, learning_rate_schedule
     from gpt2_jax.train_step import create_state, make_train_step, writes_in_place
 
@@ -115,7 +117,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
         memory.keep_freed_memory()
     device = open_device(backend)
     try:
-        matmul = choose_implementation(request.matmul, backend, request.dtype).name
+        matmul = choose_implementation(request.matmul, backend).name
     except Gpt2JaxError as error:
         raise NotImplementedError(str(error).splitlines()[0]) from None
     if request.matmul_precision != "default":
@@ -150,7 +152,13 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
         donates=backend.donates,
         in_place=writes_in_place(matmul),
     )
-    precision = {} if matmul == "xla" else {"precision": precision_of(matmul, jnp.dtype(request.dtype))}
+    precision = {}
+    if matmul != "xla":
+        dtype = jnp.dtype(request.dtype)
+        precision = {
+            "precision": rung_precision(matmul, dtype),
+            "weight_gradient_precision": rung_precision(matmul, dtype, weight_gradient=True),
+        }
     return step, {
         **precision,
         "matmul": matmul,

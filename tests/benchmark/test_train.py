@@ -133,7 +133,8 @@ def answers(monkeypatch, by_name):
 
 
 def answer(matmul="xla", seconds=(2.0, 1.0, 4.0), losses=(5.5, 5.4, 5.3, 5.2), **more):
-    result = Result(matmul, list(seconds), 12.5, 3_000_000_000, list(losses), "cpu", **{"precision": "F32_F32_F32", **more})
+    precisions = {"precision": "F32_F32_F32", "weight_gradient_precision": "F32_F32_F32"}
+    result = Result(matmul, list(seconds), 12.5, 3_000_000_000, list(losses), "cpu", **{**precisions, **more})
     return dataclasses.asdict(result)
 
 
@@ -161,6 +162,7 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         "matmul": "pytorch",
         "dtype": "float32",
         "precision": "F32_F32_F32",
+        "weight_gradient_precision": "F32_F32_F32",
         "seconds_per_step": 2.0,
         "tokens_per_second": 24.0,
         "gflops": pytest.approx(flops / 2.0 / 1e9),
@@ -179,11 +181,13 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
 
 
 def test_the_passes_of_a_split_float32_are_named(monkeypatch, capsys):
-    answers(monkeypatch, {"gpt2_jax": answer("amx", precision="BF16_BF16_F32_X3")})
-    train.bench_train(WORK, ["gpt2_jax:amx:float32:high"])
-    *text, last = capsys.readouterr().out.splitlines()
-    assert json.loads(last)["systems"][0]["precision"] == "BF16_BF16_F32_X3"
-    assert any(line.split()[:4] == ["gpt2_jax", "amx", "X3", "float32"] for line in text)
+    for passes, of_dw, named in (("X3", "X3", ["amx", "X3"]), ("X6", "X3", ["amx", "X6", "dw", "X3"])):
+        precisions = {"precision": f"BF16_BF16_F32_{passes}", "weight_gradient_precision": f"BF16_BF16_F32_{of_dw}"}
+        answers(monkeypatch, {"gpt2_jax": answer("amx", **precisions)})
+        train.bench_train(WORK, ["gpt2_jax:amx:float32:high"])
+        *text, last = capsys.readouterr().out.splitlines()
+        assert precisions.items() <= json.loads(last)["systems"][0].items()
+        assert any(line.split()[: 2 + len(named)] == ["gpt2_jax", *named, "float32"] for line in text)
 
 
 def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):
