@@ -57,8 +57,6 @@ struct Passes {
   // X6 has sums of their own for all but the last pass: added one by one to a large sum, the small
   // products would each cost it a rounding.
   bool small_ones_apart = false;
-
-  int64_t sums_of_block() const { return kBlockSums * (small_ones_apart ? 2 : 1); }
 };
 
 Passes choose_passes(int left_parts, int right_parts) {
@@ -76,6 +74,9 @@ Passes choose_passes(int left_parts, int right_parts) {
   return passes;
 }
 
+// Of k, about, in one of X6's sums: GPT-2's channels fit.
+constexpr int64_t kSummedDepth = 1024;
+
 // What is decided once about a product.
 struct Plan {
   const Matmul& matmul;
@@ -85,14 +86,22 @@ struct Plan {
   bool a_is_shared;
   Passes passes;
   Cut k_cut;
+  // X6 begins its sums anew after so many blocks of k, and adds up those: float32's own error in
+  // one long sum would be larger than that of a float32 product, which is summed in blocks.
+  int64_t blocks_in_sum;
   bool stream;
 
   const Lanes& shared() const { return a_is_shared ? a : b; }
   const Lanes& streamed() const { return a_is_shared ? b : a; }
+  bool sums_begin_anew() const { return blocks_in_sum < k_cut.count(); }
+  // Of one block of out: the last pass's, the others', and the finished ones'.
+  int64_t sums_of_block() const {
+    return kBlockSums * (!passes.small_ones_apart ? 1 : sums_begin_anew() ? 3 : 2);
+  }
 };
 
 Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
-  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, {}, {}, false};
+  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, {}, {}, 0, false};
   plan.a = as_lanes(matmul.a, matmul.m, !matmul.a.transposed, matmul.precision, TileSide::kLeft);
   plan.b = as_lanes(matmul.b, matmul.n, matmul.b.transposed, matmul.precision, TileSide::kRight);
 
@@ -110,6 +119,9 @@ Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
   const int64_t k_bytes = kPanelLanes * 2 * std::max(plan.a.parts, plan.b.parts);
   const int64_t depth = std::max<int64_t>(kernel.blocks.panel_bytes / k_bytes, 1);
   plan.k_cut = {matmul.k, even_block(matmul.k, round_up(depth, kTileDepth), kTileDepth)};
+  plan.blocks_in_sum = plan.passes.small_ones_apart
+                           ? std::max<int64_t>(kSummedDepth / plan.k_cut.block, 1)
+                           : plan.k_cut.count();
 
   plan.stream = matmul.out_dtype == DType::kFloat32 && !matmul.accumulate &&
                 static_cast<double>(matmul.m) * matmul.n * 4 > kernel.blocks.stream_bytes;
@@ -183,6 +195,21 @@ void multiply_small_ones_apart(const Plan& plan, const TileBlock& whole) {
   plan.kernel.multiply(block);
 }
 
+// After block kb of k: the sums that are complete go to the finished ones, and those, at the end,
+// to where finish_block adds them.
+void add_up(const Plan& plan, int64_t kb, float* sums) {
+  float* const others = sums + kBlockSums;
+  float* const finished = others + kBlockSums;
+  if (kb + 1 == plan.k_cut.count()) {
+    for (int i = 0; i < kBlockSums; ++i) others[i] += finished[i];
+  } else if ((kb + 1) % plan.blocks_in_sum == 0) {
+    const bool first = kb + 1 == plan.blocks_in_sum;
+    for (int i = 0; i < kBlockSums; ++i) {
+      finished[i] = (first ? 0.0f : finished[i]) + (sums[i] + others[i]);
+    }
+  }
+}
+
 // All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
 // shared lanes. `next` are the lanes that this thread will probably be asked for after these.
 void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Range& next,
@@ -229,10 +256,11 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
         block.passes = plan.passes.pass;
         block.num_passes = plan.passes.count;
         block.sums = sums.at(p, q);
-        block.accumulate = kb > 0;
+        block.accumulate = kb % plan.blocks_in_sum > 0;
         block.prefetch = &prefetch;
         if (plan.passes.small_ones_apart) {
           multiply_small_ones_apart(plan, block);
+          if (plan.sums_begin_anew()) add_up(plan, kb, block.sums);
         } else {
           plan.kernel.multiply(block);
         }
@@ -289,7 +317,7 @@ Cuts cut_operands(const Plan& plan) {
   const int64_t streamed = plan.streamed().count;
   cuts.streamed = {streamed, streamed};
   if (cuts.k_at_once < plan.k_cut.count()) {
-    const int64_t sums_bytes = cuts.shared.block / kPanelLanes * plan.passes.sums_of_block() * 4;
+    const int64_t sums_bytes = cuts.shared.block / kPanelLanes * plan.sums_of_block() * 4;
     cuts.streamed.block = even_block(streamed, panels(sizes.sums_bytes, sums_bytes), kPanelLanes);
   }
   return cuts;
@@ -318,7 +346,7 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
   const int64_t p_total = ceil_div(cuts.streamed.block, kPanelLanes);
   const int64_t q_item = size.shared.size / kPanelLanes;
   const int64_t p_item = size.streamed.size / kPanelLanes;
-  const int64_t block_sums = plan.passes.sums_of_block();
+  const int64_t block_sums = plan.sums_of_block();
   const int64_t waiting_sums = sums_wait ? p_total * q_total * block_sums : 0;
   const int64_t worker_sums =
       sums_wait ? 0 : block_sums * (plan.k_cut.count() == 1 ? 1 : p_item * q_item);

@@ -204,12 +204,13 @@ class Problem {
     return precision == Precision::kBF16_BF16_F32_X6 ? 6 : 1;
   }
 
-  // A part is off by at most 2^-8 of what it rounds. Two parts leave out 2^-16 of either operand
-  // and the product of the low ones, three parts 2^-24 and two products of 2^-8 by 2^-16 at most;
-  // a little more for the parts' own factors 1 + 2^-8.
+  // Two parts, each off by at most 2^-8 of what it rounds, leave out 2^-16 of either operand and
+  // the product of the low ones; a little more for the parts' own factors 1 + 2^-8. Three parts,
+  // each less than 2^-7 of what it was cut off, leave out two products of 2^-7 by 2^-15 at most,
+  // and one of 2^-15 by 2^-15.
   static double split_error(Precision precision) {
     if (precision == Precision::kBF16_BF16_F32_X3) return std::ldexp(3.1, -16);
-    return precision == Precision::kBF16_BF16_F32_X6 ? std::ldexp(4.1, -24) : 0;
+    return precision == Precision::kBF16_BF16_F32_X6 ? std::ldexp(8.1, -24) : 0;
   }
 
   static Elements make_operand(int64_t rows, int64_t columns, DType dtype, bool transposed,

@@ -277,6 +277,47 @@ void test_openblas_threads() {
   }
 }
 
+// The largest error of a product with sums as long as those of the classifier's backward.
+double error_of_long_sums(const Matmul& matmul, const std::vector<float>& a,
+                          const std::vector<float>& b, const std::vector<float>& out) {
+  double worst = 0;
+  for (int64_t i = 0; i < matmul.m; ++i) {
+    for (int64_t j = 0; j < matmul.n; ++j) {
+      double sum = 0;
+      for (int64_t p = 0; p < matmul.k; ++p) {
+        sum += static_cast<double>(a[i * matmul.k + p]) * b[p * matmul.n + j];
+      }
+      worst = std::max(worst, std::fabs(sum - out[i * matmul.n + j]));
+    }
+  }
+  return worst;
+}
+
+// Six passes are for where float32 is asked for: at most twice its error.
+void test_six_passes_against_float32() {
+  if (amx_kernel() == nullptr) return;
+  Random random(12);
+  for (const int64_t k : {int64_t{768}, int64_t{50304}}) {
+    Matmul matmul;
+    matmul.m = 16, matmul.n = 32, matmul.k = k;
+    std::vector<float> a(matmul.m * k), b(k * matmul.n), out(matmul.m * matmul.n);
+    for (float& value : a) value = random.uniform();
+    for (float& value : b) value = random.uniform();
+    matmul.a = {a.data(), 0, k, DType::kFloat32, false};
+    matmul.b = {b.data(), 0, matmul.n, DType::kFloat32, false};
+    matmul.out = out.data(), matmul.out_leading_dimension = matmul.n;
+    InlineExecutor executor;
+    packed_matmul(matmul, best_kernel(0), executor);
+    const double float32 = error_of_long_sums(matmul, a, b, out);
+    matmul.precision = Precision::kBF16_BF16_F32_X6;
+    TileKernel kernel = model_kernel();
+    kernel.blocks = amx_kernel()->blocks;
+    tile_matmul(matmul, kernel, executor);
+    const double six = error_of_long_sums(matmul, a, b, out);
+    CHECK(six <= 2 * float32, "k " << k << ": " << six << ", float32 " << float32);
+  }
+}
+
 void test_refusals() {
   Random random(9);
   for (const Precision precision : {Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6}) {
@@ -325,6 +366,7 @@ int main(int argc, char** argv) {
     if (is_foreign(candidate.name)) test_concurrent_calls(candidate);
   }
   CHECK(tested > 0, only << " is no candidate on this machine");
+  test_six_passes_against_float32();
   test_refusals();
   return report("test_matmul");
 }
