@@ -39,7 +39,7 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
         for name in SYSTEMS
         for implementation in (("auto", *matmul.IMPLEMENTATIONS) if name == "gpt2_jax" else ("",))
         for dtype in DTYPES
-        for setting in (("", "high") if dtype == "float32" and _splits_float32(implementation) else ("",))
+        for setting in (("", "high", "highest") if dtype == "float32" and _splits_float32(implementation) else ("",))
     ]
     if not patterns and quick:
         return [s for s in known if s.matmul == "auto" or s.name == "pytorch" or (s.name, s.dtype) == ("jax_plain", "float32")]
@@ -62,7 +62,7 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
 
 
 def _splits_float32(implementation: str) -> bool:
-    """Whether a rung multiplies float32 only in parts, so that --matmul-precision high is another product."""
+    """Whether a rung multiplies float32 only in parts, so that every --matmul-precision has other products."""
     if implementation not in matmul.IMPLEMENTATIONS or implementation == "xla":
         return False
     try:

@@ -98,7 +98,8 @@ def select(*patterns, quick=False, backend="cpu"):
 def test_systems_by_default():
     peers = [f"{name}:{dtype}" for name in ("jax_plain", "pytorch", "pytorch_compiled") for dtype in ("float32", "bfloat16")]
     ours = [f"gpt2_jax:{matmul}:{dtype}" for matmul in IMPLEMENTATIONS for dtype in ("float32", "bfloat16")]
-    ours.insert(ours.index("gpt2_jax:amx:bfloat16"), "gpt2_jax:amx:float32:high")  # in three passes, not in six
+    place = ours.index("gpt2_jax:amx:bfloat16")
+    ours[place:place] = ["gpt2_jax:amx:float32:high", "gpt2_jax:amx:float32:highest"]  # in three passes, and in six alone
     assert select() == ours + peers
     auto = ["gpt2_jax:auto:float32", "gpt2_jax:auto:bfloat16"]
     assert select(backend="cuda") == auto + peers
