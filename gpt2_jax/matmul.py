@@ -7,7 +7,7 @@ The arithmetic of a product is named as in jax.lax.DotAlgorithmPreset. bfloat16 
 BF16_BF16_F32. For float32 operands jax's own setting (jax.default_matmul_precision) is asked: without one, or with
 'highest', a rung takes its first of F32_F32_F32 and BF16_BF16_F32_X6; for 'high' of BF16_BF16_F32_X3 and F32_F32_F32.
 X3 is not the default, since with it d12's gradients leave the tolerance of scripts/check_gradients.py. Only a weight's
-gradient, which no other product is made of, takes X3 before X6 without a setting: that uses a third of the tolerance.
+gradient, which no other product is made of, takes X3 before X6 without a setting: within a third of that tolerance.
 """
 
 from __future__ import annotations

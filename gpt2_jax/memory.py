@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_jax.layout import ParameterLayout
@@ -124,7 +125,7 @@ def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for the next step, where it can (glibc); before XLA starts its threads.
 
     XLA frees a step's temporary memory and takes it anew: without this every page of it is mapped and zeroed again in
-    every step. False where nothing was changed.
+    every step. The pages may be huge ones. False where nothing was changed.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(libc, "mallopt", None)
@@ -141,8 +142,15 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Grow the heap by half of the machine's memory, of addresses alone, that the kernel may back by pages of 2 MiB.
 
     A step reads and writes its buffers from end to end: with pages of 4 KiB it waits for their addresses. Where the
-    kernel has none to give, or not so many addresses, all is as it was.
+    kernel has none to give, or counts addresses as if they were memory, all is as it was.
     """
+    limits = [resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    try:
+        counts_addresses = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        counts_addresses = False
+    if counts_addresses or any(limit != resource.RLIM_INFINITY for limit in limits):
+        return
     libc.malloc.restype = ctypes.c_void_p
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     block = libc.malloc(ctypes.c_size_t(size))

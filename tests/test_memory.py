@@ -149,8 +149,12 @@ for line in open("/proc/self/smaps"):
         first, last = (int(bound, 16) for bound in words[0].split("-"))
         inside = first <= address < last
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert "hg" in ended.stdout.split(), (ended.stdout, ended.stderr)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 45, 1 << 45))"
+    for before, asked in (("", True), (limited, False)):  # where addresses are limited none are taken in advance
+        command = [sys.executable, "-c", before + program]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert ("hg" in ended.stdout.split()) == asked, ended.stdout
 
 
 def test_the_peak_of_the_process_rises_with_what_it_holds():

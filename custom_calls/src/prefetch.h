@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kPrefetched = 256;      // elements asked for at a time, and used before the next
 constexpr int64_t kPrefetchAhead = 1024;  // elements
 
-// The next elements but kPrefetchAhead of a stream that is read from `values` on; past its end
+// Those kPrefetchAhead elements further on in a stream that is read from `values` on; past its end
 // nothing happens.
 inline void prefetch_ahead(const float* values) {
   constexpr int64_t kLine = 64 / sizeof(float);

@@ -74,7 +74,7 @@ Passes choose_passes(int left_parts, int right_parts) {
   return passes;
 }
 
-// Of k, about, in one of X6's sums: GPT-2's channels fit.
+// Of k, about, in one of X6's sums: the channels of the two smaller GPT-2 fit.
 constexpr int64_t kSummedDepth = 1024;
 
 // What is decided once about a product.

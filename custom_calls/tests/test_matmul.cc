@@ -277,9 +277,8 @@ void test_openblas_threads() {
   }
 }
 
-// The largest error of a product with sums as long as those of the classifier's backward.
-double error_of_long_sums(const Matmul& matmul, const std::vector<float>& a,
-                          const std::vector<float>& b, const std::vector<float>& out) {
+double largest_error(const Matmul& matmul, const std::vector<float>& a, const std::vector<float>& b,
+                     const std::vector<float>& out) {
   double worst = 0;
   for (int64_t i = 0; i < matmul.m; ++i) {
     for (int64_t j = 0; j < matmul.n; ++j) {
@@ -308,13 +307,42 @@ void test_six_passes_against_float32() {
     matmul.out = out.data(), matmul.out_leading_dimension = matmul.n;
     InlineExecutor executor;
     packed_matmul(matmul, best_kernel(0), executor);
-    const double float32 = error_of_long_sums(matmul, a, b, out);
+    const double float32 = largest_error(matmul, a, b, out);
     matmul.precision = Precision::kBF16_BF16_F32_X6;
     TileKernel kernel = model_kernel();
     kernel.blocks = amx_kernel()->blocks;
     tile_matmul(matmul, kernel, executor);
-    const double six = error_of_long_sums(matmul, a, b, out);
+    const double six = largest_error(matmul, a, b, out);
     CHECK(six <= 2 * float32, "k " << k << ": " << six << ", float32 " << float32);
+  }
+}
+
+// Sums that begin anew, waiting for another pass over k or kept by a thread: with every epilogue,
+// and the same bits on any number of threads.
+void test_six_passes_in_several_sums() {
+  if (amx_kernel() == nullptr) return;
+  TileKernel large_blocks = model_kernel();
+  large_blocks.blocks = amx_kernel()->blocks;
+  Types types;
+  types.precision = Precision::kBF16_BF16_F32_X6;
+  ThreadPool pool(2);
+  Random random(13);
+  int i = 0;
+  for (const TileKernel& kernel : {model_kernel(), large_blocks}) {
+    for (const Shape& shape : {Shape{70, 100, 1100}, Shape{40, 70, 2112}}) {
+      for (const Epilogue epilogue : {Epilogue::kStore, Epilogue::kBias, Epilogue::kAccumulate}) {
+        Problem problem(shape, i & 1, i & 2, types, random, epilogue);
+        ++i;
+        InlineExecutor inline_executor;
+        tile_matmul(problem.matmul(), kernel, inline_executor);
+        problem.check("six passes");
+        const Elements expected = problem.out();
+        problem.clear();
+        PoolExecutor executor(pool, 3);
+        tile_matmul(problem.matmul(), kernel, executor);
+        CHECK(problem.out() == expected, to_string(problem.matmul()) << " on three threads");
+      }
+    }
   }
 }
 
@@ -366,7 +394,10 @@ int main(int argc, char** argv) {
     if (is_foreign(candidate.name)) test_concurrent_calls(candidate);
   }
   CHECK(tested > 0, only << " is no candidate on this machine");
-  test_six_passes_against_float32();
+  if (only.empty()) {
+    test_six_passes_against_float32();
+    test_six_passes_in_several_sums();
+  }
   test_refusals();
   return report("test_matmul");
 }

@@ -75,7 +75,7 @@ struct TileResult {
   bool narrow;                // out is bfloat16: rounded as operands are
   bool accumulate;            // out += sums; only when it is float32
   const float* bias;          // of the block's first column, or nullptr
-  const float* more_sums;     // of the same blocks, to be added to the others, or nullptr
+  const float* more_sums;     // of the same block, to be added to the others, or nullptr
   bool transposed;            // the sums' rows are out's columns
   bool stream;                // whole cache lines go to memory past the caches
 };

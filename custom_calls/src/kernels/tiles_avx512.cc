@@ -42,8 +42,8 @@ inline Rows<kParts> split(__m512 low, __m512 high) {
   return rows;
 }
 
-// 16 pairs as words, `even` in the lower half, cut into three parts: and, subtract and shift alone,
-// which every port does, where conversions and shuffles would wait for one.
+// 16 pairs as words, `even` in the lower half, cut into three parts: and, subtract and shift,
+// where conversions and shuffles would all wait for one port.
 inline Rows<3> cut(__m512 even, __m512 odd) {
   const __m512i upper_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   Rows<3> rows;
