@@ -25,6 +25,7 @@ from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.matmul import matmul, matmul_into, rung_precision
 from gpt2_jax.memory import CLASSIFIER_ROWS
 from gpt2_jax.model import RECOMPUTED
+from gpt2_jax.stability import squared_norms
 from gpt2_jax.views import WeightView, weight_view
 
 _Backward = Callable[[jax.Array], jax.Array]
@@ -43,10 +44,12 @@ class _Gradient:
         self._implementation, self._accumulate = implementation, accumulate
         self._pieces: list[tuple[int, jax.Array]] = []
         self._awaited = 0  # so many of them by the last barrier
+        # The sums of squares of what the products wrote, by its place.
+        self._squares: dict[tuple[str, int], jax.Array] = {}
 
     def write_product(self, name: str, layer: int, dy_MO: jax.Array, x_MI: jax.Array, *, more: bool = False) -> None:
         """dyᵀ x, the gradient of a weight (O, I), or with `more` the rest of it."""
-        self._buffer_N = matmul_into(
+        self._buffer_N, self._squares[name, layer] = matmul_into(
             weight_view(self._buffer_N, self._layout, name, layer),
             dy_MO,
             x_MI,
@@ -68,24 +71,25 @@ class _Gradient:
     def add_rows(self, name: str, indices: jax.Array, rows: jax.Array) -> None:
         """Add rows (..., C) to those of a matrix that `indices` (...) name, after its product was written."""
         buffer_N = self._buffer_N
-        self._buffer_N = jax_compat.ffi_call(
+        self._buffer_N, change = jax_compat.ffi_call(
             custom_calls.ADD_ROWS_INTO,
-            _like(buffer_N),
+            (_like(buffer_N), jax.ShapeDtypeStruct((), _FLOAT32)),
             buffer_N,
             indices,
             rows,
             aliases={0: 0},
             out_offset=np.int64(self._layout[name].offset),
         )
+        self._squares[name, 0] += change
 
     def write(self, name: str, layer: int, gradient: jax.Array) -> None:
         """The float32 gradient of a small tensor."""
         self._pieces.append((self._layout[name].layer_offset(layer), gradient))
 
-    def finish(self) -> jax.Array:
-        """The buffer with everything in its place."""
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        """The buffer with everything in its place, and its squared_norms: only small tensors are read again for them."""
         offsets, pieces = zip(*self._pieces, strict=True)
-        return jax_compat.ffi_call(
+        buffer_N = jax_compat.ffi_call(
             custom_calls.WRITE_INTO,
             _like(self._buffer_N),
             self._buffer_N,
@@ -94,6 +98,15 @@ class _Gradient:
             offsets=np.array(offsets, dtype=np.int64),
             accumulate=np.int64(self._accumulate),
         )
+        written = {name for name, _ in self._squares}
+        small = [tensor for tensor in self._layout.tensors if tensor.name not in written]
+        of_small = dict(zip((tensor.name for tensor in small), squared_norms(buffer_N, small, custom_call=True), strict=True))
+        of_layers = {name: [square for (of, _), square in self._squares.items() if of == name] for name in written}
+        squares = [
+            jnp.sum(jnp.stack(of_layers[tensor.name])) if tensor.name in written else of_small[tensor.name]
+            for tensor in self._layout.tensors
+        ]
+        return buffer_N, jnp.stack(squares)
 
 
 class _Pass(NamedTuple):
@@ -121,9 +134,12 @@ def loss_and_gradient(
     recompute: str = "none",
     scale: float = 1.0,
     accumulate: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """`scale` times the mean loss, float32, and `grads_N` (num_parameters,) float32 overwritten by its gradient, or with
-    `accumulate` that added to it. Arguments and loss as model.loss's; `matmul` is one of the custom calls."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`scale` times the mean loss, float32; `grads_N` (num_parameters,) float32 overwritten by its gradient, or with
+    `accumulate` that added to it; and squared_norms of what is there then.
+
+    Arguments and loss as model.loss's; `matmul` is one of the custom calls.
+    """
     custom_calls.load()
     gradient = _Gradient(grads_N, layout, matmul, accumulate)
     this = _Pass(params_N, layout, matmul, gradient, recompute)
@@ -137,7 +153,7 @@ def loss_and_gradient(
     dresidual_BTC = norm_backward(dh_BTC, jnp.zeros_like(residual_BTC))
     for backward in reversed(backwards):
         dresidual_BTC = backward(dresidual_BTC)
-    return loss, gradient.finish()
+    return loss, *gradient.finish()
 
 
 def _embed(this: _Pass, x_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, _Backward]:

@@ -212,8 +212,9 @@ def matmul_into(
     accumulate: bool = False,
     implementation: str,
     precision: str | None = None,
-) -> jax.Array:
-    """`target`'s buffer with the product of a and b written to the view's place, or added to what is there.
+) -> tuple[jax.Array, jax.Array]:
+    """`target`'s buffer with the product of a and b written to the view's place, or added to what is there; and the sum
+    of the squares of what is there then, a float32 scalar.
 
     `precision` as matmul's. For the custom calls alone. Inside jit they write into the buffer itself if nothing else needs
     its old content.
@@ -222,9 +223,9 @@ def matmul_into(
     attributes = _attributes(a, b, transpose_a, False, implementation, precision)
     if target.shape != (attributes["m"], attributes["n"]):
         raise ValueError(f"matmul_into: expected a product of shape {target.shape}, found {a.shape} and {b.shape}")
-    return jax_compat.ffi_call(
+    buffer, squares = jax_compat.ffi_call(
         custom_calls.MATMUL_INTO,
-        jax.ShapeDtypeStruct(target.buffer.shape, target.buffer.dtype),
+        (jax.ShapeDtypeStruct(target.buffer.shape, target.buffer.dtype), jax.ShapeDtypeStruct((), jnp.float32)),
         a,
         b,
         target.buffer,
@@ -233,6 +234,7 @@ def matmul_into(
         accumulate=np.int64(accumulate),
         **attributes,
     )
+    return buffer, squares
 
 
 def _xla_product(a: jax.Array, b: jax.Array, transpose_a: bool, transpose_b: bool, precision: str | None) -> jax.Array:

@@ -7,6 +7,8 @@ from the window in float32, which no device lacks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from gpt2_jax import custom_calls, jax_compat
-from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.layout import TensorSpec
 
 WINDOW = 128
 WATCHED = ("loss", "gradient_norm")  # the rows of the windows
@@ -55,21 +57,18 @@ def judge(
     return Verdict(applies, is_finite, z_scores), jnp.where(is_finite, moved, windows)
 
 
-def gradient_norms(grads_N: jax.Array, layout: ParameterLayout, *, custom_call: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The gradient's norm, and the sum of squares of every tensor's, (16,) float32: not finite where a tensor's is not.
+def squared_norms(grads_N: jax.Array, tensors: Sequence[TensorSpec], *, custom_call: bool = False) -> jax.Array:
+    """The sum of squares of each tensor's gradient, (S,) float32: not finite where the gradient is not.
 
     With `custom_call` (on the CPU) all threads add up, in float64.
     """
     if custom_call:
         custom_calls.load()
-        squared_norms_S = jax_compat.ffi_call(
+        return jax_compat.ffi_call(
             custom_calls.SUMS_OF_SQUARES,
-            jax.ShapeDtypeStruct((ParameterLayout.NUM_TENSORS,), jnp.float32),
+            jax.ShapeDtypeStruct((len(tensors),), jnp.float32),
             grads_N,
-            bounds=np.array([*(tensor.offset for tensor in layout.tensors), layout.num_parameters], dtype=np.int64),
+            spans=np.array([(tensor.offset, tensor.stop) for tensor in tensors], dtype=np.int64).reshape(-1),
             num_threads=np.int64(custom_calls.num_threads()),
         )
-    else:
-        pieces = [lax.slice(grads_N, (tensor.offset,), (tensor.stop,)) for tensor in layout.tensors]
-        squared_norms_S = jnp.stack([jnp.sum(jnp.square(piece)) for piece in pieces])
-    return jnp.sqrt(jnp.sum(squared_norms_S)), squared_norms_S
+    return jnp.stack([jnp.sum(jnp.square(lax.slice(grads_N, (tensor.offset,), (tensor.stop,)))) for tensor in tensors])

@@ -13,7 +13,7 @@ from jax import lax
 from gpt2_jax import custom_calls, in_place, jax_compat, model
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.optimizer import AdamWState, Optimizer, Schedule
-from gpt2_jax.stability import Verdict, empty_windows, gradient_norms, judge
+from gpt2_jax.stability import Verdict, empty_windows, judge, squared_norms
 from gpt2_jax.stochastic_rounding import stochastically_rounded
 
 
@@ -63,17 +63,37 @@ def loss_and_gradient(
     recompute: str = "none",
     grads_N: jax.Array | None = None,
     loops: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """Mean loss and its gradient (num_parameters,) float32 over A micro-batches, summed in float32 in their order.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean loss, its gradient (num_parameters,) float32 over A micro-batches, summed in float32 in their order, and
+    squared_norms of the gradient.
 
     By differentiating model.loss, or in place: into the memory of `grads_N`, where the caller has one to give. Without
     `loops` the function holds the micro-batches one after another.
     """
-    num_micro_batches = x_ABT.shape[0]
     if writes_in_place(matmul):
         return _loss_and_gradient_in_place(
             params_N, grads_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, recompute=recompute
         )
+    loss, grads_N = _differentiated(
+        params_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, recompute=recompute, loops=loops
+    )
+    # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
+    grads_N = lax.optimization_barrier(grads_N)
+    return loss, grads_N, squared_norms(grads_N, layout.tensors, custom_call=custom_calls.serve(matmul))
+
+
+def _differentiated(
+    params_N: jax.Array,
+    x_ABT: jax.Array,
+    y_ABT: jax.Array,
+    layout: ParameterLayout,
+    *,
+    dtype: jnp.dtype,
+    matmul: str,
+    recompute: str,
+    loops: bool,
+) -> tuple[jax.Array, jax.Array]:
+    num_micro_batches = x_ABT.shape[0]
 
     def micro_batch_loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
         loss = model.loss(params_N, x_BT, y_BT, layout, dtype=dtype, matmul=matmul, recompute=recompute)
@@ -108,7 +128,7 @@ def _loss_and_gradient_in_place(
     dtype: jnp.dtype,
     matmul: str,
     recompute: str,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     num_micro_batches = x_ABT.shape[0]
     if grads_N is None or num_micro_batches > 1:
         grads_N = jnp.zeros_like(params_N)
@@ -116,11 +136,16 @@ def _loss_and_gradient_in_place(
     if num_micro_batches == 1:
         return one_micro_batch(params_N, grads_N, x_ABT[0], y_ABT[0])
 
-    def add(total: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
-        loss, grads_N = one_micro_batch(params_N, total[1], *batch, scale=1.0 / num_micro_batches, accumulate=True)
-        return (total[0] + loss, grads_N), None
+    def add(
+        total: tuple[jax.Array, jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        loss, grads_N, squared_norms_S = one_micro_batch(
+            params_N, total[1], *batch, scale=1.0 / num_micro_batches, accumulate=True
+        )
+        return (total[0] + loss, grads_N, squared_norms_S), None
 
-    return lax.scan(add, (jnp.zeros((), jnp.float32), grads_N), (x_ABT, y_ABT))[0]
+    nothing = (jnp.zeros((), jnp.float32), grads_N, jnp.zeros((layout.NUM_TENSORS,), jnp.float32))
+    return lax.scan(add, nothing, (x_ABT, y_ABT))[0]
 
 
 def make_train_step(
@@ -146,7 +171,7 @@ def make_train_step(
     def step(
         state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, tensor_seeds: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        loss, grads_N = loss_and_gradient(
+        loss, grads_N, squared_norms_S = loss_and_gradient(
             state.params,
             x_ABT,
             y_ABT,
@@ -157,9 +182,7 @@ def make_train_step(
             grads_N=state.grads,
             loops=loops,
         )
-        # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
-        grads_N = lax.optimization_barrier(grads_N)
-        norm, squared_norms_S = gradient_norms(grads_N, layout, custom_call=custom_calls.serve(matmul))
+        norm = jnp.sqrt(jnp.sum(squared_norms_S))
         verdict, windows = judge(loss, norm, state.windows, max_loss_z=max_loss_z, max_gradient_z=max_gradient_z)
         params_N, optimizer_state = optimizer.apply(grads_N, norm, verdict.applies, state.optimizer, state.params)
         if tensor_seeds is not None:  # parameters that were not updated are rounded already, and stay

@@ -63,7 +63,7 @@ CALLS = {
         {"dqkv": "f32[2,3,24]"},
         PRODUCTS,
     ),
-    SUMS_OF_SQUARES: Call({"values": "f32[6]"}, {"sums": "f32[2]"}, {"bounds": np.array([1, 4, 6], np.int64), **THREADS}),
+    SUMS_OF_SQUARES: Call({"values": "f32[6]"}, {"sums": "f32[2]"}, {"spans": np.array([1, 4, 4, 6], np.int64), **THREADS}),
     ADAMW: Call(
         {"gradients": "f32[6]", "params": "f32[6]", "m": "f32[6]", "v": "f32[6]", "scalars": "f32[5]"},
         {"params_out": "f32[6]", "m_out": "f32[6]", "v_out": "f32[6]"},
@@ -80,7 +80,9 @@ CALLS = {
     ),
     BARRIER: Call({"x": "bf16[2,3]", "other": "s32[4]"}, {"out": "bf16[2,3]"}, {}),
     ADD_ROWS_INTO: Call(
-        {"target": "f32[8]", "indices": "s32[2]", "rows": "bf16[2,3]"}, {"out": "f32[8]"}, {"out_offset": np.int64(1)}
+        {"target": "f32[8]", "indices": "s32[2]", "rows": "bf16[2,3]"},
+        {"out": "f32[8]", "change": "f32[]"},
+        {"out_offset": np.int64(1)},
     ),
 }
 
@@ -142,10 +144,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (ATTENTION_BACKWARD, {"dqkv": "s32[2,3,24]"}, "expected dqkv of dtype f32 or bf16"),
     (ATTENTION_BACKWARD, {"log_sums": "f32[2,2,4]"}, "expected log_sums of size 12"),
     (SUMS_OF_SQUARES, {"values": "bf16[6]"}, "expected F32 but got BF16"),
-    (SUMS_OF_SQUARES, {"sums": "f32[3]"}, "expected bounds of each of 3 sums and an end, got 3"),
+    (SUMS_OF_SQUARES, {"sums": "f32[3]"}, "expected starts and stops of 3 spans, got 4 bounds"),
     *(
-        (SUMS_OF_SQUARES, {"bounds": np.array(bounds, np.int64)}, f"expected bounds in order within 6 elements, got [{wrong})")
-        for bounds, wrong in [((0, 4, 7), "4,7"), ((-1, 2, 6), "-1,2"), ((3, 2, 6), "3,2")]
+        (SUMS_OF_SQUARES, {"spans": np.array(spans, np.int64)}, f"expected spans within 6 elements, got [{wrong})")
+        for spans, wrong in [((0, 4, 4, 7), "4,7"), ((-1, 2, 2, 6), "-1,2"), ((0, 1, 3, 2), "3,2")]
     ),
     (ADAMW, {"gradients": "f32[7]"}, "expected params of size 7"),
     (ADAMW, {"gradients": "bf16[6]"}, "expected F32 but got BF16"),
@@ -168,6 +170,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (BARRIER, {"x": "bf16[7]"}, "expected out of size 7"),
     (BARRIER, {"out": "f32[2,3]"}, "expected out of x's dtype"),
     (ADD_ROWS_INTO, {"out": "f32[7]"}, "expected out of size 8"),
+    (ADD_ROWS_INTO, {"change": "f32[2]"}, "expected change of size 1"),
     (ADD_ROWS_INTO, {"indices": "f32[2]"}, "expected S32 but got F32"),
     (ADD_ROWS_INTO, {"rows": "s32[2,3]"}, "expected rows of dtype f32 or bf16"),
     (ADD_ROWS_INTO, {"rows": "f32[]"}, "expected rows of rank 1 or more"),

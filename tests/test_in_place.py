@@ -24,6 +24,14 @@ def autodiff(params, x, y, layout, dtype):
         return jax.jit(lambda p: jax.value_and_grad(model.loss)(p, x, y, layout, dtype=jnp.dtype(dtype)))(params)
 
 
+def assert_squared_norms(found, layout):
+    """Tensor by tensor, of the gradient as it is: at most 1024 squares are added up in float32, then layers and rows of wte."""
+    _, grads, squares = found
+    for tensor, square in zip(layout.tensors, squares.tolist(), strict=True):
+        expected = np.square(np.asarray(grads[tensor.offset : tensor.stop], dtype=np.float64)).sum()
+        assert square == pytest.approx(expected, rel=1100 * 2.0**-24), tensor.name
+
+
 def assert_close(found, expected, dtype):
     np.testing.assert_allclose(found[0], expected[0], rtol=TOLERANCE[dtype])
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=TOLERANCE[dtype] * float(jnp.abs(expected[1]).max()))
@@ -38,6 +46,7 @@ def test_overwrites_the_buffer_with_the_gradient(tiny_layout, tiny_params, tiny_
         lambda p, g: in_place.loss_and_gradient(p, g, x, y, tiny_layout, dtype=jnp.dtype(dtype), matmul=implementation)
     )(params, garbage)
     assert_close(found, autodiff(params, x, y, tiny_layout, dtype), dtype)
+    assert_squared_norms(found, tiny_layout)
     start, stop = tiny_layout.padding_span
     assert (np.asarray(found[1])[start:stop] == 0).all()
 
@@ -57,8 +66,9 @@ def test_the_classifier_in_chunks_of_rows(tiny_layout, tiny_params, tiny_batch, 
     params, (x, y) = jnp.asarray(tiny_params), tiny_batch
     monkeypatch.setattr(in_place, "CLASSIFIER_ROWS", 5)
     options = {"dtype": jnp.dtype(dtype), "matmul": "threaded", "scale": 0.5}
-    loss, grads = jax.jit(lambda p: in_place.loss_and_gradient(p, jnp.zeros_like(p), x, y, tiny_layout, **options))(params)
-    assert_close((2 * loss, 2 * grads), autodiff(params, x, y, tiny_layout, dtype), dtype)
+    found = jax.jit(lambda p: in_place.loss_and_gradient(p, jnp.zeros_like(p), x, y, tiny_layout, **options))(params)
+    assert_close((2 * found[0], 2 * found[1]), autodiff(params, x, y, tiny_layout, dtype), dtype)
+    assert_squared_norms(found, tiny_layout)
 
 
 def temporary_bytes(layout, tokens, **options):
@@ -105,6 +115,7 @@ def test_accumulates_micro_batches(tiny_layout, tiny_params, tiny_batch, impleme
         lambda p: loss_and_gradient(p, x[:, None], y[:, None], tiny_layout, dtype=jnp.dtype("float32"), matmul=implementation)
     )(params)
     assert_close(found, autodiff(params, x, y, tiny_layout, "float32"), "float32")
+    assert_squared_norms(found, tiny_layout)
 
 
 @can_alias

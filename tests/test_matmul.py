@@ -100,11 +100,12 @@ def test_a_product_into_a_buffer_touches_its_place_alone(implementation, accumul
     expected = buffer.copy()
     expected[9:21] = (buffer[9:21] if accumulate else 0) + (a.T @ b).reshape(-1)
     options = {"transpose_a": True, "accumulate": accumulate, "implementation": implementation}
-    found = jax.jit(lambda buffer: matmul.matmul_into(WeightView(buffer, 9, (3, 4)), a, b, **options))(buffer)
+    found, squares = jax.jit(lambda buffer: matmul.matmul_into(WeightView(buffer, 9, (3, 4)), a, b, **options))(buffer)
     # Seven products and the addition.
     np.testing.assert_allclose(found, expected, rtol=0, atol=8 * FLOAT32_ROUNDING * 8 * np.abs(a).max() * np.abs(b).max())
     np.testing.assert_array_equal(found[:9], buffer[:9])
     np.testing.assert_array_equal(found[21:], buffer[21:])
+    assert float(squares) == pytest.approx(np.square(found[9:21], dtype=np.float64).sum(), rel=16 * FLOAT32_ROUNDING)
     with pytest.raises(ValueError, match=r"expected a product of shape \(4, 3\), found \(7, 3\) and \(7, 4\)"):
         matmul.matmul_into(WeightView(buffer, 9, (4, 3)), a, b, **options)
 

@@ -29,7 +29,7 @@ def make_step(layout, *, matmul="xla", dtype=FLOAT32, **options):
 def test_micro_batches_sum_to_the_whole_batchs_gradient(tiny_layout, tiny_params, tiny_batch):
     x, y = tiny_batch
     params = jnp.asarray(tiny_params)
-    loss, grads = loss_and_gradient(params, x[None], y[None], tiny_layout, dtype=FLOAT32, matmul="xla")
+    loss, grads, _ = loss_and_gradient(params, x[None], y[None], tiny_layout, dtype=FLOAT32, matmul="xla")
     accumulated = loss_and_gradient(params, x[:, None], y[:, None], tiny_layout, dtype=FLOAT32, matmul="xla")
     assert abs(float(loss) - float(accumulated[0])) < 1e-6
     # Three terms in another order: a few roundings of the largest elements.

@@ -6,6 +6,7 @@
 #include "adamw/adamw.h"
 #include "checker.h"
 #include "custom_calls.h"
+#include "rows/rows.h"
 #include "xla_ffi.h"
 
 namespace gpt2_jax {
@@ -15,24 +16,24 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
 ffi::Error sums_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Result<Floats> sums,
-                                   ffi::Span<const int64_t> bounds, int64_t num_threads) {
+                                   ffi::Span<const int64_t> spans, int64_t num_threads) {
   const int64_t count = static_cast<int64_t>(values.element_count());
-  const size_t spans = sums->element_count();
+  const size_t num_sums = sums->element_count();
   Checker check("gpt2_jax_sums_of_squares", {{"values", values}, {"sums", *sums}});
-  check.expect(bounds.size() == spans + 1, "bounds of each of " + std::to_string(spans) +
-                                               " sums and an end, got " +
-                                               std::to_string(bounds.size()));
-  for (size_t i = 0; check.ok() && i < spans; ++i) {
-    check.expect(0 <= bounds[i] && bounds[i] <= bounds[i + 1] && bounds[i + 1] <= count,
-                 "bounds in order within " + std::to_string(count) + " elements, got [" +
-                     std::to_string(bounds[i]) + "," + std::to_string(bounds[i + 1]) + ")");
+  check.expect(spans.size() == 2 * num_sums, "starts and stops of " + std::to_string(num_sums) +
+                                                 " spans, got " + std::to_string(spans.size()) +
+                                                 " bounds");
+  for (size_t i = 0; check.ok() && i < spans.size(); i += 2) {
+    check.expect(0 <= spans[i] && spans[i] <= spans[i + 1] && spans[i + 1] <= count,
+                 "spans within " + std::to_string(count) + " elements, got [" +
+                     std::to_string(spans[i]) + "," + std::to_string(spans[i + 1]) + ")");
   }
   XlaExecutor executor(pool, num_threads);
   return check.run([&] {
-    for (size_t i = 0; i < spans; ++i) {
-      const float* const first = values.typed_data() + bounds[i];
+    for (size_t i = 0; i < num_sums; ++i) {
+      const int64_t start = spans[2 * i], stop = spans[2 * i + 1];
       sums->typed_data()[i] =
-          static_cast<float>(sum_of_squares(first, bounds[i + 1] - bounds[i], executor));
+          static_cast<float>(sum_of_squares(stop - start, values.typed_data() + start, executor));
     }
   });
 }
@@ -99,7 +100,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_sums_of_squares, gpt2_jax::sums_of_square
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // values
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // sums
-                                  .Attr<xla::ffi::Span<const int64_t>>("bounds")
+                                  .Attr<xla::ffi::Span<const int64_t>>("spans")
                                   .Attr<int64_t>("num_threads"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_adamw, gpt2_jax::adamw_handler,

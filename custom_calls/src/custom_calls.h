@@ -43,7 +43,8 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_bias(XLA_FFI_CallFrame* call_fram
 //
 //   argument    target: f32 of rank 1, after a and b. Where XLA aliases it to out, which it should,
 //               nothing is copied; otherwise target is copied to out first, whole
-//   result      out: of target's type and shape. Neither a nor b may lie in the part written
+//   results     out: of target's type and shape. Neither a nor b may lie in the part written;
+//               squares: f32, one element, the sum of the squares of what is in that part then
 //   attributes  out_offset                int64, elements
 //               accumulate                int64, 0 or 1: written, or added
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_into(XLA_FFI_CallFrame* call_frame);
@@ -66,7 +67,8 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_barrier(XLA_FFI_CallFrame* call_frame);
 // Rows added, one after another, to the rows of a matrix in a flat buffer that indices name.
 //
 //   arguments   target: f32 of rank 1; indices: s32; rows: f32 or bf16, one for each index
-//   result      out: target's new content, as above
+//   results     out: target's new content, as above; change: f32, one element, by which the sum
+//               of the squares of out is more than target's
 //   attribute   out_offset                int64, elements: where the matrix begins
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_frame);
 
@@ -74,8 +76,7 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_fr
 //
 //   argument    values: f32 of any rank
 //   result      sums: f32, one a span
-//   attributes  bounds                    int64 array, elements: where each span begins, and
-//                                         where the last ends
+//   attributes  spans                     int64 array, elements: start and stop of each
 //               num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sums_of_squares(XLA_FFI_CallFrame* call_frame);
 

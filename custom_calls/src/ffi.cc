@@ -142,7 +142,7 @@ ffi::Error run(const ProductChecker& check, const Request& request, const ffi::T
   if (refusal.failure()) return refusal;
   return check.run([&] {
     XlaExecutor executor(pool, request.num_threads);
-    request.implementation->run(request.matmul, executor);
+    multiply(*request.implementation, request.matmul, executor);
   });
 }
 
@@ -180,9 +180,11 @@ bool lies_in(const Operand& operand, int64_t rows, const float* part, int64_t co
 
 ffi::Error matmul_into_handler(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::AnyBuffer a,
                                ffi::AnyBuffer b, ffi::AnyBuffer target,
-                               ffi::Result<ffi::AnyBuffer> out) {
-  ProductChecker check("gpt2_jax_matmul_into", attributes,
-                       {{"a", a}, {"b", b}, {"target", target}, {"out", *out}});
+                               ffi::Result<ffi::AnyBuffer> out,
+                               ffi::Result<ffi::Buffer<ffi::F32>> squares) {
+  ProductChecker check(
+      "gpt2_jax_matmul_into", attributes,
+      {{"a", a}, {"b", b}, {"target", target}, {"out", *out}, {"squares", *squares}});
   Request request = decode(check, a, b, *out);
   Matmul& matmul = request.matmul;
   const int64_t offset = check.integer("out_offset");
@@ -190,6 +192,7 @@ ffi::Error matmul_into_handler(ffi::ThreadPool pool, ffi::Dictionary attributes,
   check.flat({"target", target}, 0, static_cast<int64_t>(out->element_count()));
   check.flat({"out", *out}, 0, static_cast<int64_t>(target.element_count()));
   check.matrix({"out", *out}, offset, matmul.m, matmul.n);
+  check.size({"squares", *squares}, 1);
   check.no_other_attributes();
   if (check.ok()) {
     float* const part = static_cast<float*>(out->untyped_data()) + offset;
@@ -200,7 +203,11 @@ ffi::Error matmul_into_handler(ffi::ThreadPool pool, ffi::Dictionary attributes,
     matmul.out = part;
   }
   if (check.ok()) copy_unless_aliased(target, *out);
-  return run(check, request, pool);
+  double sum_of_squares = 0;
+  matmul.sum_of_squares = &sum_of_squares;
+  ffi::Error error = run(check, request, pool);
+  if (error.success()) squares->typed_data()[0] = static_cast<float>(sum_of_squares);
+  return error;
 }
 
 }  // namespace
@@ -229,8 +236,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul_into, gpt2_jax::matmul_into_handle
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attrs()
-                                  .Arg<xla::ffi::AnyBuffer>()  // a
-                                  .Arg<xla::ffi::AnyBuffer>()  // b
-                                  .Arg<xla::ffi::AnyBuffer>()  // target
-                                  .Ret<xla::ffi::AnyBuffer>()  // out
+                                  .Arg<xla::ffi::AnyBuffer>()              // a
+                                  .Arg<xla::ffi::AnyBuffer>()              // b
+                                  .Arg<xla::ffi::AnyBuffer>()              // target
+                                  .Ret<xla::ffi::AnyBuffer>()              // out
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // squares
 );

@@ -52,14 +52,17 @@ ffi::Error barrier_handler(ffi::AnyBuffer x, ffi::RemainingArgs, ffi::Result<ffi
 }
 
 ffi::Error add_rows_into_handler(Floats target, ffi::Buffer<ffi::S32> indices, ffi::AnyBuffer rows,
-                                 ffi::Result<Floats> out, int64_t out_offset) {
+                                 ffi::Result<Floats> out, ffi::Result<Floats> change,
+                                 int64_t out_offset) {
   const NamedBuffer all_rows = {"rows", rows};
   const int64_t size = static_cast<int64_t>(target.element_count());
   const int64_t count = static_cast<int64_t>(indices.element_count());
-  Checker check("gpt2_jax_add_rows_into",
-                {{"target", target}, {"indices", indices}, all_rows, {"out", *out}});
+  Checker check(
+      "gpt2_jax_add_rows_into",
+      {{"target", target}, {"indices", indices}, all_rows, {"out", *out}, {"change", *change}});
   const bool narrow = check.dtype(all_rows) == DType::kBFloat16;
   check.size({"out", *out}, size);
+  check.size({"change", *change}, 1);
   check.expect(all_rows.dimensions.size() > 0, "rows of rank 1 or more");
   const int64_t width = check.ok() ? all_rows.dimensions.back() : 0;
   check.expect(all_rows.size == count * width,
@@ -75,14 +78,18 @@ ffi::Error add_rows_into_handler(Floats target, ffi::Buffer<ffi::S32> indices, f
   }
   return check.run([&] {
     float* const matrix = updated(target, out) + out_offset;
+    double sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       float* const place = matrix + indices.typed_data()[i] * width;
       for (int64_t j = 0; j < width; ++j) {
         const int64_t from = i * width + j;
+        const double before = place[j];
         place[j] += narrow ? bfloat16_to_float(static_cast<uint16_t*>(rows.untyped_data())[from])
                            : static_cast<float*>(rows.untyped_data())[from];
+        sum += static_cast<double>(place[j]) * place[j] - before * before;
       }
     }
+    change->typed_data()[0] = static_cast<float>(sum);
   });
 }
 
@@ -109,4 +116,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_add_rows_into, gpt2_jax::add_rows_into_ha
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // indices
                                   .Arg<xla::ffi::AnyBuffer>()              // rows
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // out
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // change
                                   .Attr<int64_t>("out_offset"));

@@ -2,6 +2,8 @@
 
 #include <sstream>
 
+#include "rows/rows.h"
+
 namespace gpt2_jax {
 namespace {
 
@@ -41,6 +43,17 @@ bool parse_precision(std::string_view text, Precision* precision) {
     }
   }
   return false;
+}
+
+void add_up_squares(const Matmul& matmul, Executor& executor) {
+  const float* const out = static_cast<const float*>(matmul.out);
+  const int64_t stride = matmul.out_leading_dimension;
+  const bool one_piece = stride == matmul.n;
+  double sum = 0;
+  for (int64_t i = 0; i < (one_piece ? 1 : matmul.m); ++i) {
+    sum += sum_of_squares(one_piece ? matmul.m * matmul.n : matmul.n, out + i * stride, executor);
+  }
+  *matmul.sum_of_squares = sum;
 }
 
 std::string to_string(const Matmul& matmul) {

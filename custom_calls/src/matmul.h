@@ -39,6 +39,9 @@ struct Matmul {
   DType out_dtype = DType::kFloat32;  // bfloat16: each float32 sum is rounded once, at the end
   bool accumulate = false;            // out += product; out is float32 and there is no bias
   const float* bias = nullptr;        // n elements added to every row's float32 sums
+  // For the sum of the squares of what is in a float32 out then, or nullptr. An implementation that
+  // does not say that it sums_squares leaves it alone: `multiply` asks and adds up out itself.
+  double* sum_of_squares = nullptr;
   Precision precision = Precision::kF32_F32_F32;
 };
 
@@ -46,6 +49,11 @@ const char* name(DType dtype);          // "f32", "bf16"
 const char* name(Precision precision);  // "F32_F32_F32", ...
 // False, and `precision` untouched, when there is no such name.
 bool parse_precision(std::string_view text, Precision* precision);
+
+class Executor;
+
+// Sets sum_of_squares, which is asked for, from what is in out.
+void add_up_squares(const Matmul& matmul, Executor& executor);
 
 // "f32[256,768] . bf16[2304,768]^T + bias -> f32[256,2304], BF16_BF16_F32", for messages.
 std::string to_string(const Matmul& matmul);

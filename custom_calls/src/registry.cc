@@ -40,11 +40,18 @@ const std::vector<Implementation>& implementations() {
       {"blocked", always_available, refuse_split_precision, run_blocked},
       {"simd", always_available, refuse_split_precision, run_simd},
       {"threaded", always_available, refuse_split_precision, run_threaded},
-      {"amx", amx_unavailable, refuse_float32_products, run_amx},
+      {"amx", amx_unavailable, refuse_float32_products, run_amx, /*sums_squares=*/true},
       {"accelerate", accelerate_unavailable, refuse_split_precision_or_size, run_accelerate},
       {"openblas", openblas_unavailable, refuse_split_precision_or_size, run_openblas},
   };
   return ladder;
+}
+
+void multiply(const Implementation& implementation, const Matmul& matmul, Executor& executor) {
+  implementation.run(matmul, executor);
+  if (matmul.sum_of_squares != nullptr && !implementation.sums_squares) {
+    add_up_squares(matmul, executor);
+  }
 }
 
 const Implementation* find_implementation(std::string_view name) {

@@ -18,7 +18,12 @@ struct Implementation {
   std::string (*refuse)(const Matmul& matmul);
   // Computes the product. Throws std::bad_alloc when there is no memory for its workspace.
   void (*run)(const Matmul& matmul, Executor& executor);
+  // Whether it sets Matmul::sum_of_squares on the way out, while the sums are in registers.
+  bool sums_squares = false;
 };
+
+// The product, and the sum of squares where it is asked for, whoever adds it up.
+void multiply(const Implementation& implementation, const Matmul& matmul, Executor& executor);
 
 // From the plainest up; other people's libraries last.
 const std::vector<Implementation>& implementations();

@@ -137,6 +137,10 @@ struct Sums {
   float* at(int64_t p, int64_t q) const { return data + p * p_stride + q * q_stride; }
 };
 
+// Behind a block's sums: the others' sums, and the finished ones, where there are any.
+float* finished_sums(float* sums) { return sums + 2 * kBlockSums; }
+const float* finished_sums(const float* sums) { return sums + 2 * kBlockSums; }
+
 // The shared operand, packed: `lanes` of it in the blocks of k from first_block on.
 struct SharedBlock {
   Range lanes;
@@ -165,20 +169,26 @@ TilePrefetch prefetch_of(const Plan& plan, const Range& lanes, const Range& k, i
   return prefetch;
 }
 
-void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, int64_t shared_lane) {
+// `squares` has a place for each block of out, row by row; or it is nullptr.
+void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, int64_t shared_lane,
+                  float* squares) {
   const Matmul& matmul = plan.matmul;
   const int64_t row = plan.a_is_shared ? shared_lane : streamed_lane;
   const int64_t column = plan.a_is_shared ? streamed_lane : shared_lane;
   const bool narrow = matmul.out_dtype == DType::kBFloat16;
   const int64_t index = row * matmul.out_leading_dimension + column;
+  const int64_t block = row / kPanelLanes * ceil_div(matmul.n, kPanelLanes) + column / kPanelLanes;
+  const bool more = plan.passes.small_ones_apart && !plan.sums_begin_anew();
   const TileResult result = {static_cast<char*>(matmul.out) + index * (narrow ? 2 : 4),
                              matmul.out_leading_dimension,
                              narrow,
                              matmul.accumulate,
                              matmul.bias == nullptr ? nullptr : matmul.bias + column,
-                             plan.passes.small_ones_apart ? sums + kBlockSums : nullptr,
+                             more ? sums + kBlockSums : nullptr,
                              plan.transposed,
-                             plan.stream};
+                             plan.stream,
+                             squares == nullptr ? nullptr : squares + block};
+  if (plan.sums_begin_anew()) sums = finished_sums(sums);
   plan.kernel.finish(result, sums, static_cast<int>(std::min<int64_t>(matmul.m - row, kPanelLanes)),
                      static_cast<int>(std::min<int64_t>(matmul.n - column, kPanelLanes)));
 }
@@ -195,25 +205,16 @@ void multiply_small_ones_apart(const Plan& plan, const TileBlock& whole) {
   plan.kernel.multiply(block);
 }
 
-// After block kb of k: the sums that are complete go to the finished ones, and those, at the end,
-// to where finish_block adds them.
+// After block kb of k: sums that are complete are added to the finished ones.
 void add_up(const Plan& plan, int64_t kb, float* sums) {
-  float* const others = sums + kBlockSums;
-  float* const finished = others + kBlockSums;
-  if (kb + 1 == plan.k_cut.count()) {
-    for (int i = 0; i < kBlockSums; ++i) others[i] += finished[i];
-  } else if ((kb + 1) % plan.blocks_in_sum == 0) {
-    const bool first = kb + 1 == plan.blocks_in_sum;
-    for (int i = 0; i < kBlockSums; ++i) {
-      finished[i] = (first ? 0.0f : finished[i]) + (sums[i] + others[i]);
-    }
-  }
+  if ((kb + 1) % plan.blocks_in_sum != 0 && kb + 1 != plan.k_cut.count()) return;
+  plan.kernel.add(sums, sums + kBlockSums, kb >= plan.blocks_in_sum, finished_sums(sums));
 }
 
 // All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
 // shared lanes. `next` are the lanes that this thread will probably be asked for after these.
 void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Range& next,
-                  const Sums& sums, unsigned char* packed) {
+                  const Sums& sums, unsigned char* packed, float* squares) {
   const Lanes& streamed = plan.streamed();
   const int64_t p_count = ceil_div(item.streamed.size, kPanelLanes);
   const int64_t q_first = (item.shared.first - shared.lanes.first) / kPanelLanes;
@@ -266,7 +267,7 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
         }
         if (kb + 1 == plan.k_cut.count()) {
           finish_block(plan, sums.at(p, q), item.streamed.first + p * kPanelLanes,
-                       item.shared.first + q * kPanelLanes);
+                       item.shared.first + q * kPanelLanes, squares);
         }
       }
     }
@@ -326,11 +327,13 @@ Cuts cut_operands(const Plan& plan) {
 }  // namespace
 
 void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& executor) {
+  if (matmul.sum_of_squares != nullptr) *matmul.sum_of_squares = 0;
   if (matmul.m == 0 || matmul.n == 0) return;
   if (matmul.k == 0) {
     for (int64_t i = 0; i < matmul.m; ++i) {
       for (int64_t j = 0; j < matmul.n; ++j) store_result(matmul, i, j, 0);
     }
+    if (matmul.sum_of_squares != nullptr) add_up_squares(matmul, executor);
     return;
   }
 
@@ -353,10 +356,13 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
   const int64_t shared_block = plan.shared().packed_bytes(cuts.shared.block, plan.k_cut.block);
   const int64_t worker_packed = plan.streamed().packed_bytes(size.streamed.size, plan.k_cut.block);
   const int64_t worker_floats = worker_sums + worker_packed / 4;
+  const int64_t blocks = ceil_div(matmul.m, kPanelLanes) * ceil_div(matmul.n, kPanelLanes);
+  const int64_t block_squares = matmul.sum_of_squares == nullptr ? 0 : blocks;
   const Workspace workspace(waiting_sums + cuts.k_at_once * shared_block / 4 +
-                            workers * worker_floats);
+                            workers * worker_floats + block_squares);
   float* const shared_memory = workspace.data() + waiting_sums;
   float* const worker_memory = shared_memory + cuts.k_at_once * shared_block / 4;
+  float* const squares = block_squares == 0 ? nullptr : worker_memory + workers * worker_floats;
 
   for (int64_t streamed_block = 0; streamed_block < cuts.streamed.count(); ++streamed_block) {
     for (int64_t shared_index = 0; shared_index < cuts.shared.count(); ++shared_index) {
@@ -395,11 +401,13 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
           } else if (plan.k_cut.count() == 1) {
             sums.p_stride = sums.q_stride = 0;
           }
-          compute_item(plan, shared, item, next_lanes, sums, reinterpret_cast<unsigned char*>(own));
+          compute_item(plan, shared, item, next_lanes, sums, reinterpret_cast<unsigned char*>(own),
+                       squares);
         });
       }
     }
   }
+  for (int64_t i = 0; i < block_squares; ++i) *matmul.sum_of_squares += squares[i];
 }
 
 }  // namespace gpt2_jax

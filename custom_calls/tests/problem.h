@@ -130,6 +130,7 @@ class Problem {
     matmul_.accumulate = epilogue == Epilogue::kAccumulate;
     for (float& value : bias_) value = random.uniform();
     if (!bias_.empty()) matmul_.bias = bias_.data() + 1;
+    if (types.out == DType::kFloat32) matmul_.sum_of_squares = &sum_of_squares_;
     if (matmul_.accumulate) {
       for (int64_t i = 0; i < shape.m * shape.n; ++i) target_.push_back(random.uniform());
     }
@@ -140,16 +141,33 @@ class Problem {
   const Matmul& matmul() const { return matmul_; }
   const Elements& out() const { return out_; }
   float result(int64_t i, int64_t j) const { return out_.get(out_index(i, j)); }
+  double sum_of_squares() const { return sum_of_squares_; }
   void set_a(int64_t i, int64_t p, float value) { a_.set(index(matmul_.a, i, p), value); }
   void set_b(int64_t p, int64_t j, float value) { b_.set(index(matmul_.b, p, j), value); }
 
   // Canaries, and where the product is to be added to something, that.
   void clear() {
     for (int64_t i = 0; i < out_.size(); ++i) out_.set(i, kCanary);
+    sum_of_squares_ = kCanary;
     if (target_.empty()) return;
     for (int64_t i = 0; i < shape_.m; ++i) {
       for (int64_t j = 0; j < shape_.n; ++j) out_.set(out_index(i, j), target_[i * shape_.n + j]);
     }
+  }
+
+  // The sum of squares is that of what is in out: of products of 24 bits, at most 1024 of them
+  // added up in float32.
+  void check_squares(const std::string& who) const {
+    if (matmul_.sum_of_squares == nullptr) return;
+    double expected = 0;
+    for (int64_t i = 0; i < shape_.m; ++i) {
+      for (int64_t j = 0; j < shape_.n; ++j) {
+        expected += static_cast<double>(result(i, j)) * result(i, j);
+      }
+    }
+    CHECK(std::fabs(sum_of_squares_ - expected) <= std::ldexp(1025 * expected, -24),
+          who << " " << to_string(matmul_) << ": squares " << sum_of_squares_ << ", expected "
+              << expected);
   }
 
   // |out - reference| <= (c + k 2^-24) (|op(a)| |op(b)| + |added|), element by element; nothing
@@ -258,6 +276,7 @@ class Problem {
   Elements out_;
   std::vector<float> bias_;    // one element too many, so that the pointer is not aligned
   std::vector<float> target_;  // what out holds at first, where the product is added to it
+  double sum_of_squares_ = kCanary;
 };
 
 }  // namespace gpt2_jax

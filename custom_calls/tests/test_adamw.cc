@@ -81,20 +81,6 @@ void test_update_is_the_kernel_span_by_span(int threads) {
   CHECK(found.v == expected.v, "v with " << threads << " threads");
 }
 
-void test_sum_of_squares() {
-  const std::vector<float> values = random((1 << 17) + 5, 9);
-  double expected = 0;
-  for (const float value : values) expected += double(value) * value;
-  InlineExecutor one;
-  const double alone = sum_of_squares(values.data(), static_cast<int64_t>(values.size()), one);
-  CHECK(std::abs(alone - expected) <= 1e-12 * expected, alone << " for " << expected);
-  ThreadPool pool(3);
-  PoolExecutor three(pool, 3);
-  CHECK(sum_of_squares(values.data(), static_cast<int64_t>(values.size()), three) == alone,
-        "3 threads");
-  CHECK(sum_of_squares(values.data(), 0, one) == 0, "no values");
-}
-
 }  // namespace
 }  // namespace gpt2_jax
 
@@ -108,6 +94,5 @@ int main() {
 #endif
   }
   for (const int threads : {1, 2, 5}) test_update_is_the_kernel_span_by_span(threads);
-  test_sum_of_squares();
   return report("test_adamw");
 }

@@ -67,6 +67,7 @@ struct Call {
   bool alias = false;        // the last of them lies where out lies
   bool b_is_out = false;     // and so does b
   Buffer out{{2, 4}};
+  std::vector<Buffer> more_results;  // after out
   std::map<std::string, int64_t> integers = {
       {"m", 2},           {"n", 4},        {"k", 3},        {"transpose_a", 0},
       {"transpose_b", 0}, {"a_offset", 0}, {"b_offset", 0}, {"num_threads", 2}};
@@ -95,11 +96,12 @@ struct Call {
     };
     std::vector<void*> args = {buffer(a), buffer(b)};
     for (Buffer& argument : more) args.push_back(buffer(argument));
-    void* rets[] = {buffer(out)};
+    std::vector<void*> rets = {buffer(out)};
+    for (Buffer& result : more_results) rets.push_back(buffer(result));
     if (alias) static_cast<XLA_FFI_Buffer*>(args.back())->data = out.values.data();
     if (b_is_out) static_cast<XLA_FFI_Buffer*>(args[1])->data = out.values.data();
     std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
-    XLA_FFI_RetType ret_types[] = {XLA_FFI_RetType_BUFFER};
+    std::vector<XLA_FFI_RetType> ret_types(rets.size(), XLA_FFI_RetType_BUFFER);
 
     // Attributes come sorted by name, as a map iterates.
     std::map<std::string, void*> attributes;
@@ -131,7 +133,8 @@ struct Call {
     frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
     frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()),
                   arg_types.data(), args.data()};
-    frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, ret_types, rets};
+    frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(rets.size()),
+                  ret_types.data(), rets.data()};
     frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE,
                    nullptr,
                    static_cast<int64_t>(values.size()),
@@ -230,6 +233,7 @@ void test_into() {
       call.handler = gpt2_jax_matmul_into;
       call.more = {Buffer({50})};
       call.out = Buffer({50});
+      call.more_results = {Buffer({})};
       if (!alias) call.out.values.assign(50, -1000);
       call.alias = alias;
       call.integers["out_offset"] = 42;
@@ -237,6 +241,7 @@ void test_into() {
       const Buffer before({50});
       const XLA_FFI_Error error = call.call();
       CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
+      float squares = 0;
       for (int at = 0; at < 50; ++at) {
         float expected = before.values[at];
         if (at >= 42) {
@@ -249,7 +254,9 @@ void test_into() {
         CHECK(call.out.values[at] == expected, "alias " << alias << " accumulate " << accumulate
                                                         << " at " << at << ": "
                                                         << call.out.values[at]);
+        if (at >= 42) squares += expected * expected;
       }
+      CHECK(call.more_results[0].values[0] == squares, call.more_results[0].values[0]);
     }
   }
 }
@@ -288,13 +295,14 @@ void test_invalid_target() {
   into.handler = gpt2_jax_matmul_into;
   into.more = {Buffer({50})};
   into.out = Buffer({50});
+  into.more_results = {Buffer({})};
   into.integers["out_offset"] = 0;
   into.integers["accumulate"] = 0;
   for (const int64_t offset : {int64_t{43}, int64_t{-1}, INT64_MAX, INT64_MIN}) {
     Call call = into;
     call.integers["out_offset"] = offset;
     expect_invalid(call, {"gpt2_jax_matmul_into: expected out to hold a matrix [2,4] from element",
-                          "a f32[2,3], b f32[3,4], target f32[50], out f32[50]"});
+                          "a f32[2,3], b f32[3,4], target f32[50], out f32[50], squares f32[]"});
   }
   Call call = into;
   call.integers["accumulate"] = 2;
@@ -305,6 +313,9 @@ void test_invalid_target() {
   call = into;
   call.out = Buffer({51});
   expect_invalid(call, {"expected target of dtype f32 and rank 1 to hold 51", "out f32[51]"});
+  call = into;
+  call.more_results = {Buffer({2})};
+  expect_invalid(call, {"squares", "squares f32[2]"});
   call = into;
   call.more = {Buffer({5, 10})};
   call.out = Buffer({5, 10});

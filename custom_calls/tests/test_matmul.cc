@@ -47,8 +47,9 @@ struct Candidate {
   std::vector<Shape> shapes;        // for every combination of types
   std::vector<Shape> large_shapes;  // for some
   Shape shape_of_bits;              // for any number of threads, where there may be several
-  bool tiles;    // bfloat16 products, of parts of float32 if need be; not float32 products
-  bool in_turn;  // small shapes with one of the four transpositions in turn, not with each
+  bool tiles;         // bfloat16 products, of parts of float32 if need be; not float32 products
+  bool in_turn;       // small shapes with one of the four transpositions in turn, not with each
+  bool sums_squares;  // not only computes the product
   std::function<void(const Matmul&, Executor&)> run;
 };
 
@@ -68,6 +69,7 @@ TileKernel model_kernel() {
           multiply_on_model,
           pack_tiles_portable,
           finish_tiles_portable,
+          add_tiles_portable,
           small};
 }
 
@@ -79,6 +81,7 @@ std::vector<TileKernel> tile_kernels() {
     all.back().name = "model, packing by AVX-512";
     all.back().pack = pack_tiles_avx512;
     all.back().finish = finish_tiles_avx512;
+    all.back().add = add_tiles_avx512;
   }
   if (amx_unavailable().empty()) {
     all.push_back(*amx_kernel());
@@ -100,12 +103,14 @@ std::vector<Candidate> candidates() {
     const std::string name = rung.name;
     // What is packed is tested to the last below, kernel by kernel.
     const bool fast = name != "naive" && name != "blocked";
-    all.push_back({name, small, fast ? kLargeShapes : std::vector<Shape>(),
-                   fast && !is_foreign(name) ? ragged : none, name == "amx", fast, rung.run});
+    all.push_back(
+        {name, small, fast ? kLargeShapes : std::vector<Shape>(),
+         fast && !is_foreign(name) ? ragged : none, name == "amx", fast, true,
+         [&rung](const Matmul& matmul, Executor& executor) { multiply(rung, matmul, executor); }});
   }
   for (const Kernel& kernel : kernels()) {
     if (kernel.features & ~cpu_features_seen()) continue;
-    all.push_back({kernel.name, small, kLargeShapes, ragged, false, false,
+    all.push_back({kernel.name, small, kLargeShapes, ragged, false, false, false,
                    [&kernel](const Matmul& matmul, Executor& executor) {
                      packed_matmul(matmul, kernel, executor);
                    }});
@@ -115,7 +120,7 @@ std::vector<Candidate> candidates() {
       tile_matmul(matmul, kernel, executor);
       CHECK(!TileModel::configured(), "tiles left configured");
     };
-    all.push_back({kernel.name, small, {}, {67, 131, 200}, true, true, run});
+    all.push_back({kernel.name, small, {}, {67, 131, 200}, true, true, true, run});
   }
   if (amx_kernel() != nullptr) {
     // The real blocks, which only large shapes fill; the model is slow.
@@ -124,7 +129,7 @@ std::vector<Candidate> candidates() {
       kernel.blocks = amx_kernel()->blocks;
       tile_matmul(matmul, kernel, executor);
     };
-    all.push_back({"model, blocks of AMX", {}, {{40, 70, 801}}, none, true, true, run});
+    all.push_back({"model, blocks of AMX", {}, {{40, 70, 801}}, none, true, true, true, run});
   }
   return all;
 }
@@ -163,6 +168,7 @@ void test_against_float64(const Candidate& candidate) {
     Problem problem(shape, transposes & 1, transposes & 2, types, random, epilogue);
     candidate.run(problem.matmul(), executor);
     problem.check(candidate.name);
+    if (candidate.sums_squares) problem.check_squares(candidate.name);
   };
   for (const Types& types : all_types(candidate)) {
     for (const Shape& shape : candidate.shapes) {
@@ -195,6 +201,9 @@ void test_non_finite(const Candidate& candidate) {
         problem.set_a(18, 22, value);
         problem.set_b(5, 33, value);
         candidate.run(problem.matmul(), executor);
+        if (candidate.sums_squares && types.out == DType::kFloat32) {
+          CHECK(!std::isfinite(problem.sum_of_squares()), candidate.name << " with " << value);
+        }
         for (int64_t i = 0; i < 19; ++i) {
           for (int64_t j = 0; j < 37; ++j) {
             const bool touched = i == 18 || j == 33;
@@ -221,12 +230,13 @@ void test_same_bits(const Candidate& candidate) {
     InlineExecutor inline_executor;
     candidate.run(problem.matmul(), inline_executor);
     const Elements expected = problem.out();
+    const double squares = problem.sum_of_squares();
     for (int threads = 1; threads <= 4; ++threads) {
       for (int repeat = 0; repeat < 3; ++repeat) {
         problem.clear();
         PoolExecutor executor(pool, threads);
         candidate.run(problem.matmul(), executor);
-        CHECK(problem.out() == expected,
+        CHECK(problem.out() == expected && problem.sum_of_squares() == squares,
               candidate.name << " gives other bits with " << threads << " threads");
       }
     }
@@ -336,6 +346,7 @@ void test_six_passes_in_several_sums() {
         InlineExecutor inline_executor;
         tile_matmul(problem.matmul(), kernel, inline_executor);
         problem.check("six passes");
+        problem.check_squares("six passes");
         const Elements expected = problem.out();
         problem.clear();
         PoolExecutor executor(pool, 3);

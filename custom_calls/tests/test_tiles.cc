@@ -119,15 +119,23 @@ void test_finish_twins() {
                          !accumulate && random.below(2) ? bias.data() : nullptr,
                          random.below(2) ? more_sums.data() : nullptr,
                          random.below(2) == 1,
-                         !accumulate && random.below(2) == 1};
+                         !accumulate && random.below(2) == 1,
+                         nullptr};
+    float squares[2] = {};
     for (int64_t k = 0; k < kFloats; ++k) {
       memory[0].data()[k] = memory[1].data()[k] = random.uniform();
     }
     const int64_t width = result.narrow ? 2 : 4;
     for (int twin = 0; twin < 2; ++twin) {
       result.out = reinterpret_cast<char*>(memory[twin].data()) + offset * width;
+      result.squares = result.narrow ? nullptr : &squares[twin];
       (twin ? finish_tiles_avx512 : finish_tiles_portable)(result, sums.data(), rows, columns);
     }
+    // Not the same order: a rounding for each of at most kBlockSums additions.
+    CHECK(squares[0] == squares[1] || !std::isfinite(squares[0] + squares[1]) ||
+              std::fabs(squares[0] - squares[1]) <= std::ldexp(kBlockSums, -24) * squares[0],
+          "squares " << squares[1] << ", expected " << squares[0]);
+    CHECK(std::isnan(squares[0]) == std::isnan(squares[1]), squares[0] << " and " << squares[1]);
     const auto element = [&](int twin, int64_t at) {
       if (!result.narrow) return memory[twin].data()[at];
       return bfloat16_to_float(reinterpret_cast<const uint16_t*>(memory[twin].data())[at]);
@@ -137,6 +145,25 @@ void test_finish_twins() {
             rows << " x " << columns << " narrow " << result.narrow << " transposed "
                  << result.transposed << " accumulate " << accumulate << " stream " << result.stream
                  << " at " << at << ": " << element(1, at) << ", expected " << element(0, at));
+    }
+  }
+}
+
+void test_add_twins() {
+  Random random(4);
+  const Workspace sums(kBlockSums), more(kBlockSums), before(kBlockSums);
+  for (int i = 0; i < kBlockSums; ++i) {
+    for (const Workspace* floats : {&sums, &more, &before}) floats->data()[i] = random.any_float();
+  }
+  for (const bool accumulate : {false, true}) {
+    const Workspace expected(kBlockSums), found(kBlockSums);
+    std::memcpy(expected.data(), before.data(), kBlockSums * sizeof(float));
+    std::memcpy(found.data(), before.data(), kBlockSums * sizeof(float));
+    add_tiles_portable(sums.data(), more.data(), accumulate, expected.data());
+    add_tiles_avx512(sums.data(), more.data(), accumulate, found.data());
+    for (int i = 0; i < kBlockSums; ++i) {
+      CHECK(same_bytes_or_both_nan(expected.data()[i], found.data()[i]),
+            "accumulate " << accumulate << " at " << i << ": " << found.data()[i]);
     }
   }
 }
@@ -232,6 +259,7 @@ int main() {
   if (has_all(cpu_features_seen(), kAvx512Code | kAvx512bf16)) {
     test_packing_twins();
     test_finish_twins();
+    test_add_twins();
   } else {
     std::printf("no AVX-512 with bfloat16 here: only the portable packing is tested\n");
   }

@@ -252,7 +252,7 @@ def _compiled(implementation: str, precision: str, product: str, out_dtype: jnp.
 def _compiled_into(implementation: str, precision: str) -> jax.stages.Wrapped:
     def product_into(gradient: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
         target = WeightView(gradient, 0, (dy.shape[1], x.shape[1]))
-        return matmul.matmul_into(target, dy, x, transpose_a=True, implementation=implementation, precision=precision)
+        return matmul.matmul_into(target, dy, x, transpose_a=True, implementation=implementation, precision=precision)[0]
 
     return jax.jit(product_into, donate_argnums=(0,))
 

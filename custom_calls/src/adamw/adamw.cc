@@ -1,11 +1,9 @@
 #include "adamw/adamw.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "cpu_features.h"
 #include "executor.h"
-#include "rows/rows.h"
 
 namespace gpt2_jax {
 namespace {
@@ -38,19 +36,6 @@ void adamw_update(const AdamWUpdate& update, const AdamWConstants& constants, Ex
              update.params + start, update.m + start, update.v + start);
     }
   });
-}
-
-double sum_of_squares(const float* values, int64_t count, Executor& executor) {
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  std::vector<double> sums(static_cast<size_t>(blocks));
-  parallel_for(executor, blocks, [&](int64_t block) {
-    const int64_t begin = block * kBlock;
-    const int64_t end = std::min(count, begin + kBlock);
-    sums[static_cast<size_t>(block)] = row_kernels().sum_of_squares(end - begin, values + begin);
-  });
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
 }
 
 }  // namespace gpt2_jax

@@ -46,10 +46,6 @@ struct AdamWUpdate {
 };
 void adamw_update(const AdamWUpdate& update, const AdamWConstants& constants, Executor& executor);
 
-// The sum of squares, in double over blocks of a fixed size: the same bits for any number of
-// threads.
-double sum_of_squares(const float* values, int64_t count, Executor& executor);
-
 // Defined one a file, each compiled for its instruction set from adamw_kernel.inc.
 void adamw_generic(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);
 void adamw_avx2(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);

@@ -37,6 +37,7 @@ constexpr TileKernel kAmx = {"bf16_32x32_amx",
                              bf16_32x32_amx,
                              pack_tiles_avx512,
                              finish_tiles_avx512,
+                             add_tiles_avx512,
                              {/*panel_bytes=*/24 << 10, /*item_lanes=*/128, /*shared_lanes=*/512,
                               /*shared_bytes=*/4 << 20, /*sums_bytes=*/16 << 20,
                               /*stream_bytes=*/4 << 20}};

@@ -78,10 +78,14 @@ struct TileResult {
   const float* more_sums;     // of the same block, to be added to the others, or nullptr
   bool transposed;            // the sums' rows are out's columns
   bool stream;                // whole cache lines go to memory past the caches
+  float* squares;  // for the sum of the squares of what is in a float32 out then, or nullptr
 };
 
 // rows and columns, at most 32 each, are out's.
 using FinishTiles = void (*)(const TileResult& result, const float* sums, int rows, int columns);
+
+// total (+)= sums + more, of kBlockSums each.
+using AddTiles = void (*)(const float* sums, const float* more, bool accumulate, float* total);
 
 // How the schedule cuts the product. Only panel_bytes can change a result's bits.
 struct TileBlockSizes {
@@ -101,6 +105,7 @@ struct TileKernel {
   void (*multiply)(const TileBlock& block);
   PackTiles pack;
   FinishTiles finish;
+  AddTiles add;
   TileBlockSizes blocks;
 };
 
@@ -112,6 +117,8 @@ void pack_tiles_portable(const TileSource&, int64_t, int64_t, TileSide, int, uns
 void pack_tiles_avx512(const TileSource&, int64_t, int64_t, TileSide, int, unsigned char*);
 void finish_tiles_portable(const TileResult&, const float*, int, int);
 void finish_tiles_avx512(const TileResult&, const float*, int, int);
+void add_tiles_portable(const float*, const float*, bool, float*);
+void add_tiles_avx512(const float*, const float*, bool, float*);
 void bf16_32x32_amx_configure();
 void bf16_32x32_amx_release();
 void bf16_32x32_amx(const TileBlock&);

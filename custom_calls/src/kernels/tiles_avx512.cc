@@ -310,9 +310,9 @@ inline __m512 load_sums(const TileResult& result, const float* sums, int64_t at)
                                      : _mm512_add_ps(row, _mm512_load_ps(result.more_sums + at));
 }
 
-// One row of up to 16 sums to its place.
-inline void finish_row(const TileResult& result, __m512 value, int64_t row, int column,
-                       __mmask16 mask) {
+// One row of up to 16 sums to its place; what is there then.
+inline __m512 finish_row(const TileResult& result, __m512 value, int64_t row, int column,
+                         __mmask16 mask) {
   if (result.bias != nullptr) {
     value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, result.bias + column));
   }
@@ -320,7 +320,7 @@ inline void finish_row(const TileResult& result, __m512 value, int64_t row, int 
   if (result.narrow) {
     uint16_t* to = static_cast<uint16_t*>(result.out) + index;
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
-    return;
+    return value;
   }
   float* to = static_cast<float*>(result.out) + index;
   if (result.accumulate) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value);
@@ -329,6 +329,7 @@ inline void finish_row(const TileResult& result, __m512 value, int64_t row, int 
   } else {
     _mm512_mask_storeu_ps(to, mask, value);
   }
+  return value;
 }
 
 }  // namespace
@@ -342,6 +343,7 @@ void pack_tiles_avx512(const TileSource& source, int64_t lanes, int64_t depth, T
 }
 
 void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, int columns) {
+  __m512 squares = _mm512_setzero_ps();
   for (int row = 0; row < rows; row += kTileLanes) {
     for (int column = 0; column < columns; column += kTileLanes) {
       const __mmask16 mask = first16(columns - column);
@@ -351,7 +353,9 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
       const int64_t from = (left * 2 + right) * kTileLanes * kTileLanes;
       if (!result.transposed) {
         for (int i = 0; i < count; ++i) {
-          finish_row(result, load_sums(result, sums, from + i * kTileLanes), row + i, column, mask);
+          const __m512 value = finish_row(result, load_sums(result, sums, from + i * kTileLanes),
+                                          row + i, column, mask);
+          squares = _mm512_mask3_fmadd_ps(value, value, squares, mask);
         }
         continue;
       }
@@ -363,9 +367,21 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
       transpose(tile);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        if (i < count) finish_row(result, _mm512_castsi512_ps(tile[i]), row + i, column, mask);
+        if (i >= count) continue;
+        const __m512 value =
+            finish_row(result, _mm512_castsi512_ps(tile[i]), row + i, column, mask);
+        squares = _mm512_mask3_fmadd_ps(value, value, squares, mask);
       }
     }
+  }
+  if (result.squares != nullptr) *result.squares = _mm512_reduce_add_ps(squares);
+}
+
+void add_tiles_avx512(const float* sums, const float* more, bool accumulate, float* total) {
+  for (int i = 0; i < kBlockSums; i += 16) {
+    __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(more + i));
+    if (accumulate) sum = _mm512_add_ps(_mm512_load_ps(total + i), sum);
+    _mm512_store_ps(total + i, sum);
   }
 }
 

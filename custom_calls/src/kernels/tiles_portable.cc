@@ -45,6 +45,7 @@ void pack_tiles_portable(const TileSource& source, int64_t lanes, int64_t depth,
 }
 
 void finish_tiles_portable(const TileResult& result, const float* sums, int rows, int columns) {
+  float squares = 0;
   for (int row = 0; row < rows; ++row) {
     for (int column = 0; column < columns; ++column) {
       const int left = result.transposed ? column : row;
@@ -61,8 +62,14 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
       }
       float& element = static_cast<float*>(result.out)[index];
       element = result.accumulate ? element + value : value;
+      squares += element * element;
     }
   }
+  if (result.squares != nullptr) *result.squares = squares;
+}
+
+void add_tiles_portable(const float* sums, const float* more, bool accumulate, float* total) {
+  for (int i = 0; i < kBlockSums; ++i) total[i] = (accumulate ? total[i] : 0) + (sums[i] + more[i]);
 }
 
 }  // namespace gpt2_jax

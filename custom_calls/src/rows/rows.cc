@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kRowsOfItem = 16;
 constexpr int64_t kColumnsOfItem = 256;
 constexpr int64_t kElementsOfItem = 1 << 15;
+constexpr int64_t kSquaresOfItem = 1 << 16;
 
 // item(first, count) over [0, total) in pieces of `size`.
 template <typename Item>
@@ -99,6 +100,17 @@ void column_sums(const Rows& x, float* sums, Executor& executor) {
       row_kernels().add_to(count, x.narrow, x.row(i) + first * (x.narrow ? 2 : 4), sums + first);
     }
   });
+}
+
+double sum_of_squares(int64_t count, const float* x, Executor& executor) {
+  std::vector<double> sums(static_cast<size_t>((count + kSquaresOfItem - 1) / kSquaresOfItem));
+  in_pieces(executor, count, kSquaresOfItem, [&](int64_t first, int64_t size) {
+    sums[static_cast<size_t>(first / kSquaresOfItem)] =
+        row_kernels().sum_of_squares(size, x + first);
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace gpt2_jax

@@ -64,6 +64,8 @@ void gelu_backward(const Rows& x, const Rows& dout, const Rows& dx, Executor& ex
 void softmax_cross_entropy(const Rows& logits, const int32_t* targets, int64_t vocab_size,
                            float scale, float* losses, const Rows& dlogits, Executor& executor);
 void column_sums(const Rows& x, float* sums, Executor& executor);
+// In double over pieces of a fixed size: the same bits for any number of threads.
+double sum_of_squares(int64_t count, const float* x, Executor& executor);
 
 // Defined one a file from row_kernels.inc.
 extern const RowKernels kRowKernelsGeneric, kRowKernelsAvx2, kRowKernelsAvx512;
