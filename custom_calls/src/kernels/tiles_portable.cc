@@ -69,7 +69,10 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
 }
 
 void add_tiles_portable(const float* sums, const float* more, bool accumulate, float* total) {
-  for (int i = 0; i < kBlockSums; ++i) total[i] = (accumulate ? total[i] : 0) + (sums[i] + more[i]);
+  for (int i = 0; i < kBlockSums; ++i) {
+    const float sum = sums[i] + more[i];
+    total[i] = accumulate ? total[i] + sum : sum;
+  }
 }
 
 }  // namespace gpt2_jax
