@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import time
+from pathlib import Path
 
 from gpt2_jax import custom_calls
 from gpt2_jax.doctor import processor_name
@@ -31,6 +33,24 @@ def limit_threads() -> int:
     threads = custom_calls.num_threads()
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     return threads
+
+
+def free_memory() -> int | None:
+    """Bytes that could be had without swapping, of the machine and of this container; None where nobody tells."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [1024 * int(lines["MemAvailable"].removesuffix("kB"))]
+    except (OSError, KeyError):
+        return None
+    for folder, limit, used in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        group = Path("/sys/fs/cgroup", folder)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+            free.append(int((group / limit).read_text()) - int((group / used).read_text()) + int(cached))
+    return min(free)
 
 
 def describe_machine() -> dict[str, str | int]:

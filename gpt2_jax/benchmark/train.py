@@ -1,4 +1,4 @@
-"""Whole training steps of GPT-2, side by side: this project, plain JAX, PyTorch; each in a process of its own."""
+"""Whole training steps of GPT-2, side by side: this project, plain JAX, PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from gpt2_jax import custom_calls, matmul
@@ -15,14 +16,13 @@ from gpt2_jax.benchmark import peak as peak_of
 from gpt2_jax.benchmark.chart import check_writable
 from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_running
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS
-from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, progress, record, table, title
-from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS, Request, Result
+from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, record, table, title
+from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS
+from gpt2_jax.benchmark.train_turns import Patience, measure_in_turn
 from gpt2_jax.errors import Gpt2JaxError
 
 _QUICK_SECONDS = 165.0  # of the whole program, so that it ends within 3 minutes
 _QUICK_STEPS = 3
-_SECONDS = 300.0  # of one system, after which no further step begins
-_LONGEST = 1800.0  # of one system, after which it is given up
 _SLOWEST_PRODUCTS = 30.0  # seconds a step: an implementation that needs more is measured only when it is named
 _SCALING_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 _SCALING_SEQUENCE_LENGTH = 256
@@ -98,15 +98,15 @@ def bench_train(
     print(f"{title(work)}\n{machine_line(machine)}", flush=True)
 
     peak = _measure_peak(work, quick)
-    measured = []
-    for number, system in enumerate(chosen):
-        if not systems and (reason := _too_slow(system, peak)):
-            measured.append(Measured(system, None, reason))
-        else:
-            left = _QUICK_SECONDS - seconds_running()
-            seconds = left / (len(chosen) - number) if quick else _SECONDS
-            measured.append(_measure(system, work, steps, seconds, timeout=max(1.0, left) if quick else _LONGEST))
-        _say(progress(measured[-1], work))
+    left_out = [Measured(system, None, reason) for system in chosen if not systems and (reason := _too_slow(system, peak))]
+    in_turn = measure_in_turn(
+        [system for system in chosen if system not in [one.system for one in left_out]],
+        work,
+        steps,
+        Patience(deadline=_QUICK_SECONDS if quick else None),
+        _say,
+    )
+    measured = sorted(left_out + in_turn, key=lambda one: chosen.index(one.system))
     by_tokens = _measure_scaling(work, chosen) if scaling else []
 
     print(table(measured, by_tokens, work, peak))
@@ -116,41 +116,6 @@ def bench_train(
         print(f"chart: {plot}")
     print(json.dumps(line))
     return not any(one.failed for one in measured)
-
-
-def _measure(system: System, work: Workload, steps: int, seconds: float, timeout: float) -> Measured:
-    request = Request(
-        name=system.name,
-        matmul=system.matmul,
-        dtype=system.dtype,
-        matmul_precision=system.setting or "default",
-        backend=work.backend,
-        model=dataclasses.asdict(work.config),
-        batch_size=work.batch_size,
-        sequence_length=work.sequence_length,
-        steps=steps,
-        seconds=seconds,
-    )
-    answer = _child("train_system", request, timeout)
-    if "failed" in answer:
-        return Measured(system, None, f"it failed: {answer['failed']}", failed=True)
-    if "refused" in answer:
-        return Measured(system, None, answer["refused"])
-    return Measured(system, Result(**answer))
-
-
-def _child(module: str, request: Any, timeout: float | None = None) -> dict[str, Any]:
-    """What a module of this folder, run in a process of its own, prints last: its JSON object, or one with the reason
-    why there is none under 'refused' or 'failed'."""
-    command = [sys.executable, "-m", f"gpt2_jax.benchmark.{module}", json.dumps(dataclasses.asdict(request))]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"refused": f"it had not ended after {timeout:.0f} seconds"}
-    if ended.returncode != 0:
-        return {"failed": (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]}
-    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return answer
 
 
 def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
@@ -166,9 +131,13 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
         seconds=_QUICK_PEAK_SECONDS if quick else _PEAK_SECONDS,
     )
     _say("measuring the matrix products alone, for the peak ...")
-    answer = _child("peak", request)
-    if "failed" in answer:
-        raise Gpt2JaxError(f"the matrix products alone: expected to measure them, found: {answer['failed']}")
+    # In a process of its own: none of the libraries' threads are left.
+    command = [sys.executable, "-m", "gpt2_jax.benchmark.peak", json.dumps(dataclasses.asdict(request))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        found = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
+        raise Gpt2JaxError(f"the matrix products alone: expected to measure them, found: {found}")
+    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     _say(f"{answer['gflops']:,.1f} GFLOP/s by {answer['of']}")
     return answer
 
@@ -190,11 +159,16 @@ def _measure_scaling(work: Workload, chosen: list[System]) -> list[tuple[Workloa
     for dtype in dict.fromkeys(system.dtype for system in chosen):
         for tokens in _SCALING_TOKENS:
             grown = dataclasses.replace(work, batch_size=tokens // sequence_length, sequence_length=sequence_length)
-            one = _measure(System("gpt2_jax", "auto", dtype), grown, _SCALING_STEPS, _SECONDS, timeout=_LONGEST)
-            _say(f"{tokens} tokens: {progress(one, grown)}")
+            say = partial(_say_of, f"{tokens} tokens")
+            system = System("gpt2_jax", "auto", dtype)
+            (one,) = measure_in_turn([system], grown, _SCALING_STEPS, Patience(), say)
             result.append((grown, one))
     return result
 
 
 def _say(text: str) -> None:
     print(f"[{seconds_running():4.0f} s] {text}", flush=True)
+
+
+def _say_of(what: str, text: str) -> None:
+    _say(f"{what}: {text}")

@@ -2,7 +2,8 @@
 
 python -m gpt2_jax.benchmark.train_system REQUEST    REQUEST: the JSON object of a `Request`
 
-Prints one JSON object last: the fields of a `Result`, or {"refused": the reason}.
+Before each step but the first it prints TURN and the bytes of memory that it has needed, and waits for a line; at the end
+of its input it makes no further step. Prints one JSON object last: the fields of a `Result`, or {"refused": the reason}.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import numpy as np
 
 from gpt2_jax import custom_calls, memory
 from gpt2_jax.backend import open_device, select_backend
-from gpt2_jax.benchmark.machine import seconds_running
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 
 SYSTEMS = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
 DTYPES = ("float32", "bfloat16")
+TURN = "waits for its turn, having needed bytes: "
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-4, 0.1
 
 
@@ -41,7 +42,6 @@ class Request:
     batch_size: int
     sequence_length: int
     steps: int
-    seconds: float  # of the process, after which no step begins
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ class Result:
 _Prepared = tuple[Callable[[], float], dict[str, Any]]
 
 
-def measure_system(request: Request) -> Result:
-    """Steps on one batch of random tokens from the same random weights in every system.
+def measure_system(request: Request, await_turn: Callable[[], bool] = lambda: True) -> Result:
+    """Steps on one batch of random tokens from the same random weights in every system, each after await_turn(): the last
+    when that is false.
 
     NotImplementedError with the reason for a system that cannot be had.
     """
@@ -80,7 +81,7 @@ def measure_system(request: Request) -> Result:
         started = time.perf_counter()
         losses.append(step())
         seconds.append(time.perf_counter() - started)
-        if len(seconds) >= fewest and seconds_running() + seconds[-1] > request.seconds:
+        if fewest <= len(seconds) <= request.steps and not await_turn():
             break
     # The first warms up and, in PyTorch, compiles; it counts only when there was no time for a second one.
     timed = seconds[1:] or seconds
@@ -245,11 +246,16 @@ def _peak(request: Request) -> int:
     return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else memory.process_peak()
 
 
+def _await_turn() -> bool:
+    print(f"{TURN}{memory.process_peak()}", flush=True)
+    return bool(sys.stdin.readline())
+
+
 def main() -> None:
     request = Request(**json.loads(sys.argv[1]))
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # compile times are measured
     try:
-        answer = dataclasses.asdict(measure_system(request))
+        answer = dataclasses.asdict(measure_system(request, _await_turn))
     except NotImplementedError as error:
         answer = {"refused": str(error)}
     print(json.dumps(answer))

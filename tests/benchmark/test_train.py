@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from gpt2_jax import optimizer
-from gpt2_jax.benchmark import peak, train, train_report, train_system
+from gpt2_jax.benchmark import machine, peak, train, train_report, train_system, train_turns
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, measure_system
 from gpt2_jax.errors import Gpt2JaxError
@@ -24,7 +26,7 @@ WORK = Workload("tiny", CONFIG, batch_size=3, sequence_length=16, backend="cpu")
 
 def request(name, dtype="float32", **changes):
     standard = Request(
-        name, "auto" if name == "gpt2_jax" else "", dtype, "default", "cpu", dataclasses.asdict(CONFIG), 3, 16, 3, 1e9
+        name, "auto" if name == "gpt2_jax" else "", dtype, "default", "cpu", dataclasses.asdict(CONFIG), 3, 16, 3
     )
     return dataclasses.replace(standard, **changes)
 
@@ -62,8 +64,11 @@ def test_the_peers_optimizer_is_this_projects():
 
 
 @pytest.mark.torch
-def test_no_step_begins_after_the_time_is_over():
-    result = measure_system(request("pytorch", steps=50, seconds=0.0))
+def test_no_step_begins_without_a_turn():
+    turns = iter([True, False])
+    result = measure_system(request("pytorch", steps=50), lambda: next(turns))
+    assert (len(result.seconds), len(result.losses)) == (1, 2)
+    result = measure_system(request("pytorch", steps=50), lambda: False)
     assert len(result.seconds) == len(result.losses) == 1
 
 
@@ -121,16 +126,41 @@ def test_systems_by_name():
             select(wrong)
 
 
-def answers(monkeypatch, by_name):
-    """Let the child processes answer this, by system's name; and the peak be 100 GFLOP/s."""
+PEAK = {
+    "gflops": 100.0,
+    "of": "a test",
+    "totals": [{"implementation": "naive", "precision": "F32_F32_F32", "seconds": 95.0}],
+}
 
-    def child(module, request, timeout=None):
-        if module == "peak":
-            totals = [{"implementation": "naive", "precision": "F32_F32_F32", "seconds": 95.0}]
-            return {"gflops": 100.0, "of": "a test", "totals": totals}
-        return by_name[request.name]
 
-    monkeypatch.setattr(train, "_child", child)
+def answers(monkeypatch, answer_of, *, steps=0):
+    """Let the systems' processes answer this after so many turns; and the peak be 100 GFLOP/s. Returns what happens."""
+    events = []
+
+    class Process(train_turns._Process):
+        def __init__(self, system, work, steps_asked):
+            self.system, self.work, self.turns, self.seconds, self.peak_bytes = system, work, 0, 0.0, 1000
+            self.answer = None
+
+        def __exit__(self, *_):
+            pass
+
+        def await_turn(self, timeout):
+            events.append((self.system.name, self.turns))
+            if self.turns >= steps:
+                self.answer = answer_of(self.system, self.work)
+
+        def take_turn(self, timeout, *, last=False):
+            self.turns = steps if last else self.turns + 1
+            self.await_turn(timeout)
+
+    monkeypatch.setattr(train_turns, "_Process", Process)
+    monkeypatch.setattr(train, "_measure_peak", lambda *_: PEAK)
+    return events
+
+
+def answers_by_name(monkeypatch, by_name, **options):
+    return answers(monkeypatch, lambda system, _: by_name[system.name], **options)
 
 
 def answer(matmul="xla", seconds=(2.0, 1.0, 4.0), losses=(5.5, 5.4, 5.3, 5.2), **more):
@@ -141,7 +171,7 @@ def answer(matmul="xla", seconds=(2.0, 1.0, 4.0), losses=(5.5, 5.4, 5.3, 5.2), *
 
 def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
     ours = answer("threaded", (1.0,), estimated_bytes=2_000_000_000, compiled_bytes=2_200_000_000)
-    answers(monkeypatch, {"gpt2_jax": ours, "pytorch": answer("pytorch"), "jax_plain": {"refused": "no reason"}})
+    answers_by_name(monkeypatch, {"gpt2_jax": ours, "pytorch": answer("pytorch"), "jax_plain": {"refused": "no reason"}})
     picture = tmp_path / "steps.png"
     assert train.bench_train(WORK, ["gpt2_jax:auto", "pytorch:float32", "jax_plain:float32"], plot=str(picture))
     *text, last = capsys.readouterr().out.splitlines()
@@ -184,7 +214,7 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
 def test_the_passes_of_a_split_float32_are_named(monkeypatch, capsys):
     for passes, of_dw, named in (("X3", "X3", ["amx", "X3"]), ("X6", "X3", ["amx", "X6", "dw", "X3"])):
         precisions = {"precision": f"BF16_BF16_F32_{passes}", "weight_gradient_precision": f"BF16_BF16_F32_{of_dw}"}
-        answers(monkeypatch, {"gpt2_jax": answer("amx", **precisions)})
+        answers_by_name(monkeypatch, {"gpt2_jax": answer("amx", **precisions)})
         train.bench_train(WORK, ["gpt2_jax:amx:float32:high"])
         *text, last = capsys.readouterr().out.splitlines()
         assert precisions.items() <= json.loads(last)["systems"][0].items()
@@ -195,14 +225,11 @@ def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):
     config = dataclasses.replace(CONFIG, max_sequence_length=1024)
     asked = []
 
-    def child(module, request, timeout=None):
-        if module == "peak":
-            return {"gflops": 100.0, "of": "a test", "totals": []}
-        tokens = request.batch_size * request.sequence_length
-        asked.append((tokens, request.sequence_length, request.matmul, request.dtype))
-        return answer("xla", (tokens / 1000 * 1.5 ** (tokens == 8192),), estimated_bytes=100, compiled_bytes=100)
+    def answer_of(system, work):
+        asked.append((work.tokens, work.sequence_length, system.matmul, system.dtype))
+        return answer("xla", (work.tokens / 1000 * 1.5 ** (work.tokens == 8192),), estimated_bytes=100, compiled_bytes=100)
 
-    monkeypatch.setattr(train, "_child", child)
+    answers(monkeypatch, answer_of)
     train.bench_train(Workload("tiny", config, 4, 64, "cpu"), ["gpt2_jax:auto:bfloat16"], scaling=True)
     assert asked[1:] == [(tokens, 256, "auto", "bfloat16") for tokens in (256, 512, 1024, 2048, 4096, 8192)]
     *text, last = capsys.readouterr().out.splitlines()
@@ -213,7 +240,7 @@ def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):
 
 
 def test_a_system_that_fails_is_told_and_counts(monkeypatch, capsys):
-    answers(monkeypatch, {"pytorch": {"failed": "RuntimeError: broken"}, "jax_plain": answer()})
+    answers_by_name(monkeypatch, {"pytorch": {"failed": "RuntimeError: broken"}, "jax_plain": answer()})
     assert not train.bench_train(WORK, ["pytorch:float32", "jax_plain:float32"])
     output = capsys.readouterr().out
     assert "not pytorch:float32: it failed: RuntimeError: broken" in output
@@ -222,7 +249,7 @@ def test_a_system_that_fails_is_told_and_counts(monkeypatch, capsys):
 
 def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(monkeypatch, capsys):
     names = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
-    answers(monkeypatch, {name: answer() for name in names})
+    answers_by_name(monkeypatch, {name: answer() for name in names})
     train.bench_train(WORK)
     refused = json.loads(capsys.readouterr().out.splitlines()[-1])["refused"]
     reason = "its products alone take 95 s a step; --systems gpt2_jax:naive:float32 measures it"
@@ -232,7 +259,8 @@ def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(mon
 
 
 def test_a_peak_that_cannot_be_measured_is_one_clear_error(monkeypatch):
-    monkeypatch.setattr(train, "_child", lambda *_, **__: {"failed": "MemoryError"})
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback ...\nMemoryError\n")
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(Gpt2JaxError, match=r"the matrix products alone: .*MemoryError"):
         train.bench_train(WORK)
 
@@ -252,19 +280,53 @@ def test_impossible_settings_are_refused_before_anything_runs(work, options, cap
     assert capsys.readouterr().out == ""
 
 
+PYTORCH = System("pytorch", "", "float32")
+
+
+def in_turn(*systems, work=WORK, **patience):
+    return train_turns.measure_in_turn(systems, work, 2, train_turns.Patience(**patience), lambda text: None)
+
+
 @pytest.mark.torch
 def test_each_system_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
     """A system's answer, a refusal, a failure, and one that does not end in time."""
-    assert train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 300.0).result.matmul == "pytorch"
-    assert "had not ended after 0 seconds" in train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 0.1).reason
-    broken = dataclasses.replace(WORK, backend="quantum")
-    failed = train._measure(System("jax_plain", "", "float32"), broken, 2, 1e9, 300.0)
+    plain, pytorch = in_turn(System("jax_plain", "", "float32"), PYTORCH)
+    assert [one.result.matmul for one in (plain, pytorch)] == ["xla", "pytorch"]
+    assert [len(one.result.seconds) for one in (plain, pytorch)] == [2, 2]
+    assert [len(one.result.losses) for one in in_turn(PYTORCH, seconds=0.0)] == [1]
+    monkeypatch.setattr(train_turns, "_ENDING", 0.1)
+    assert "had not ended after 0 seconds" in in_turn(PYTORCH, deadline=0.0)[0].reason
+    monkeypatch.undo()
+    (failed,) = in_turn(System("jax_plain", "", "float32"), work=dataclasses.replace(WORK, backend="quantum"))
     assert failed.failed
     assert "KeyError: 'quantum'" in failed.reason
     (tmp_path / "torch.py").write_text("raise ImportError", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path) + os.pathsep + os.environ.get("PYTHONPATH", ""))
-    missing = train._measure(System("pytorch", "", "float32"), WORK, 2, 1e9, 300.0)
+    (missing,) = in_turn(PYTORCH)
     assert (missing.failed, missing.reason) == (False, "PyTorch is not installed: pip install -e '.[test]'")
+
+
+@pytest.mark.parametrize(
+    ("backend", "free", "events"),
+    [
+        ("cpu", 2001, [("jax_plain", 0), ("pytorch", 0), ("jax_plain", 1), ("pytorch", 1), ("jax_plain", 2), ("pytorch", 2)]),
+        ("cpu", 2000, [("jax_plain", 0), ("jax_plain", 1), ("jax_plain", 2), ("pytorch", 0), ("pytorch", 1), ("pytorch", 2)]),
+        ("cuda", 9999, [("jax_plain", 0), ("jax_plain", 1), ("jax_plain", 2), ("pytorch", 0), ("pytorch", 1), ("pytorch", 2)]),
+    ],
+)
+def test_steps_are_taken_in_turn_where_memory_holds_all_systems(monkeypatch, backend, free, events):
+    found = answers_by_name(monkeypatch, {"jax_plain": answer(), "pytorch": answer()}, steps=2)
+    monkeypatch.setattr(train_turns, "free_memory", lambda: free)
+    in_turn(System("jax_plain", "", "float32"), PYTORCH, work=dataclasses.replace(WORK, backend=backend))
+    assert found == events
+
+
+def test_free_memory_is_some_of_the_machines():
+    free = machine.free_memory()
+    if sys.platform != "linux":
+        assert free is None
+    else:
+        assert 0 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_the_peak_is_the_best_of_the_steps_products():

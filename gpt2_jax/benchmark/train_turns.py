@@ -1,0 +1,175 @@
+"""Training steps of several systems in turn, each system in a process of its own.
+
+What else happens on a machine comes and goes within seconds: systems that are measured one after the other meet
+different machines, while steps in turn meet the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpt2_jax.benchmark.machine import free_memory, seconds_running
+from gpt2_jax.benchmark.train_report import Measured, System, Workload, progress
+from gpt2_jax.benchmark.train_system import TURN, Request, Result
+
+_LONGEST = 1800.0  # seconds to get ready or to make a step in, after which a system is given up
+_ENDING = 10.0  # seconds that a process may need to end
+_SAID = 2.0  # seconds of a round that is told
+_PAUSE = 0.05  # seconds between turns: a library's threads may look out for more work a while
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What time there is: for one system, after which it gets no further turn, and for the whole program."""
+
+    seconds: float = 300.0
+    deadline: float | None = None  # by seconds_running()
+
+    @property
+    def is_over(self) -> bool:
+        return self.deadline is not None and seconds_running() > self.deadline
+
+    def share(self, of: int) -> float:
+        """Of the time that is left, in seconds, if so many ask for as much; never too little to end in."""
+        return _LONGEST if self.deadline is None else max(_ENDING, (self.deadline - seconds_running()) / of)
+
+
+def measure_in_turn(
+    systems: Sequence[System], work: Workload, steps: int, patience: Patience, say: Callable[[str], None]
+) -> list[Measured]:
+    """Every system's `steps`, as many systems at a time as memory holds; one at a time on an accelerator, which a
+    process may have all of."""
+    measured: list[Measured] = []
+    waiting = list(systems)
+    with contextlib.ExitStack() as stack:
+        while waiting:
+            together: list[_Process] = []
+            while waiting and (not together or _another_fits(together, work)):
+                process = stack.enter_context(_Process(waiting.pop(0), work, steps))
+                process.await_turn(patience.share(len(waiting) + 2))  # the others to get ready, then all to take turns
+                if process.answer is None:
+                    say(f"{process.system}: ready after {process.seconds:.0f} s")
+                together.append(process)
+            _take_turns(together, patience, say)
+            for process in together:
+                measured.append(process.measured())
+                say(progress(measured[-1], work))
+    return measured
+
+
+def _take_turns(together: Sequence[_Process], patience: Patience, say: Callable[[str], None]) -> None:
+    number = 0
+    while running := [process for process in together if process.answer is None]:
+        started = time.monotonic()
+        for process in running:
+            time.sleep(_PAUSE if len(running) > 1 else 0)
+            process.take_turn(patience.share(1), last=process.seconds > patience.seconds or patience.is_over)
+        number += 1
+        if (took := time.monotonic() - started) > _SAID:
+            say(f"step {number} of {len(running)} system(s) in turn took {took:.1f} s")
+
+
+def _another_fits(together: Sequence[_Process], work: Workload) -> bool:
+    """Whether twice what the largest of them has needed is free: the next may need more."""
+    free = free_memory()
+    return work.backend == "cpu" and free is not None and free > 2 * max(process.peak_bytes for process in together)
+
+
+class _Process:
+    """A system between its steps, and its `answer` once it has ended: the JSON object that it printed, or one with the
+    reason why there is none under 'refused' or 'failed'."""
+
+    def __init__(self, system: System, work: Workload, steps: int):
+        request = Request(
+            name=system.name,
+            matmul=system.matmul,
+            dtype=system.dtype,
+            matmul_precision=system.setting or "default",
+            backend=work.backend,
+            model=dataclasses.asdict(work.config),
+            batch_size=work.batch_size,
+            sequence_length=work.sequence_length,
+            steps=steps,
+        )
+        self.system = system
+        self.seconds = 0.0  # that it has had
+        self.peak_bytes = 0
+        self.answer: dict[str, Any] | None = None
+        self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed in __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpt2_jax.benchmark.train_system", json.dumps(dataclasses.asdict(request))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+    def take_turn(self, timeout: float, *, last: bool = False) -> None:
+        """One more step, or with `last` none."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: await_turn finds out why
+            if last:
+                self._process.stdin.close()
+            else:
+                self._process.stdin.write("\n")
+                self._process.stdin.flush()
+        self.await_turn(timeout)
+
+    def await_turn(self, timeout: float) -> None:
+        """Until it waits for its next turn, or has ended; or is ended, after `timeout` seconds."""
+        assert self._process.stdout is not None
+        given_up = threading.Event()
+
+        def give_up() -> None:
+            given_up.set()
+            self._process.kill()
+
+        timer = threading.Timer(timeout, give_up)
+        timer.start()
+        started = time.monotonic()
+        last_line = ""
+        for line in self._process.stdout:
+            if line.startswith(TURN):
+                self.peak_bytes = int(line.removeprefix(TURN))
+                break
+            last_line = line
+        else:
+            status = self._process.wait()
+            if given_up.is_set():
+                self.answer = {"refused": f"it had not ended after {timeout:.0f} seconds"}
+            elif status != 0:
+                self._errors.seek(0)
+                self.answer = {"failed": (self._errors.read().strip().splitlines() or [f"status {status}"])[-1]}
+            else:
+                self.answer = json.loads(last_line)
+        timer.cancel()
+        self.seconds += time.monotonic() - started
+
+    def measured(self) -> Measured:
+        assert self.answer is not None
+        if "failed" in self.answer:
+            return Measured(self.system, None, f"it failed: {self.answer['failed']}", failed=True)
+        if "refused" in self.answer:
+            return Measured(self.system, None, self.answer["refused"])
+        return Measured(self.system, Result(**self.answer))
