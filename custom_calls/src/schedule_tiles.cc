@@ -54,9 +54,6 @@ Lanes as_lanes(const Operand& operand, int64_t count, bool along_k, Precision pr
 struct Passes {
   TilePass pass[6];
   int count = 0;
-  // X6 has sums of their own for all but the last pass: added one by one to a large sum, the small
-  // products would each cost it a rounding.
-  bool small_ones_apart = false;
 };
 
 Passes choose_passes(int left_parts, int right_parts) {
@@ -64,7 +61,6 @@ Passes choose_passes(int left_parts, int right_parts) {
   static constexpr TilePass kTwo[] = {{1, 0}, {0, 0}, {0, 1}};
   const bool three = std::max(left_parts, right_parts) == 3;
   Passes passes;
-  passes.small_ones_apart = three;
   for (int i = 0; i < (three ? 6 : 3); ++i) {
     const TilePass pass = three ? kThree[i] : kTwo[i];
     if (pass.left_part < left_parts && pass.right_part < right_parts) {
@@ -73,9 +69,6 @@ Passes choose_passes(int left_parts, int right_parts) {
   }
   return passes;
 }
-
-// Of k, about, in one of X6's sums: the channels of the two smaller GPT-2 fit.
-constexpr int64_t kSummedDepth = 1024;
 
 // What is decided once about a product.
 struct Plan {
@@ -86,22 +79,17 @@ struct Plan {
   bool a_is_shared;
   Passes passes;
   Cut k_cut;
-  // X6 begins its sums anew after so many blocks of k, and adds up those: float32's own error in
-  // one long sum would be larger than that of a float32 product, which is summed in blocks.
-  int64_t blocks_in_sum;
+  // Six products a step round a sum six times as often: the sums of three parts begin anew in every
+  // block of k, and are added up.
+  bool sums_begin_anew;
   bool stream;
 
   const Lanes& shared() const { return a_is_shared ? a : b; }
   const Lanes& streamed() const { return a_is_shared ? b : a; }
-  bool sums_begin_anew() const { return blocks_in_sum < k_cut.count(); }
-  // Of one block of out: the last pass's, the others', and the finished ones'.
-  int64_t sums_of_block() const {
-    return kBlockSums * (!passes.small_ones_apart ? 1 : sums_begin_anew() ? 3 : 2);
-  }
 };
 
 Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
-  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, {}, {}, 0, false};
+  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, {}, {}, false, false};
   plan.a = as_lanes(matmul.a, matmul.m, !matmul.a.transposed, matmul.precision, TileSide::kLeft);
   plan.b = as_lanes(matmul.b, matmul.n, matmul.b.transposed, matmul.precision, TileSide::kRight);
 
@@ -119,9 +107,8 @@ Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
   const int64_t k_bytes = kPanelLanes * 2 * std::max(plan.a.parts, plan.b.parts);
   const int64_t depth = std::max<int64_t>(kernel.blocks.panel_bytes / k_bytes, 1);
   plan.k_cut = {matmul.k, even_block(matmul.k, round_up(depth, kTileDepth), kTileDepth)};
-  plan.blocks_in_sum = plan.passes.small_ones_apart
-                           ? std::max<int64_t>(kSummedDepth / plan.k_cut.block, 1)
-                           : plan.k_cut.count();
+  plan.sums_begin_anew =
+      std::max(plan.a.parts, plan.b.parts) == kMaxParts && plan.k_cut.count() > 1;
 
   plan.stream = matmul.out_dtype == DType::kFloat32 && !matmul.accumulate &&
                 static_cast<double>(matmul.m) * matmul.n * 4 > kernel.blocks.stream_bytes;
@@ -136,10 +123,6 @@ struct Sums {
 
   float* at(int64_t p, int64_t q) const { return data + p * p_stride + q * q_stride; }
 };
-
-// Behind a block's sums: the others' sums, and the finished ones, where there are any.
-float* finished_sums(float* sums) { return sums + 2 * kBlockSums; }
-const float* finished_sums(const float* sums) { return sums + 2 * kBlockSums; }
 
 // The shared operand, packed: `lanes` of it in the blocks of k from first_block on.
 struct SharedBlock {
@@ -178,37 +161,16 @@ void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, in
   const bool narrow = matmul.out_dtype == DType::kBFloat16;
   const int64_t index = row * matmul.out_leading_dimension + column;
   const int64_t block = row / kPanelLanes * ceil_div(matmul.n, kPanelLanes) + column / kPanelLanes;
-  const bool more = plan.passes.small_ones_apart && !plan.sums_begin_anew();
   const TileResult result = {static_cast<char*>(matmul.out) + index * (narrow ? 2 : 4),
                              matmul.out_leading_dimension,
                              narrow,
                              matmul.accumulate,
                              matmul.bias == nullptr ? nullptr : matmul.bias + column,
-                             more ? sums + kBlockSums : nullptr,
                              plan.transposed,
                              plan.stream,
                              squares == nullptr ? nullptr : squares + block};
-  if (plan.sums_begin_anew()) sums = finished_sums(sums);
   plan.kernel.finish(result, sums, static_cast<int>(std::min<int64_t>(matmul.m - row, kPanelLanes)),
                      static_cast<int>(std::min<int64_t>(matmul.n - column, kPanelLanes)));
-}
-
-// The sums of the last pass, then those of the others.
-void multiply_small_ones_apart(const Plan& plan, const TileBlock& whole) {
-  TileBlock block = whole;
-  block.sums = whole.sums + kBlockSums;
-  block.num_passes = whole.num_passes - 1;
-  plan.kernel.multiply(block);
-  block.sums = whole.sums;
-  block.passes = whole.passes + whole.num_passes - 1;
-  block.num_passes = 1;
-  plan.kernel.multiply(block);
-}
-
-// After block kb of k: sums that are complete are added to the finished ones.
-void add_up(const Plan& plan, int64_t kb, float* sums) {
-  if ((kb + 1) % plan.blocks_in_sum != 0 && kb + 1 != plan.k_cut.count()) return;
-  plan.kernel.add(sums, sums + kBlockSums, kb >= plan.blocks_in_sum, finished_sums(sums));
 }
 
 // All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
@@ -221,6 +183,7 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
   const int64_t q_count = ceil_div(item.shared.size, kPanelLanes);
   const auto tiles = [](int64_t lanes) { return lanes > kTileLanes ? 2 : 1; };
 
+  alignas(64) float of_block[kBlockSums] = {};
   plan.kernel.configure();
   for (int64_t kb = shared.first_block; kb < shared.last_block; ++kb) {
     const Range k = plan.k_cut[kb];
@@ -256,15 +219,11 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
         block.steps = steps;
         block.passes = plan.passes.pass;
         block.num_passes = plan.passes.count;
-        block.sums = sums.at(p, q);
-        block.accumulate = kb % plan.blocks_in_sum > 0;
+        block.sums = plan.sums_begin_anew ? of_block : sums.at(p, q);
+        block.accumulate = !plan.sums_begin_anew && kb > 0;
         block.prefetch = &prefetch;
-        if (plan.passes.small_ones_apart) {
-          multiply_small_ones_apart(plan, block);
-          if (plan.sums_begin_anew()) add_up(plan, kb, block.sums);
-        } else {
-          plan.kernel.multiply(block);
-        }
+        plan.kernel.multiply(block);
+        if (plan.sums_begin_anew) plan.kernel.add(of_block, kb > 0, sums.at(p, q));
         if (kb + 1 == plan.k_cut.count()) {
           finish_block(plan, sums.at(p, q), item.streamed.first + p * kPanelLanes,
                        item.shared.first + q * kPanelLanes, squares);
@@ -318,7 +277,7 @@ Cuts cut_operands(const Plan& plan) {
   const int64_t streamed = plan.streamed().count;
   cuts.streamed = {streamed, streamed};
   if (cuts.k_at_once < plan.k_cut.count()) {
-    const int64_t sums_bytes = cuts.shared.block / kPanelLanes * plan.sums_of_block() * 4;
+    const int64_t sums_bytes = cuts.shared.block / kPanelLanes * kBlockSums * 4;
     cuts.streamed.block = even_block(streamed, panels(sizes.sums_bytes, sums_bytes), kPanelLanes);
   }
   return cuts;
@@ -349,10 +308,9 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
   const int64_t p_total = ceil_div(cuts.streamed.block, kPanelLanes);
   const int64_t q_item = size.shared.size / kPanelLanes;
   const int64_t p_item = size.streamed.size / kPanelLanes;
-  const int64_t block_sums = plan.sums_of_block();
-  const int64_t waiting_sums = sums_wait ? p_total * q_total * block_sums : 0;
+  const int64_t waiting_sums = sums_wait ? p_total * q_total * kBlockSums : 0;
   const int64_t worker_sums =
-      sums_wait ? 0 : block_sums * (plan.k_cut.count() == 1 ? 1 : p_item * q_item);
+      sums_wait ? 0 : kBlockSums * (plan.k_cut.count() == 1 ? 1 : p_item * q_item);
   const int64_t shared_block = plan.shared().packed_bytes(cuts.shared.block, plan.k_cut.block);
   const int64_t worker_packed = plan.streamed().packed_bytes(size.streamed.size, plan.k_cut.block);
   const int64_t worker_floats = worker_sums + worker_packed / 4;
@@ -393,9 +351,9 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
           const int64_t next = (index + workers) / shared_cut.count();
           const Range next_lanes = next < streamed_cut.count() ? streamed_cut[next] : Range{0, 0};
           float* const own = worker_memory + worker * worker_floats;
-          Sums sums = {own + worker_packed / 4, q_item * block_sums, block_sums};
+          Sums sums = {own + worker_packed / 4, q_item * kBlockSums, kBlockSums};
           if (sums_wait) {
-            sums = {workspace.data(), q_total * block_sums, block_sums};
+            sums = {workspace.data(), q_total * kBlockSums, kBlockSums};
             sums.data = sums.at((item.streamed.first - all_streamed.first) / kPanelLanes,
                                 (item.shared.first - all_shared.first) / kPanelLanes);
           } else if (plan.k_cut.count() == 1) {

@@ -75,7 +75,6 @@ struct TileResult {
   bool narrow;                // out is bfloat16: rounded as operands are
   bool accumulate;            // out += sums; only when it is float32
   const float* bias;          // of the block's first column, or nullptr
-  const float* more_sums;     // of the same block, to be added to the others, or nullptr
   bool transposed;            // the sums' rows are out's columns
   bool stream;                // whole cache lines go to memory past the caches
   float* squares;  // for the sum of the squares of what is in a float32 out then, or nullptr
@@ -84,8 +83,8 @@ struct TileResult {
 // rows and columns, at most 32 each, are out's.
 using FinishTiles = void (*)(const TileResult& result, const float* sums, int rows, int columns);
 
-// total (+)= sums + more, of kBlockSums each.
-using AddTiles = void (*)(const float* sums, const float* more, bool accumulate, float* total);
+// total (+)= sums, of kBlockSums each.
+using AddTiles = void (*)(const float* sums, bool accumulate, float* total);
 
 // How the schedule cuts the product. Only panel_bytes can change a result's bits.
 struct TileBlockSizes {
@@ -117,8 +116,8 @@ void pack_tiles_portable(const TileSource&, int64_t, int64_t, TileSide, int, uns
 void pack_tiles_avx512(const TileSource&, int64_t, int64_t, TileSide, int, unsigned char*);
 void finish_tiles_portable(const TileResult&, const float*, int, int);
 void finish_tiles_avx512(const TileResult&, const float*, int, int);
-void add_tiles_portable(const float*, const float*, bool, float*);
-void add_tiles_avx512(const float*, const float*, bool, float*);
+void add_tiles_portable(const float*, bool, float*);
+void add_tiles_avx512(const float*, bool, float*);
 void bf16_32x32_amx_configure();
 void bf16_32x32_amx_release();
 void bf16_32x32_amx(const TileBlock&);

@@ -304,12 +304,6 @@ void pack(TileSource source, int64_t lanes, int64_t depth, TileSide side, unsign
   }
 }
 
-inline __m512 load_sums(const TileResult& result, const float* sums, int64_t at) {
-  const __m512 row = _mm512_load_ps(sums + at);
-  return result.more_sums == nullptr ? row
-                                     : _mm512_add_ps(row, _mm512_load_ps(result.more_sums + at));
-}
-
 // One row of up to 16 sums to its place; what is there then.
 inline __m512 finish_row(const TileResult& result, __m512 value, int64_t row, int column,
                          __mmask16 mask) {
@@ -353,7 +347,7 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
       const int64_t from = (left * 2 + right) * kTileLanes * kTileLanes;
       if (!result.transposed) {
         for (int i = 0; i < count; ++i) {
-          const __m512 value = finish_row(result, load_sums(result, sums, from + i * kTileLanes),
+          const __m512 value = finish_row(result, _mm512_load_ps(sums + from + i * kTileLanes),
                                           row + i, column, mask);
           squares = _mm512_mask3_fmadd_ps(value, value, squares, mask);
         }
@@ -362,7 +356,7 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
       __m512i tile[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        tile[i] = _mm512_castps_si512(load_sums(result, sums, from + i * kTileLanes));
+        tile[i] = _mm512_castps_si512(_mm512_load_ps(sums + from + i * kTileLanes));
       }
       transpose(tile);
 #pragma GCC unroll 16
@@ -377,9 +371,9 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
   if (result.squares != nullptr) *result.squares = _mm512_reduce_add_ps(squares);
 }
 
-void add_tiles_avx512(const float* sums, const float* more, bool accumulate, float* total) {
+void add_tiles_avx512(const float* sums, bool accumulate, float* total) {
   for (int i = 0; i < kBlockSums; i += 16) {
-    __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(more + i));
+    __m512 sum = _mm512_load_ps(sums + i);
     if (accumulate) sum = _mm512_add_ps(_mm512_load_ps(total + i), sum);
     _mm512_store_ps(total + i, sum);
   }

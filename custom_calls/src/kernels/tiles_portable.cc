@@ -53,7 +53,6 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
       const int tile = left / kTileLanes * 2 + right / kTileLanes;
       const int at = (tile * kTileLanes + left % kTileLanes) * kTileLanes + right % kTileLanes;
       float value = sums[at];
-      if (result.more_sums != nullptr) value += result.more_sums[at];
       if (result.bias != nullptr) value += result.bias[column];
       const int64_t index = row * result.leading_dimension + column;
       if (result.narrow) {
@@ -68,11 +67,8 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
   if (result.squares != nullptr) *result.squares = squares;
 }
 
-void add_tiles_portable(const float* sums, const float* more, bool accumulate, float* total) {
-  for (int i = 0; i < kBlockSums; ++i) {
-    const float sum = sums[i] + more[i];
-    total[i] = accumulate ? total[i] + sum : sum;
-  }
+void add_tiles_portable(const float* sums, bool accumulate, float* total) {
+  for (int i = 0; i < kBlockSums; ++i) total[i] = accumulate ? total[i] + sums[i] : sums[i];
 }
 
 }  // namespace gpt2_jax
