@@ -219,11 +219,12 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
         block.steps = steps;
         block.passes = plan.passes.pass;
         block.num_passes = plan.passes.count;
-        block.sums = plan.sums_begin_anew ? of_block : sums.at(p, q);
-        block.accumulate = !plan.sums_begin_anew && kb > 0;
+        const bool anew = plan.sums_begin_anew && kb > 0;
+        block.sums = anew ? of_block : sums.at(p, q);
+        block.accumulate = !anew && kb > 0;
         block.prefetch = &prefetch;
         plan.kernel.multiply(block);
-        if (plan.sums_begin_anew) plan.kernel.add(of_block, kb > 0, sums.at(p, q));
+        if (anew) plan.kernel.add(of_block, sums.at(p, q));
         if (kb + 1 == plan.k_cut.count()) {
           finish_block(plan, sums.at(p, q), item.streamed.first + p * kPanelLanes,
                        item.shared.first + q * kPanelLanes, squares);

@@ -83,8 +83,8 @@ struct TileResult {
 // rows and columns, at most 32 each, are out's.
 using FinishTiles = void (*)(const TileResult& result, const float* sums, int rows, int columns);
 
-// total (+)= sums, of kBlockSums each.
-using AddTiles = void (*)(const float* sums, bool accumulate, float* total);
+// total += sums, of kBlockSums each.
+using AddTiles = void (*)(const float* sums, float* total);
 
 // How the schedule cuts the product. Only panel_bytes can change a result's bits.
 struct TileBlockSizes {
@@ -116,8 +116,8 @@ void pack_tiles_portable(const TileSource&, int64_t, int64_t, TileSide, int, uns
 void pack_tiles_avx512(const TileSource&, int64_t, int64_t, TileSide, int, unsigned char*);
 void finish_tiles_portable(const TileResult&, const float*, int, int);
 void finish_tiles_avx512(const TileResult&, const float*, int, int);
-void add_tiles_portable(const float*, bool, float*);
-void add_tiles_avx512(const float*, bool, float*);
+void add_tiles_portable(const float*, float*);
+void add_tiles_avx512(const float*, float*);
 void bf16_32x32_amx_configure();
 void bf16_32x32_amx_release();
 void bf16_32x32_amx(const TileBlock&);

@@ -371,11 +371,9 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
   if (result.squares != nullptr) *result.squares = _mm512_reduce_add_ps(squares);
 }
 
-void add_tiles_avx512(const float* sums, bool accumulate, float* total) {
+void add_tiles_avx512(const float* sums, float* total) {
   for (int i = 0; i < kBlockSums; i += 16) {
-    __m512 sum = _mm512_load_ps(sums + i);
-    if (accumulate) sum = _mm512_add_ps(_mm512_load_ps(total + i), sum);
-    _mm512_store_ps(total + i, sum);
+    _mm512_store_ps(total + i, _mm512_add_ps(_mm512_load_ps(total + i), _mm512_load_ps(sums + i)));
   }
 }
 

@@ -67,8 +67,8 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
   if (result.squares != nullptr) *result.squares = squares;
 }
 
-void add_tiles_portable(const float* sums, bool accumulate, float* total) {
-  for (int i = 0; i < kBlockSums; ++i) total[i] = accumulate ? total[i] + sums[i] : sums[i];
+void add_tiles_portable(const float* sums, float* total) {
+  for (int i = 0; i < kBlockSums; ++i) total[i] += sums[i];
 }
 
 }  // namespace gpt2_jax
