@@ -6,7 +6,7 @@ python scripts/bench_train.py --batch-size 8 --sequence-length 256 --systems gpt
 python scripts/bench_train.py --scaling --plot steps.png            also the time from 256 to 8192 tokens
 python scripts/bench_train.py --backend cuda --batch-size 16 --sequence-length 1024
 
-Each system runs in a process of its own; on the CPU their steps are taken in turn, so that what else happens on the
+Each system runs in a process of its own; on the CPU they take turns of several steps, so that what else happens on the
 machine happens to all. The last line printed is one JSON object; exit status 1 when a system failed
 that should have run. PyTorch needs pip install -e '.[test]'.
 """

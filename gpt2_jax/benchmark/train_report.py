@@ -214,8 +214,8 @@ def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
     steps = " to ".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
     return [
         f"time: medians of {steps} step(s) after the first (one alone may be the first), forward, backward, clipping, AdamW;",
-        "  each system in a process of its own, with the same random weights and tokens; on the CPU one step of each system",
-        "  in turn, as many systems at a time as memory holds.",
+        "  each system in a process of its own, with the same random weights and tokens; on the CPU in turn, a third of the",
+        "  steps at a time (all, if they are few) after one that is not timed, as many systems as memory holds.",
         "GFLOP/s: llm.c counts 6 N + 6 L C T a token, N with the vocabulary's padding; nanoGPT 6 N + 12 L C T, N without",
         "  positions.",
         f"MFU: llm.c's count over the best rate of matrix products alone in this run, {peak['gflops']:,.1f} GFLOP/s by",

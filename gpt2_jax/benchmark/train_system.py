@@ -2,21 +2,23 @@
 
 python -m gpt2_jax.benchmark.train_system REQUEST    REQUEST: the JSON object of a `Request`
 
-Before each step but the first it prints TURN and the bytes of memory that it has needed, and waits for a line; at the end
-of its input it makes no further step. Prints one JSON object last: the fields of a `Result`, or {"refused": the reason}.
+After its first step, and after each turn, it prints TURN and the bytes of memory that it has needed, and waits for a line:
+the steps and the seconds of the next turn; there is none at the end of its input. Prints one JSON object last: the fields
+of a `Result`, or {"refused": the reason}.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,9 +64,13 @@ class Result:
 _Prepared = tuple[Callable[[], float], dict[str, Any]]
 
 
-def measure_system(request: Request, await_turn: Callable[[], bool] = lambda: True) -> Result:
-    """Steps on one batch of random tokens from the same random weights in every system, each after await_turn(): the last
-    when that is false.
+class Turn(NamedTuple):
+    steps: int
+    seconds: float  # after which no step begins
+
+
+def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lambda: Turn(1 << 30, math.inf)) -> Result:
+    """Steps on one batch of random tokens from the same random weights in every system, in turns until there is none.
 
     NotImplementedError with the reason for a system that cannot be had.
     """
@@ -73,22 +79,30 @@ def measure_system(request: Request, await_turn: Callable[[], bool] = lambda: Tr
     x_BT, y_BT = np.random.default_rng(0).integers(0, layout.config.vocab_size, shape).astype(np.int32)
     prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain}.get(request.name, _pytorch)
     step, result = prepare(request, layout, random_parameters(layout), x_BT, y_BT)
-
     losses: list[float] = []
-    seconds: list[float] = []
-    fewest = 2 if request.name == "pytorch_compiled" else 1
-    while len(seconds) < 1 + request.steps:
+
+    def time_step() -> float:
         started = time.perf_counter()
         losses.append(step())
-        seconds.append(time.perf_counter() - started)
-        if fewest <= len(seconds) <= request.steps and not await_turn():
-            break
-    # The first warms up and, in PyTorch, compiles; it counts only when there was no time for a second one.
-    timed = seconds[1:] or seconds
+        return time.perf_counter() - started
+
+    # PyTorch compiles in the first.
+    first = [time_step() for _ in range(2 if request.name == "pytorch_compiled" else 1)]
+    timed: list[float] = []
+    while len(timed) < request.steps and (turn := await_turn()):
+        # Not timed: a library may have to take memory anew that it gave back, and the caches hold another's.
+        spent = last = time_step()
+        for _ in range(min(turn.steps, request.steps - len(timed))):
+            if spent + last > turn.seconds:
+                break
+            last = time_step()
+            spent += last
+            timed.append(last)
+    timed = timed or first[-1:]  # when there was no time for more
     precision = "BF16_BF16_F32" if request.dtype == "bfloat16" else "F32_F32_F32"
     result = {"precision": precision, "weight_gradient_precision": precision, **result}
     if request.name == "pytorch_compiled":
-        result["compile_seconds"] = seconds[0] - statistics.median(timed)
+        result["compile_seconds"] = first[0] - statistics.median(timed)
     return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": _peak(request), **result})
 
 
@@ -246,9 +260,10 @@ def _peak(request: Request) -> int:
     return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else memory.process_peak()
 
 
-def _await_turn() -> bool:
+def _await_turn() -> Turn | None:
     print(f"{TURN}{memory.process_peak()}", flush=True)
-    return bool(sys.stdin.readline())
+    line = sys.stdin.readline().split()
+    return Turn(int(line[0]), float(line[1])) if line else None
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Training steps of several systems in turn, each system in a process of its own.
 
-What else happens on a machine comes and goes within seconds: systems that are measured one after the other meet
-different machines, while steps in turn meet the same one.
+What else happens on a machine comes and goes: systems that are measured one after the other meet different machines. A
+turn is several steps in a row, as in training, and one before them that is not timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gpt2_jax.benchmark.train_system import TURN, Request, Result
 
 _LONGEST = 1800.0  # seconds to get ready or to make a step in, after which a system is given up
 _ENDING = 10.0  # seconds that a process may need to end
-_SAID = 2.0  # seconds of a round that is told
+_TURNS = 3  # of every system, of a third of its steps each
+_FEWEST = 5  # steps that are one turn
 _PAUSE = 0.05  # seconds between turns: a library's threads may look out for more work a while
 
 
@@ -60,23 +61,24 @@ def measure_in_turn(
                 if process.answer is None:
                     say(f"{process.system}: ready after {process.seconds:.0f} s")
                 together.append(process)
-            _take_turns(together, patience, say)
+            _take_turns(together, steps, patience, say)
             for process in together:
                 measured.append(process.measured())
                 say(progress(measured[-1], work))
     return measured
 
 
-def _take_turns(together: Sequence[_Process], patience: Patience, say: Callable[[str], None]) -> None:
-    number = 0
+def _take_turns(together: Sequence[_Process], steps: int, patience: Patience, say: Callable[[str], None]) -> None:
     while running := [process for process in together if process.answer is None]:
         started = time.monotonic()
-        for process in running:
+        for number, process in enumerate(running):
             time.sleep(_PAUSE if len(running) > 1 else 0)
-            process.take_turn(patience.share(1), last=process.seconds > patience.seconds or patience.is_over)
-        number += 1
-        if (took := time.monotonic() - started) > _SAID:
-            say(f"step {number} of {len(running)} system(s) in turn took {took:.1f} s")
+            if process.seconds > patience.seconds or patience.is_over:
+                process.end()
+            else:
+                seconds = min(patience.share(len(running) - number), patience.seconds / _TURNS)
+                process.take_turn(-(-steps // _TURNS) if steps > _FEWEST else steps, seconds, patience.share(1))
+        say(f"{len(running)} system(s) in turn took {time.monotonic() - started:.0f} s")
 
 
 def _another_fits(together: Sequence[_Process], work: Workload) -> bool:
@@ -125,16 +127,19 @@ class _Process:
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
-    def take_turn(self, timeout: float, *, last: bool = False) -> None:
-        """One more step, or with `last` none."""
+    def take_turn(self, steps: int, seconds: float, timeout: float) -> None:
+        """So many more steps, of which none begins after `seconds`."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: await_turn finds out why
-            if last:
-                self._process.stdin.close()
-            else:
-                self._process.stdin.write("\n")
-                self._process.stdin.flush()
+            self._process.stdin.write(f"{steps} {seconds}\n")
+            self._process.stdin.flush()
         self.await_turn(timeout)
+
+    def end(self) -> None:
+        """No more steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self.await_turn(_ENDING)
 
     def await_turn(self, timeout: float) -> None:
         """Until it waits for its next turn, or has ended; or is ended, after `timeout` seconds."""

@@ -14,7 +14,7 @@ import pytest
 from gpt2_jax import optimizer
 from gpt2_jax.benchmark import machine, peak, train, train_report, train_system, train_turns
 from gpt2_jax.benchmark.train_report import System, Workload
-from gpt2_jax.benchmark.train_system import Request, Result, measure_system
+from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.matmul import IMPLEMENTATIONS
@@ -43,7 +43,7 @@ def users_jax():
 def test_all_systems_compute_the_same(users_jax, dtype):
     results = {name: measure_system(request(name, dtype)) for name in ("gpt2_jax", "jax_plain", "pytorch")}
     ours = results["gpt2_jax"].losses
-    assert len(ours) == 4
+    assert len(ours) == 5
     assert ours[-1] < ours[0] - 1e-3
     # float32: four steps of roundings; bfloat16: 2^-8 of logits that are about 0.1 large, with no bias to one side.
     tolerance = 2e-6 if dtype == "float32" else 2.0**-8 * 0.1
@@ -65,11 +65,14 @@ def test_the_peers_optimizer_is_this_projects():
 
 @pytest.mark.torch
 def test_no_step_begins_without_a_turn():
-    turns = iter([True, False])
+    turns = iter([Turn(3, 1e9), Turn(5, 0.0), Turn(2, 1e9), None])
     result = measure_system(request("pytorch", steps=50), lambda: next(turns))
-    assert (len(result.seconds), len(result.losses)) == (1, 2)
-    result = measure_system(request("pytorch", steps=50), lambda: False)
+    # The first, one before each turn, and those that are timed.
+    assert (len(result.seconds), len(result.losses)) == (3 + 2, 1 + 3 + 3 + 2)
+    result = measure_system(request("pytorch", steps=50), lambda: None)
     assert len(result.seconds) == len(result.losses) == 1
+    result = measure_system(request("pytorch", steps=2), lambda: Turn(5, 1e9))
+    assert (len(result.seconds), len(result.losses)) == (2, 4)
 
 
 def test_a_rung_that_cannot_be_had_is_a_reason():
@@ -150,8 +153,8 @@ def answers(monkeypatch, answer_of, *, steps=0):
             if self.turns >= steps:
                 self.answer = answer_of(self.system, self.work)
 
-        def take_turn(self, timeout, *, last=False):
-            self.turns = steps if last else self.turns + 1
+        def take_turn(self, steps_of_turn, seconds, timeout):
+            self.turns += 1
             self.await_turn(timeout)
 
     monkeypatch.setattr(train_turns, "_Process", Process)
