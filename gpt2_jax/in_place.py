@@ -80,7 +80,8 @@ class _Gradient:
             aliases={0: 0},
             out_offset=np.int64(self._layout[name].offset),
         )
-        self._squares[name, 0] += change
+        # Where rows cancel, roundings may leave less than nothing.
+        self._squares[name, 0] = jnp.maximum(self._squares[name, 0] + change, 0.0)
 
     def write(self, name: str, layer: int, gradient: jax.Array) -> None:
         """The float32 gradient of a small tensor."""

@@ -183,6 +183,7 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
   const int64_t q_count = ceil_div(item.shared.size, kPanelLanes);
   const auto tiles = [](int64_t lanes) { return lanes > kTileLanes ? 2 : 1; };
 
+  // Tiles that a block at the edge does not use are added up as well, and never read.
   alignas(64) float of_block[kBlockSums] = {};
   plan.kernel.configure();
   for (int64_t kb = shared.first_block; kb < shared.last_block; ++kb) {

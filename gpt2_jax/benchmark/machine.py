@@ -35,10 +35,11 @@ def limit_threads() -> int:
     return threads
 
 
-def free_memory() -> int | None:
-    """Bytes that could be had without swapping, of the machine and of this container; None where nobody tells."""
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that could be had without swapping, of the machine and of this container; None where nobody tells, in the
+    files that Linux has under `root`."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         free = [1024 * int(lines["MemAvailable"].removesuffix("kB"))]
     except (OSError, KeyError):
         return None
@@ -46,7 +47,7 @@ def free_memory() -> int | None:
         ("", "memory.max", "memory.current"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        group = Path("/sys/fs/cgroup", folder)
+        group = root / "sys/fs/cgroup" / folder
         with contextlib.suppress(OSError, ValueError, KeyError):
             cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
             free.append(int((group / limit).read_text()) - int((group / used).read_text()) + int(cached))

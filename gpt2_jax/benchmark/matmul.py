@@ -164,8 +164,8 @@ def _notes(runs: list[Run], any_extrapolated: bool) -> list[str]:
     rounds = min((len(values) for run in runs for values in run.seconds.values()), default=0)
     notes = [
         f"time: medians of {rounds} round(s), the implementations' in turn; a round is the products of a step in its order,",
-        "  so weights come from memory. This project's rungs write dw to where the gradient belongs, as its step does; every",
-        "  other result is a new array, as in everybody's step.",
+        "  so weights come from memory. This project's rungs write dw to where the gradient belongs and sum its squares, as",
+        "  their step does; every other result is a new array, as in everybody's step.",
         f"max|err|/max|ref|: the largest of all products, {ERROR_ROWS} rows of each, evenly spread, against float64 from the",
         "  float32 operands before any rounding.",
         "bfloat16: x and dy are bfloat16, weights float32 as the optimizer keeps them. This project's rungs read those in",

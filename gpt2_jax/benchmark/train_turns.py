@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,12 +40,16 @@ class Patience:
     deadline: float | None = None  # by seconds_running()
 
     @property
+    def left(self) -> float:
+        return math.inf if self.deadline is None else self.deadline - seconds_running()
+
+    @property
     def is_over(self) -> bool:
-        return self.deadline is not None and seconds_running() > self.deadline
+        return self.left <= 0
 
     def share(self, of: int) -> float:
         """Of the time that is left, in seconds, if so many ask for as much; never too little to end in."""
-        return _LONGEST if self.deadline is None else max(_ENDING, (self.deadline - seconds_running()) / of)
+        return min(_LONGEST, max(_ENDING, self.left / of))
 
 
 def measure_in_turn(
@@ -55,11 +62,14 @@ def measure_in_turn(
     with contextlib.ExitStack() as stack:
         while waiting:
             together: list[_Process] = []
+            if patience.is_over:
+                measured += [Measured(system, None, "no time was left for it") for system in waiting]
+                break
             while waiting and (not together or _another_fits(together, work)):
                 process = stack.enter_context(_Process(waiting.pop(0), work, steps))
-                process.await_turn(patience.share(len(waiting) + 2))  # the others to get ready, then all to take turns
+                process.get_ready(patience.share(len(waiting) + 2))  # then the others, and then all take turns
                 if process.answer is None:
-                    say(f"{process.system}: ready after {process.seconds:.0f} s")
+                    say(f"{process.system}: ready after {process.ready_seconds:.0f} s")
                 together.append(process)
             _take_turns(together, steps, patience, say)
             for process in together:
@@ -73,7 +83,8 @@ def _take_turns(together: Sequence[_Process], steps: int, patience: Patience, sa
         started = time.monotonic()
         for number, process in enumerate(running):
             time.sleep(_PAUSE if len(running) > 1 else 0)
-            if process.seconds > patience.seconds or patience.is_over:
+            # It got ready by a step at least.
+            if process.seconds > patience.seconds or patience.left < process.ready_seconds:
                 process.end()
             else:
                 seconds = min(patience.share(len(running) - number), patience.seconds / _TURNS)
@@ -105,7 +116,9 @@ class _Process:
         )
         self.system = system
         self.seconds = 0.0  # that it has had
+        self.ready_seconds = 0.0  # of them until its first turn
         self.peak_bytes = 0
+        self._given_up = False
         self.answer: dict[str, Any] | None = None
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
@@ -114,18 +127,27 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            start_new_session=True,  # to be killed with the processes that it starts, which have its output open
         )
 
     def __enter__(self) -> _Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        self._kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def get_ready(self, timeout: float) -> None:
+        self.await_turn(timeout)
+        self.ready_seconds = self.seconds
 
     def take_turn(self, steps: int, seconds: float, timeout: float) -> None:
         """So many more steps, of which none begins after `seconds`."""
@@ -144,32 +166,35 @@ class _Process:
     def await_turn(self, timeout: float) -> None:
         """Until it waits for its next turn, or has ended; or is ended, after `timeout` seconds."""
         assert self._process.stdout is not None
-        given_up = threading.Event()
 
         def give_up() -> None:
-            given_up.set()
-            self._process.kill()
+            self._given_up = True
+            self._kill()
 
         timer = threading.Timer(timeout, give_up)
         timer.start()
         started = time.monotonic()
         last_line = ""
-        for line in self._process.stdout:
-            if line.startswith(TURN):
-                self.peak_bytes = int(line.removeprefix(TURN))
-                break
-            last_line = line
-        else:
+        try:
+            for line in self._process.stdout:
+                if line.startswith(TURN):
+                    self.peak_bytes = int(line.removeprefix(TURN))
+                    return
+                last_line = line
             status = self._process.wait()
-            if given_up.is_set():
-                self.answer = {"refused": f"it had not ended after {timeout:.0f} seconds"}
-            elif status != 0:
-                self._errors.seek(0)
-                self.answer = {"failed": (self._errors.read().strip().splitlines() or [f"status {status}"])[-1]}
-            else:
+        finally:
+            timer.cancel()
+            self.seconds += time.monotonic() - started
+        if self._given_up:
+            self.answer = {"refused": f"it had not ended after {timeout:.0f} seconds"}
+        elif status != 0:
+            self._errors.seek(0)
+            self.answer = {"failed": (self._errors.read().strip().splitlines() or [f"status {status}"])[-1]}
+        else:
+            try:
                 self.answer = json.loads(last_line)
-        timer.cancel()
-        self.seconds += time.monotonic() - started
+            except ValueError:
+                self.answer = {"failed": f"expected a JSON object in its last line, found {last_line!r}"}
 
     def measured(self) -> Measured:
         assert self.answer is not None

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 
 import jax
 import pytest
@@ -68,7 +67,7 @@ def test_no_step_begins_without_a_turn():
     turns = iter([Turn(3, 1e9), Turn(5, 0.0), Turn(2, 1e9), None])
     result = measure_system(request("pytorch", steps=50), lambda: next(turns))
     # The first, one before each turn, and those that are timed.
-    assert (len(result.seconds), len(result.losses)) == (3 + 2, 1 + 3 + 3 + 2)
+    assert (len(result.seconds), len(result.losses)) == (3 + 1 + 2, 1 + 3 + 1 + 2 + 3)
     result = measure_system(request("pytorch", steps=50), lambda: None)
     assert len(result.seconds) == len(result.losses) == 1
     result = measure_system(request("pytorch", steps=2), lambda: Turn(5, 1e9))
@@ -142,7 +141,8 @@ def answers(monkeypatch, answer_of, *, steps=0):
 
     class Process(train_turns._Process):
         def __init__(self, system, work, steps_asked):
-            self.system, self.work, self.turns, self.seconds, self.peak_bytes = system, work, 0, 0.0, 1000
+            self.system, self.work, self.turns, self.peak_bytes = system, work, 0, 1000
+            self.seconds = self.ready_seconds = 0.0
             self.answer = None
 
         def __exit__(self, *_):
@@ -297,8 +297,10 @@ def test_each_system_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert [one.result.matmul for one in (plain, pytorch)] == ["xla", "pytorch"]
     assert [len(one.result.seconds) for one in (plain, pytorch)] == [2, 2]
     assert [len(one.result.losses) for one in in_turn(PYTORCH, seconds=0.0)] == [1]
+    assert in_turn(PYTORCH, deadline=0.0)[0].reason == "no time was left for it"
+    soon = machine.seconds_running() + 0.2
     monkeypatch.setattr(train_turns, "_ENDING", 0.1)
-    assert "had not ended after 0 seconds" in in_turn(PYTORCH, deadline=0.0)[0].reason
+    assert "had not ended after 0 seconds" in in_turn(PYTORCH, deadline=soon)[0].reason
     monkeypatch.undo()
     (failed,) = in_turn(System("jax_plain", "", "float32"), work=dataclasses.replace(WORK, backend="quantum"))
     assert failed.failed
@@ -324,12 +326,19 @@ def test_steps_are_taken_in_turn_where_memory_holds_all_systems(monkeypatch, bac
     assert found == events
 
 
-def test_free_memory_is_some_of_the_machines():
-    free = machine.free_memory()
-    if sys.platform != "linux":
-        assert free is None
-    else:
-        assert 0 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def test_free_memory_is_the_machines_or_the_containers_if_that_is_less(tmp_path):
+    assert machine.free_memory(tmp_path) is None
+    for name, text in {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
+        "sys/fs/cgroup/memory.max": "max\n",
+        "sys/fs/cgroup/memory.current": "4000000\n",
+        "sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 500000\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert machine.free_memory(tmp_path) == 8000 * 1024
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("6000000\n", encoding="utf-8")
+    assert machine.free_memory(tmp_path) == 2_500_000
 
 
 def test_the_peak_is_the_best_of_the_steps_products():
