@@ -4,10 +4,11 @@
 the CPU. One that cannot serve a product raises NotImplementedError with the reason.
 
 The arithmetic of a product is named as in jax.lax.DotAlgorithmPreset. bfloat16 operands are multiplied in
-BF16_BF16_F32. For float32 operands jax's own setting (jax.default_matmul_precision) is asked: without one, or with
-'highest', a rung takes its first of F32_F32_F32 and BF16_BF16_F32_X6; for 'high' of BF16_BF16_F32_X3 and F32_F32_F32.
+BF16_BF16_F32. For float32 operands jax's own setting (jax.default_matmul_precision) is asked: without one a rung takes
+its first of F32_F32_F32 and S8_S8_S32_X6, whose error is float32's if not an element's own but its row's largest is
+asked; with 'highest' of F32_F32_F32 and BF16_BF16_F32_X6; for 'high' of BF16_BF16_F32_X3 and F32_F32_F32.
 X3 is not the default, since with it d12's gradients leave the tolerance of scripts/check_gradients.py. Only a weight's
-gradient, which no other product is made of, takes X3 before X6 without a setting: within a third of that tolerance.
+gradient, which no other product is made of, takes X3 without a setting: within a third of that tolerance.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ IMPLEMENTATIONS = ("xla", *RUNGS)
 
 # For float32 operands: jax's setting -> the precisions that satisfy it, the best first.
 _FLOAT32_PRECISIONS = {
-    None: ("F32_F32_F32", "BF16_BF16_F32_X6"),
-    "default": ("F32_F32_F32", "BF16_BF16_F32_X6"),
+    None: ("F32_F32_F32", "S8_S8_S32_X6"),
+    "default": ("F32_F32_F32", "S8_S8_S32_X6"),
     "high": ("BF16_BF16_F32_X3", "F32_F32_F32"),
     "highest": ("F32_F32_F32", "BF16_BF16_F32_X6"),
     "float32": ("F32_F32_F32", "BF16_BF16_F32_X6"),

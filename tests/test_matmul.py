@@ -152,12 +152,17 @@ def test_the_precision_of_float32_is_jaxs_setting(setting, expected):
 
 
 @pytest.mark.parametrize(
-    ("setting", "passes", "of_gradients"),
-    [(None, "X6", "X3"), ("default", "X6", "X3"), ("high", "X3", "X3"), ("highest", "X6", "X6")],
+    ("setting", "precision", "of_gradients"),
+    [
+        (None, "S8_S8_S32_X6", "BF16_BF16_F32_X3"),
+        ("default", "S8_S8_S32_X6", "BF16_BF16_F32_X3"),
+        ("high", "BF16_BF16_F32_X3", "BF16_BF16_F32_X3"),
+        ("highest", "BF16_BF16_F32_X6", "BF16_BF16_F32_X6"),
+    ],
 )
-def test_only_a_weights_gradient_is_split_less_by_default(setting, passes, of_gradients, monkeypatch):
+def test_only_a_weights_gradient_is_split_less_by_default(setting, precision, of_gradients, monkeypatch):
     """In what XLA is given, by differentiation and in place, for a rung that multiplies float32 in parts alone."""
-    parts = {"available": True, "reason": "", "precisions": ["BF16_BF16_F32_X3", "BF16_BF16_F32_X6"]}
+    parts = {"available": True, "reason": "", "precisions": ["BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "S8_S8_S32_X6"]}
     monkeypatch.setattr(custom_calls, "implementation", lambda rung: parts)
     layout = ParameterLayout(ModelConfig(8, 50, 1, 1, 16))
     params_N, tokens_BT = jnp.zeros(layout.num_parameters), jnp.zeros((2, 8), jnp.int32)
@@ -174,10 +179,10 @@ def test_only_a_weights_gradient_is_split_less_by_default(setting, passes, of_gr
         said = matmul.precision_of("amx", jnp.dtype("float32"))
     for program in lowered:
         calls = re.findall(r".*@gpt2_jax_(?:matmul|attention).*", program.as_text())
-        found = {("transpose_a = 1" in call, re.search(r"BF16_BF16_F32_(X\d)", call)[1]) for call in calls}
-        assert found == {(False, passes), (True, of_gradients)}
-    gradients = "" if of_gradients == passes else f", weights' gradients BF16_BF16_F32_{of_gradients}"
-    assert said == f"BF16_BF16_F32_{passes}{gradients}"
+        found = {("transpose_a = 1" in call, re.search(r'precision = "(\w+)"', call)[1]) for call in calls}
+        assert found == {(False, precision), (True, of_gradients)}
+    gradients = "" if of_gradients == precision else f", weights' gradients {of_gradients}"
+    assert said == precision + gradients
 
 
 def test_a_precision_that_a_rung_lacks_is_refused_with_what_it_has():

@@ -81,8 +81,7 @@ int bench_shape(int argc, char** argv) {
   PoolExecutor executor(pool, num_threads);
   std::printf("%d thread(s), cpu features %s, kernel %s\n", num_threads,
               cpu_feature_names(cpu_features()).c_str(), best_kernel(cpu_features()).name);
-  for (const Precision precision : {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
-                                    Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6}) {
+  for (const Precision precision : kPrecisions) {
     // The one-pass mode is for bfloat16 operands, the others are for float32 ones.
     if ((dtype == DType::kBFloat16) != (precision == Precision::kBF16_BF16_F32)) continue;
     matmul.precision = precision;

@@ -32,8 +32,6 @@ constexpr Weight kWeights[] = {{"qkv", 2304, 768, 12},
                                {"fcproj", 768, 3072, 12},
                                {"classifier", 50304, 768, 1}};
 constexpr const char* kProducts[] = {"fwd", "dx", "dw"};
-constexpr Precision kPrecisions[] = {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
-                                     Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6};
 
 // What a step holds: weights and their gradients in one flat float32 buffer each, so that every
 // product meets its weight in memory, not in a cache; activations in the precision's own dtype.
@@ -116,7 +114,7 @@ std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& r
   if (rung == "amx") {
     return [](const Matmul& matmul, Executor& executor) {
       TileKernel kernel = *amx_kernel();
-      kernel.multiply = multiply_no_tiles;
+      kernel.multiply = kernel.multiply_digits = multiply_no_tiles;
       tile_matmul(matmul, kernel, executor);
     };
   }

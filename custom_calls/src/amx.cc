@@ -14,7 +14,7 @@ namespace gpt2_jax {
 namespace {
 
 // What the kernel and its packing use.
-constexpr CpuFeatures kNeeded = kAvx512Code | kAvx512bf16 | kAmxTile | kAmxBf16;
+constexpr CpuFeatures kNeeded = kAvx512Code | kAvx512bf16 | kAmxTile | kAmxBf16 | kAmxInt8;
 
 int request_permission_of_linux() {
 #if defined(__linux__) && defined(__x86_64__)

@@ -59,10 +59,12 @@ const Implementation* Checker::implementation(std::string_view name) {
 
 Precision Checker::precision(std::string_view name) {
   Precision found = Precision::kF32_F32_F32;
+  std::string names;
+  for (const Precision precision : kPrecisions) {
+    names += (names.empty() ? "" : ", ") + std::string(gpt2_jax::name(precision));
+  }
   expect(parse_precision(name, &found),
-         "a precision named as in jax.lax.DotAlgorithmPreset (F32_F32_F32, BF16_BF16_F32, "
-         "BF16_BF16_F32_X3, BF16_BF16_F32_X6), got \"" +
-             std::string(name) + "\"");
+         "a precision among " + names + ", got \"" + std::string(name) + "\"");
   return found;
 }
 

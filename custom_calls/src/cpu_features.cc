@@ -24,6 +24,7 @@ constexpr NamedFeature kFeatures[] = {
     {kAvx512bf16, "avx512bf16"},
     {kAmxTile, "amx_tile"},
     {kAmxBf16, "amx_bf16"},
+    {kAmxInt8, "amx_int8"},
 };
 
 void append(std::string* list, std::string_view name) {
@@ -50,6 +51,7 @@ CpuFeatures tile_features_seen() {
   if ((saved & kTileState) == kTileState) {
     if (edx & (1u << 22)) seen |= kAmxBf16;
     if (edx & (1u << 24)) seen |= kAmxTile;
+    if (edx & (1u << 25)) seen |= kAmxInt8;
   }
   const unsigned last_subleaf = eax;
   if ((saved & kAvx512State) == kAvx512State && last_subleaf >= 1 &&

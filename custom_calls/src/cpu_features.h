@@ -20,6 +20,7 @@ enum CpuFeature : CpuFeatures {
   kAvx512bf16 = 1u << 6,
   kAmxTile = 1u << 7,
   kAmxBf16 = 1u << 8,
+  kAmxInt8 = 1u << 9,
 };
 
 // What code compiled for an instruction set needs; src/CMakeLists.txt has the compiler's flags.

@@ -35,8 +35,7 @@ std::string json_list(std::string_view names) {
 // The precisions in which an implementation multiplies f32 operands, as a comma list.
 std::string precisions(const Implementation& implementation) {
   std::string names;
-  for (const Precision precision : {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
-                                    Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6}) {
+  for (const Precision precision : kPrecisions) {
     Matmul matmul;
     matmul.precision = precision;
     if (!implementation.refuse(matmul).empty()) continue;

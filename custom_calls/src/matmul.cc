@@ -7,18 +7,6 @@
 namespace gpt2_jax {
 namespace {
 
-struct NamedPrecision {
-  Precision precision;
-  const char* name;
-};
-
-constexpr NamedPrecision kPrecisions[] = {
-    {Precision::kF32_F32_F32, "F32_F32_F32"},
-    {Precision::kBF16_BF16_F32, "BF16_BF16_F32"},
-    {Precision::kBF16_BF16_F32_X3, "BF16_BF16_F32_X3"},
-    {Precision::kBF16_BF16_F32_X6, "BF16_BF16_F32_X6"},
-};
-
 void print(std::ostream& stream, DType dtype, int64_t rows, int64_t columns, bool transposed) {
   stream << name(dtype) << "[" << (transposed ? columns : rows) << ","
          << (transposed ? rows : columns) << "]" << (transposed ? "^T" : "");
@@ -29,16 +17,25 @@ void print(std::ostream& stream, DType dtype, int64_t rows, int64_t columns, boo
 const char* name(DType dtype) { return dtype == DType::kFloat32 ? "f32" : "bf16"; }
 
 const char* name(Precision precision) {
-  for (const NamedPrecision& entry : kPrecisions) {
-    if (entry.precision == precision) return entry.name;
+  switch (precision) {
+    case Precision::kF32_F32_F32:
+      return "F32_F32_F32";
+    case Precision::kBF16_BF16_F32:
+      return "BF16_BF16_F32";
+    case Precision::kBF16_BF16_F32_X3:
+      return "BF16_BF16_F32_X3";
+    case Precision::kBF16_BF16_F32_X6:
+      return "BF16_BF16_F32_X6";
+    case Precision::kS8_S8_S32_X6:
+      return "S8_S8_S32_X6";
   }
   return "?";
 }
 
 bool parse_precision(std::string_view text, Precision* precision) {
-  for (const NamedPrecision& entry : kPrecisions) {
-    if (text == entry.name) {
-      *precision = entry.precision;
+  for (const Precision known : kPrecisions) {
+    if (text == name(known)) {
+      *precision = known;
       return true;
     }
   }

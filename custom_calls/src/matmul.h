@@ -11,13 +11,17 @@ namespace gpt2_jax {
 
 enum class DType : uint8_t { kFloat32, kBFloat16 };
 
-// Arithmetic of the product, named as in jax.lax.DotAlgorithmPreset.
+// Arithmetic of the product, named as in jax.lax.DotAlgorithmPreset; the last as XLA would.
 enum class Precision : uint8_t {
   kF32_F32_F32,       // operands as they are, float32 products and sums
   kBF16_BF16_F32,     // operands rounded to bfloat16 (nearest, ties to even), float32 sums
   kBF16_BF16_F32_X3,  // float32 operands as hi + lo bfloat16, three products
   kBF16_BF16_F32_X6,  // float32 operands as three bfloat16 parts, six products
+  kS8_S8_S32_X6,      // as three digits of 8 bits under a scale of 256 k, six exact products
 };
+constexpr Precision kPrecisions[] = {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
+                                     Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6,
+                                     Precision::kS8_S8_S32_X6};
 
 // One operand: a row-major matrix that starts `offset` elements into a buffer, so that a weight can
 // be read in place from a flat buffer that holds many.

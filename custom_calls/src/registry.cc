@@ -9,22 +9,23 @@ namespace {
 
 std::string always_available() { return ""; }
 
-// float32 arithmetic is exact on bfloat16 operands, so these two modes come for free. X3 and X6
-// imitate float32 on hardware that only multiplies bfloat16: here they would be slower and worse.
+// float32 arithmetic is exact on bfloat16 operands, so these two modes come for free. The others
+// imitate float32 on hardware that only multiplies bfloat16 or bytes: here they would be slower and
+// worse.
 std::string refuse_split_precision(const Matmul& matmul) {
   if (matmul.precision == Precision::kF32_F32_F32 ||
       matmul.precision == Precision::kBF16_BF16_F32) {
     return "";
   }
   return std::string(name(matmul.precision)) +
-         " splits float32 into bfloat16 parts for bfloat16 units; this implementation computes in "
-         "float32: ask for F32_F32_F32 or BF16_BF16_F32";
+         " splits float32 for units of bfloat16 or bytes; this implementation computes in float32: "
+         "ask for F32_F32_F32 or BF16_BF16_F32";
 }
 
 std::string refuse_float32_products(const Matmul& matmul) {
   if (matmul.precision != Precision::kF32_F32_F32) return "";
-  return "AMX multiplies bfloat16 alone, not F32_F32_F32: ask for BF16_BF16_F32, or for float32's "
-         "precision from bfloat16 parts BF16_BF16_F32_X3 or BF16_BF16_F32_X6";
+  return "AMX multiplies bfloat16 and bytes, not F32_F32_F32: ask for BF16_BF16_F32, or for "
+         "float32's precision from parts BF16_BF16_F32_X3, BF16_BF16_F32_X6 or S8_S8_S32_X6";
 }
 
 std::string refuse_split_precision_or_size(const Matmul& matmul) {

@@ -20,6 +20,7 @@ struct Lanes {
   int64_t lane_stride, k_stride;
   int parts;
   TileSide side;
+  bool digits;
 
   TileSource from(int64_t lane, int64_t k) const {
     const bool narrow = operand.dtype == DType::kBFloat16;
@@ -27,17 +28,27 @@ struct Lanes {
     const char* data = static_cast<const char*>(operand.buffer) + index * (narrow ? 2 : 4);
     return {data, lane_stride, k_stride, narrow};
   }
-  int64_t packed_bytes(int64_t lanes, int64_t depth) const {
-    return round_up(lanes, kPanelLanes) * round_up(depth, kTileDepth) * 2 * parts;
+  int64_t step_depth() const { return digits ? kDigitDepth : kTileDepth; }
+  int64_t step_bytes() const { return 2 * kTileBytes * parts; }
+  int64_t scales_bytes() const { return digits ? kPanelLanes * 4 : 0; }
+  int64_t panel_bytes(int64_t depth) const {
+    return ceil_div(depth, step_depth()) * step_bytes() + scales_bytes();
   }
-  // Elements to be transposed in packing: memory along k suits left tiles, along lanes right ones.
-  double transposed_elements(int64_t k, TileSide for_side) const {
+  int64_t packed_bytes(int64_t lanes, int64_t depth) const {
+    return ceil_div(lanes, kPanelLanes) * panel_bytes(depth);
+  }
+  const float* scales(const unsigned char* panel, int64_t depth) const {
+    return reinterpret_cast<const float*>(panel + panel_bytes(depth) - scales_bytes());
+  }
+  // Bytes to be transposed in packing: memory along k suits left tiles, along lanes right ones.
+  double transposed_bytes(int64_t k, TileSide for_side) const {
     const bool suits = (k_stride == 1) == (for_side == TileSide::kLeft);
-    return suits ? 0 : static_cast<double>(count) * k * parts;
+    return suits ? 0 : static_cast<double>(count) * k * parts * (digits ? 1 : 2);
   }
 };
 
 int parts_of(const Operand& operand, Precision precision) {
+  if (precision == Precision::kS8_S8_S32_X6) return kMaxParts;
   if (operand.dtype == DType::kBFloat16) return 1;
   if (precision == Precision::kBF16_BF16_F32_X6) return 3;
   return precision == Precision::kBF16_BF16_F32_X3 ? 2 : 1;
@@ -46,8 +57,13 @@ int parts_of(const Operand& operand, Precision precision) {
 Lanes as_lanes(const Operand& operand, int64_t count, bool along_k, Precision precision,
                TileSide side) {
   const int64_t stride = operand.leading_dimension;
-  return {operand, count, along_k ? stride : 1, along_k ? 1 : stride, parts_of(operand, precision),
-          side};
+  return {operand,
+          count,
+          along_k ? stride : 1,
+          along_k ? 1 : stride,
+          parts_of(operand, precision),
+          side,
+          precision == Precision::kS8_S8_S32_X6};
 }
 
 // The products of parts that a precision keeps, one part changing from each to the next.
@@ -70,6 +86,10 @@ Passes choose_passes(int left_parts, int right_parts) {
   return passes;
 }
 
+// Of digits: those of each order, one after the other.
+constexpr TilePass kDigitPasses[] = {{0, 0}, {0, 1}, {1, 0}, {0, 2}, {1, 1}, {2, 0}};
+constexpr int kFirstOfOrder[] = {0, 1, 3, 6};
+
 // What is decided once about a product.
 struct Plan {
   const Matmul& matmul;
@@ -77,7 +97,8 @@ struct Plan {
   Lanes a, b;
   bool transposed;  // op(b) is on the left: the tiles hold out's transpose
   bool a_is_shared;
-  Passes passes;
+  bool digits;
+  Passes passes;  // of bfloat16
   Cut k_cut;
   // Six products a step round a sum six times as often: the sums of three parts begin anew in every
   // block of k, and are added up.
@@ -89,26 +110,28 @@ struct Plan {
 };
 
 Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
-  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, {}, {}, false, false};
+  const bool digits = matmul.precision == Precision::kS8_S8_S32_X6;
+  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, digits, {}, {}, false, false};
   plan.a = as_lanes(matmul.a, matmul.m, !matmul.a.transposed, matmul.precision, TileSide::kLeft);
   plan.b = as_lanes(matmul.b, matmul.n, matmul.b.transposed, matmul.precision, TileSide::kRight);
 
-  const double as_is = plan.a.transposed_elements(matmul.k, TileSide::kLeft) +
-                       plan.b.transposed_elements(matmul.k, TileSide::kRight);
-  // Transposition works on dwords: two elements in packing, one sum on the way out.
-  const double swapped = plan.a.transposed_elements(matmul.k, TileSide::kRight) +
-                         plan.b.transposed_elements(matmul.k, TileSide::kLeft) +
-                         2.0 * static_cast<double>(matmul.m) * matmul.n;
+  const double as_is = plan.a.transposed_bytes(matmul.k, TileSide::kLeft) +
+                       plan.b.transposed_bytes(matmul.k, TileSide::kRight);
+  // And the sums on the way out.
+  const double swapped = plan.a.transposed_bytes(matmul.k, TileSide::kRight) +
+                         plan.b.transposed_bytes(matmul.k, TileSide::kLeft) +
+                         4.0 * static_cast<double>(matmul.m) * matmul.n;
   plan.transposed = swapped < as_is;
   if (plan.transposed) std::swap(plan.a.side, plan.b.side);
   plan.passes = plan.transposed ? choose_passes(plan.b.parts, plan.a.parts)
                                 : choose_passes(plan.a.parts, plan.b.parts);
 
-  const int64_t k_bytes = kPanelLanes * 2 * std::max(plan.a.parts, plan.b.parts);
-  const int64_t depth = std::max<int64_t>(kernel.blocks.panel_bytes / k_bytes, 1);
-  plan.k_cut = {matmul.k, even_block(matmul.k, round_up(depth, kTileDepth), kTileDepth)};
-  plan.sums_begin_anew =
-      std::max(plan.a.parts, plan.b.parts) == kMaxParts && plan.k_cut.count() > 1;
+  const int64_t step_depth = plan.a.step_depth();
+  const int64_t k_bytes = std::max(plan.a.step_bytes(), plan.b.step_bytes()) / step_depth;
+  int64_t depth = std::max<int64_t>(kernel.blocks.panel_bytes / k_bytes, 1);
+  if (digits) depth = std::min<int64_t>(depth, kMaxDigitDepth);
+  plan.k_cut = {matmul.k, even_block(matmul.k, round_up(depth, step_depth), step_depth)};
+  plan.sums_begin_anew = std::max(plan.a.parts, plan.b.parts) == kMaxParts;
 
   plan.stream = matmul.out_dtype == DType::kFloat32 && !matmul.accumulate &&
                 static_cast<double>(matmul.m) * matmul.n * 4 > kernel.blocks.stream_bytes;
@@ -173,6 +196,27 @@ void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, in
                      static_cast<int>(std::min<int64_t>(matmul.n - column, kPanelLanes)));
 }
 
+void pack(const Plan& plan, const Lanes& operand, const Range& lanes, const Range& k,
+          unsigned char* packed) {
+  const TileSource source = operand.from(lanes.first, k.first);
+  if (plan.digits) {
+    plan.kernel.pack_digits(source, lanes.size, k.size, operand.side, packed);
+  } else {
+    plan.kernel.pack(source, lanes.size, k.size, operand.side, operand.parts, packed);
+  }
+}
+
+// The sums of every order, each kBlockSums.
+void multiply_digits(const Plan& plan, TileBlock& block, int32_t* sums) {
+  block.accumulate = false;
+  for (int order = 0; order < kDigitOrders; ++order) {
+    block.passes = kDigitPasses + kFirstOfOrder[order];
+    block.num_passes = kFirstOfOrder[order + 1] - kFirstOfOrder[order];
+    block.sums = sums + order * kBlockSums;
+    plan.kernel.multiply_digits(block);
+  }
+}
+
 // All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
 // shared lanes. `next` are the lanes that this thread will probably be asked for after these.
 void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Range& next,
@@ -185,28 +229,30 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
 
   // Tiles that a block at the edge does not use are added up as well, and never read.
   alignas(64) float of_block[kBlockSums] = {};
+  alignas(64) int32_t of_orders[kDigitOrders * kBlockSums] = {};
   plan.kernel.configure();
   for (int64_t kb = shared.first_block; kb < shared.last_block; ++kb) {
     const Range k = plan.k_cut[kb];
-    const int64_t steps = ceil_div(k.size, kTileDepth);
-    plan.kernel.pack(streamed.from(item.streamed.first, k.first), item.streamed.size, k.size,
-                     streamed.side, streamed.parts, packed);
+    const int64_t steps = ceil_div(k.size, streamed.step_depth());
+    pack(plan, streamed, {item.streamed.first, item.streamed.size}, k, packed);
     TilePrefetch prefetch;
-    const int64_t all_steps = p_count * q_count * steps;
+    const int64_t all_steps = p_count * q_count * steps * (plan.digits ? kDigitOrders : 1);
     if (kb + 1 < shared.last_block) {
       prefetch = prefetch_of(plan, item.streamed, plan.k_cut[kb + 1], all_steps);
     } else if (next.size > 0) {
       prefetch = prefetch_of(plan, next, plan.k_cut[shared.first_block], all_steps);
     }
 
-    const int64_t streamed_step = streamed.packed_bytes(kPanelLanes, kTileDepth);
-    const int64_t shared_step = plan.shared().packed_bytes(kPanelLanes, kTileDepth);
+    const int64_t streamed_step = streamed.step_bytes();
+    const int64_t shared_step = plan.shared().step_bytes();
+    const int64_t streamed_panel_bytes = streamed.panel_bytes(k.size);
+    const int64_t shared_panel_bytes = plan.shared().panel_bytes(k.size);
     const unsigned char* shared_panels =
         shared.packed + (kb - shared.first_block) * shared.block_bytes;
     for (int64_t p = 0; p < p_count; ++p) {
       for (int64_t q = 0; q < q_count; ++q) {
-        const unsigned char* streamed_panel = packed + p * steps * streamed_step;
-        const unsigned char* shared_panel = shared_panels + (q_first + q) * steps * shared_step;
+        const unsigned char* streamed_panel = packed + p * streamed_panel_bytes;
+        const unsigned char* shared_panel = shared_panels + (q_first + q) * shared_panel_bytes;
         const int streamed_tiles = tiles(item.streamed.size - p * kPanelLanes);
         const int shared_tiles = tiles(item.shared.size - q * kPanelLanes);
         const bool streamed_is_left = streamed.side == TileSide::kLeft;
@@ -218,16 +264,25 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
         block.left_tiles = streamed_is_left ? streamed_tiles : shared_tiles;
         block.right_tiles = streamed_is_left ? shared_tiles : streamed_tiles;
         block.steps = steps;
-        block.passes = plan.passes.pass;
-        block.num_passes = plan.passes.count;
-        const bool anew = plan.sums_begin_anew && kb > 0;
-        block.sums = anew ? of_block : sums.at(p, q);
-        block.accumulate = !anew && kb > 0;
         block.prefetch = &prefetch;
-        plan.kernel.multiply(block);
-        if (anew) plan.kernel.add(of_block, sums.at(p, q));
+        float* const total = sums.at(p, q);
+        if (plan.digits) {
+          const float* streamed_scales = streamed.scales(streamed_panel, k.size);
+          const float* shared_scales = plan.shared().scales(shared_panel, k.size);
+          multiply_digits(plan, block, of_orders);
+          plan.kernel.add_digits(of_orders, streamed_is_left ? streamed_scales : shared_scales,
+                                 streamed_is_left ? shared_scales : streamed_scales, kb > 0, total);
+        } else {
+          const bool anew = plan.sums_begin_anew && kb > 0;
+          block.passes = plan.passes.pass;
+          block.num_passes = plan.passes.count;
+          block.sums = anew ? of_block : total;
+          block.accumulate = !anew && kb > 0;
+          plan.kernel.multiply(block);
+          if (anew) plan.kernel.add(of_block, total);
+        }
         if (kb + 1 == plan.k_cut.count()) {
-          finish_block(plan, sums.at(p, q), item.streamed.first + p * kPanelLanes,
+          finish_block(plan, total, item.streamed.first + p * kPanelLanes,
                        item.shared.first + q * kPanelLanes, squares);
         }
       }
@@ -338,10 +393,9 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
           const Range lanes = pack_cut[index % pack_cut.count()];
           const int64_t block = index / pack_cut.count();
           const Range k = plan.k_cut[kb + block];
-          kernel.pack(plan.shared().from(lanes.first, k.first), lanes.size, k.size,
-                      plan.shared().side, plan.shared().parts,
-                      shared.packed + block * shared_block +
-                          plan.shared().packed_bytes(lanes.first - all_shared.first, k.size));
+          pack(plan, plan.shared(), lanes, k,
+               shared.packed + block * shared_block +
+                   plan.shared().packed_bytes(lanes.first - all_shared.first, k.size));
         });
 
         const Cut streamed_cut = {all_streamed.size, size.streamed.size, all_streamed.first};

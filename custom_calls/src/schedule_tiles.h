@@ -9,8 +9,8 @@ namespace gpt2_jax {
 
 // Computes the product with one tile kernel. The bits of the result depend on the kernel and the
 // problem alone, never on the executor: items cut m and n only, and each sums its k in order.
-// Precision BF16_BF16_F32, or X3 or X6, where a bfloat16 operand has one part. Throws
-// std::bad_alloc.
+// Any precision but F32_F32_F32; a bfloat16 operand is its own only part in those of bfloat16, and
+// has three digits in S8_S8_S32_X6. Throws std::bad_alloc.
 //
 // The operand with fewer lanes (rows of op(a), columns of op(b)), GPT-2's activations, is packed by
 // all threads together and shared. The other, its weights, is read once, straight from where it

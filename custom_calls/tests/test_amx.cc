@@ -74,22 +74,59 @@ void test_blocks() {
   }
 }
 
+// Bytes of every kind.
+void test_digit_blocks() {
+  constexpr int64_t kSteps = 4, kStepBytes = 3 * 2 * kTileBytes;
+  const Workspace left(kSteps * kStepBytes / 4), right(kSteps * kStepBytes / 4);
+  const Workspace model(kBlockSums), hardware(kBlockSums);
+  static constexpr TilePass kPasses[] = {{0, 2}, {1, 1}, {2, 0}};
+  Random random(3);
+  for (int i = 0; i < 50; ++i) {
+    for (int64_t at = 0; at < kSteps * kStepBytes; ++at) {
+      reinterpret_cast<unsigned char*>(left.data())[at] = random.below(256);
+      reinterpret_cast<unsigned char*>(right.data())[at] = random.below(256);
+    }
+    std::memset(model.data(), 1, kBlockSums * 4);
+    std::memset(hardware.data(), 1, kBlockSums * 4);
+    TilePrefetch prefetch;
+    TileBlock block;
+    block.left = reinterpret_cast<unsigned char*>(left.data());
+    block.right = reinterpret_cast<unsigned char*>(right.data());
+    block.left_step = block.right_step = kStepBytes;
+    block.left_tiles = 1 + static_cast<int>(random.below(2));
+    block.right_tiles = 1 + static_cast<int>(random.below(2));
+    block.steps = 1 + random.below(kSteps);
+    block.passes = kPasses;
+    block.num_passes = 1 + static_cast<int>(random.below(3));
+    block.accumulate = random.below(2);
+    block.prefetch = &prefetch;
+    TileModel::configure();
+    block.sums = model.data();
+    multiply_digits_on_model(block);
+    TileModel::release();
+    amx_kernel()->configure();
+    block.sums = hardware.data();
+    amx_kernel()->multiply_digits(block);
+    amx_kernel()->release();
+    CHECK(std::memcmp(model.data(), hardware.data(), kBlockSums * 4) == 0, "run " << i);
+  }
+}
+
 // A whole product, threads and all.
 void test_products() {
   TileKernel model = *amx_kernel();
   model.configure = TileModel::configure;
   model.release = TileModel::release;
   model.multiply = multiply_on_model;
+  model.multiply_digits = multiply_digits_on_model;
   ThreadPool pool(2);
   Random random(2);
   for (int i = 0; i < 24; ++i) {
     const Shape shape = {1 + random.below(100), 1 + random.below(100),
-                         1 + random.below(i % 3 == 2 ? 2500 : 500)};
+                         1 + random.below(i % 4 >= 2 ? 2500 : 500)};
     Types types;
-    types.precision = i % 3 == 0   ? Precision::kBF16_BF16_F32
-                      : i % 3 == 1 ? Precision::kBF16_BF16_F32_X3
-                                   : Precision::kBF16_BF16_F32_X6;
-    Problem problem(shape, i & 1, i & 2, types, random);
+    types.precision = kPrecisions[1 + i % 4];
+    Problem problem(shape, i & 4, i & 8, types, random);
     PoolExecutor executor(pool, 3);
     tile_matmul(problem.matmul(), model, executor);
     const Elements expected = problem.out();
@@ -110,6 +147,7 @@ int main() {
     return 77;
   }
   test_blocks();
+  test_digit_blocks();
   test_products();
   return report("test_amx");
 }

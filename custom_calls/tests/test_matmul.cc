@@ -70,6 +70,9 @@ TileKernel model_kernel() {
           pack_tiles_portable,
           finish_tiles_portable,
           add_tiles_portable,
+          multiply_digits_on_model,
+          pack_digits_portable,
+          add_digits_portable,
           small};
 }
 
@@ -82,6 +85,8 @@ std::vector<TileKernel> tile_kernels() {
     all.back().pack = pack_tiles_avx512;
     all.back().finish = finish_tiles_avx512;
     all.back().add = add_tiles_avx512;
+    all.back().pack_digits = pack_digits_avx512;
+    all.back().add_digits = add_digits_avx512;
   }
   if (amx_unavailable().empty()) {
     all.push_back(*amx_kernel());
@@ -138,7 +143,7 @@ std::vector<Types> all_types(const Candidate& candidate) {
   const std::vector<Precision> precisions =
       candidate.tiles
           ? std::vector<Precision>{Precision::kBF16_BF16_F32, Precision::kBF16_BF16_F32_X3,
-                                   Precision::kBF16_BF16_F32_X6}
+                                   Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6}
           : std::vector<Precision>{Precision::kF32_F32_F32, Precision::kBF16_BF16_F32};
 
   std::vector<Types> all;
@@ -302,8 +307,8 @@ double largest_error(const Matmul& matmul, const std::vector<float>& a, const st
   return worst;
 }
 
-// Six passes are for where float32 is asked for: at most twice its error.
-void test_six_passes_against_float32() {
+// Six products are for where float32 is asked for: at most twice its error.
+void test_six_products_against_float32() {
   if (amx_kernel() == nullptr) return;
   Random random(12);
   for (const int64_t k : {int64_t{768}, int64_t{50304}}) {
@@ -318,35 +323,38 @@ void test_six_passes_against_float32() {
     InlineExecutor executor;
     packed_matmul(matmul, best_kernel(0), executor);
     const double float32 = largest_error(matmul, a, b, out);
-    matmul.precision = Precision::kBF16_BF16_F32_X6;
     TileKernel kernel = model_kernel();
     kernel.blocks = amx_kernel()->blocks;
-    tile_matmul(matmul, kernel, executor);
-    const double six = largest_error(matmul, a, b, out);
-    CHECK(six <= 2 * float32, "k " << k << ": " << six << ", float32 " << float32);
+    for (const Precision precision : {Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6}) {
+      matmul.precision = precision;
+      tile_matmul(matmul, kernel, executor);
+      const double six = largest_error(matmul, a, b, out);
+      CHECK(six <= 2 * float32, name(precision)
+                                    << ", k " << k << ": " << six << ", float32 " << float32);
+    }
   }
 }
 
 // Sums that begin anew, waiting for another pass over k or kept by a thread: with every epilogue,
 // and the same bits on any number of threads.
-void test_six_passes_in_several_sums() {
+void test_six_products_in_several_sums() {
   if (amx_kernel() == nullptr) return;
   TileKernel large_blocks = model_kernel();
   large_blocks.blocks = amx_kernel()->blocks;
-  Types types;
-  types.precision = Precision::kBF16_BF16_F32_X6;
   ThreadPool pool(2);
   Random random(13);
   int i = 0;
   for (const TileKernel& kernel : {model_kernel(), large_blocks}) {
     for (const Shape& shape : {Shape{70, 100, 1100}, Shape{40, 70, 2112}}) {
       for (const Epilogue epilogue : {Epilogue::kStore, Epilogue::kBias, Epilogue::kAccumulate}) {
-        Problem problem(shape, i & 1, i & 2, types, random, epilogue);
+        Types types;
+        types.precision = i % 2 == 0 ? Precision::kBF16_BF16_F32_X6 : Precision::kS8_S8_S32_X6;
+        Problem problem(shape, i & 2, i & 4, types, random, epilogue);
         ++i;
         InlineExecutor inline_executor;
         tile_matmul(problem.matmul(), kernel, inline_executor);
-        problem.check("six passes");
-        problem.check_squares("six passes");
+        problem.check("six products");
+        problem.check_squares("six products");
         const Elements expected = problem.out();
         problem.clear();
         PoolExecutor executor(pool, 3);
@@ -359,7 +367,8 @@ void test_six_passes_in_several_sums() {
 
 void test_refusals() {
   Random random(9);
-  for (const Precision precision : {Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6}) {
+  for (const Precision precision :
+       {Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6}) {
     Types types;
     types.precision = precision;
     Problem problem({2, 2, 2}, false, false, types, random);
@@ -406,8 +415,8 @@ int main(int argc, char** argv) {
   }
   CHECK(tested > 0, only << " is no candidate on this machine");
   if (only.empty()) {
-    test_six_passes_against_float32();
-    test_six_passes_in_several_sums();
+    test_six_products_against_float32();
+    test_six_products_in_several_sums();
   }
   test_refusals();
   return report("test_matmul");

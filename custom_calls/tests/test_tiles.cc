@@ -51,6 +51,79 @@ void test_layout() {
   }
 }
 
+// A lane's digits are its elements, to half a unit of its scale, each where the layout says, and
+// all else is zero; of lanes of any size, with zeros, and up to the largest digits.
+void test_digits_layout() {
+  Random random(5);
+  constexpr int64_t kLanes = 39, kDepth = 100, kSteps = 2, kPanels = 2;
+  constexpr int64_t kPanelBytes = kSteps * 3 * 2 * kTileBytes + kPanelLanes * 4;
+  std::vector<float> source(kLanes * kDepth);
+  for (int64_t i = 0; i < kLanes * kDepth; ++i) {
+    const int lane = static_cast<int>(i / kDepth);
+    source[i] = lane == 2 ? 0 : std::ldexp(random.uniform(), lane % 7 * 20 - 60);
+  }
+  // At and around a power of two, and where the next exponent begins.
+  float mantissa = 1;
+  for (int64_t lane = 3; lane < 11; ++lane) {
+    mantissa = std::nextafter(lane == 7 ? 2 - std::ldexp(1.0f, -6) : mantissa, 0.0f);
+    source[lane * kDepth] = lane % 2 ? mantissa : -mantissa;
+  }
+  source[11 * kDepth] = std::numeric_limits<float>::quiet_NaN();
+  source[12 * kDepth + 99] = std::numeric_limits<float>::infinity();
+  source[13 * kDepth] = std::numeric_limits<float>::max();
+  for (const TileSide side : {TileSide::kLeft, TileSide::kRight}) {
+    std::vector<unsigned char> packed(kPanels * kPanelBytes, 0xff);
+    pack_digits_portable({source.data(), kDepth, 1, false}, kLanes, kDepth, side, packed.data());
+    for (int64_t lane = 0; lane < kPanels * 32; ++lane) {
+      const unsigned char* const panel = packed.data() + lane / 32 * kPanelBytes;
+      float scale;
+      std::memcpy(&scale, panel + kPanelBytes - 128 + lane % 32 * 4, 4);
+      if (lane == 11 || lane == 12) {
+        CHECK(std::isnan(scale), "lane " << lane << ": " << scale);
+        continue;
+      }
+      double largest = 0;
+      for (int64_t k = 0; k < kSteps * 64; ++k) {
+        double integer = 0;
+        for (int digit = 0; digit < 3; ++digit) {
+          const int64_t tile = (k / 64 * 3 + digit) * 2 + lane % 32 / 16;
+          const int64_t dword = k % 16, byte = k % 64 / 16;
+          const int64_t at = side == TileSide::kLeft ? lane % 16 * 64 + dword * 4 + byte
+                                                     : dword * 64 + lane % 16 * 4 + byte;
+          integer = integer * 256 + static_cast<int8_t>(panel[tile * kTileBytes + at]);
+        }
+        const bool inside = lane < kLanes && k < kDepth;
+        const double expected = inside ? source[lane * kDepth + k] : 0;
+        const double unit = std::ldexp(static_cast<double>(scale), -21);
+        largest = std::max(largest, std::fabs(integer));
+        CHECK(std::fabs(integer * unit - expected) <= unit / 2,
+              "lane " << lane << " k " << k << ": " << integer << " times " << unit << ", expected "
+                      << expected);
+      }
+      // No bit is given away: 23 of them, or 22 for a magnitude just below a power of two.
+      CHECK(lane == 2 || lane >= kLanes || largest >= 0x3f8000, "lane " << lane << ": " << largest);
+    }
+  }
+}
+
+void test_add_digits() {
+  const Workspace sums(kDigitOrders * kBlockSums), total(kBlockSums), scales(2 * kPanelLanes);
+  auto* const integers = reinterpret_cast<int32_t*>(sums.data());
+  for (int i = 0; i < kDigitOrders * kBlockSums; ++i) integers[i] = 0;
+  for (int i = 0; i < kBlockSums; ++i) total.data()[i] = 1;
+  for (int i = 0; i < 2 * kPanelLanes; ++i) scales.data()[i] = 1;
+  // Left lane 17 and right lane 30: the fourth tile's second row, its 15th column.
+  const int at = 3 * 256 + 1 * 16 + 14;
+  integers[at] = 4 << 18, integers[kBlockSums + at] = 8 << 18;
+  integers[2 * kBlockSums + at] = 16 << 18;
+  scales.data()[17] = 2, scales.data()[32 + 30] = 0.5f;
+  for (const float expected : {4 * 256 + 8 + 16.0f / 256, 2 * (4 * 256 + 8 + 16.0f / 256)}) {
+    add_digits_portable(integers, scales.data(), scales.data() + 32, expected > 2000, total.data());
+    CHECK(total.data()[at] == expected, total.data()[at] << ", expected " << expected);
+    CHECK(total.data()[0] == 0, "");
+  }
+}
+
 #if defined(GPT2_JAX_HAS_AMX)
 bool same_bytes_or_both_nan(float a, float b) {
   return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b));
@@ -89,6 +162,67 @@ void test_packing_twins() {
             "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
                      << narrow << " parts " << parts << " right " << (side == TileSide::kRight)
                      << ", word " << at << ": " << b[at] << ", expected " << a[at]);
+    }
+  }
+}
+
+void test_digit_packing_twins() {
+  Random random(6);
+  for (int i = 0; i < 400; ++i) {
+    const int64_t lanes = 1 + random.below(100), depth = 1 + random.below(kMaxDigitDepth);
+    const bool along_k = random.below(2), narrow = random.below(2);
+    const TileSide side = random.below(2) ? TileSide::kLeft : TileSide::kRight;
+    const int64_t stride = (along_k ? depth : lanes) + random.below(9);
+    const int64_t count = ((along_k ? lanes : depth) - 1) * stride + (along_k ? depth : lanes);
+    std::vector<float> wide(narrow ? 0 : count);
+    std::vector<uint16_t> thin(narrow ? count : 0);
+    const int seldom = i % 3 == 0 ? 1 : 500;  // so that most lanes are finite, too
+    const auto value = [&] { return random.below(seldom) ? random.uniform() : random.any_float(); };
+    for (float& element : wide) element = value();
+    for (uint16_t& element : thin) element = float_to_bfloat16(value());
+    const TileSource source = {narrow ? static_cast<void*>(thin.data()) : wide.data(),
+                               along_k ? stride : 1, along_k ? 1 : stride, narrow};
+    const int64_t step_bytes = 3 * 2 * kTileBytes, steps = (depth + 63) / 64;
+    const int64_t panel_bytes = steps * step_bytes + 128, panels = (lanes + 31) / 32;
+    const Workspace expected(panels * panel_bytes / 4), found(panels * panel_bytes / 4);
+    std::memset(found.data(), 0xaa, panels * panel_bytes);
+    const auto* a = reinterpret_cast<unsigned char*>(expected.data());
+    const auto* b = reinterpret_cast<unsigned char*>(found.data());
+    pack_digits_portable(source, lanes, depth, side, const_cast<unsigned char*>(a));
+    pack_digits_avx512(source, lanes, depth, side, const_cast<unsigned char*>(b));
+    for (int64_t at = 0; at < panels * panel_bytes; ++at) {
+      const int64_t panel = at / panel_bytes, in_panel = at % panel_bytes;
+      const int64_t row = in_panel % kTileBytes / 64, column = in_panel % 64 / 4;
+      const int64_t lane =
+          in_panel / kTileBytes % 2 * 16 + (side == TileSide::kLeft ? row : column);
+      const float* scales = expected.data() + ((panel + 1) * panel_bytes - 128) / 4;
+      const bool is_scale = in_panel >= steps * step_bytes;
+      const bool nan = std::isnan(scales[is_scale ? (in_panel - steps * step_bytes) / 4 : lane]);
+      const float found_scale =
+          found.data()[(scales - expected.data()) + (in_panel - steps * step_bytes) / 4 % 32];
+      CHECK(nan ? !is_scale || std::isnan(found_scale) : a[at] == b[at],
+            "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
+                     << narrow << " right " << (side == TileSide::kRight) << ", byte " << at << ": "
+                     << int{b[at]} << ", expected " << int{a[at]});
+    }
+  }
+}
+
+void test_add_digits_twins() {
+  Random random(7);
+  const Workspace sums(kDigitOrders * kBlockSums), expected(kBlockSums), found(kBlockSums);
+  const Workspace scales(2 * kPanelLanes);
+  auto* const integers = reinterpret_cast<int32_t*>(sums.data());
+  for (int i = 0; i < kDigitOrders * kBlockSums; ++i) {
+    integers[i] = static_cast<int32_t>(random.below(1 << 23)) - (1 << 22);
+  }
+  for (int i = 0; i < 2 * kPanelLanes; ++i) scales.data()[i] = random.uniform();
+  for (const bool accumulate : {false, true}) {
+    add_digits_portable(integers, scales.data(), scales.data() + 32, accumulate, expected.data());
+    add_digits_avx512(integers, scales.data(), scales.data() + 32, accumulate, found.data());
+    for (int i = 0; i < kBlockSums; ++i) {
+      CHECK(expected.data()[i] == found.data()[i],
+            "at " << i << ": " << found.data()[i] << ", expected " << expected.data()[i]);
     }
   }
 }
@@ -215,6 +349,25 @@ void test_model() {
   CHECK(std::isnan(multiply_one({infinity, 1}, {1, -infinity}, 1)), "");
 }
 
+void test_digit_model() {
+  alignas(64) int8_t left[16][64] = {}, right[16][64] = {};
+  int32_t result[16][16] = {};
+  result[3][5] = 1000;
+  left[3][4 * 7 + 2] = -128, right[7][4 * 5 + 2] = -128;
+  left[3][63] = 100, right[15][4 * 5 + 3] = -3;
+  TileModel::configure();
+  DigitModel::load<1>(result);
+  DigitModel::load<4>(left);
+  DigitModel::load<7>(right);
+  DigitModel::multiply<1, 4, 7>();
+  DigitModel::store<1>(result);
+  TileModel::release();
+  for (int at = 0; at < 256; ++at) {
+    const int32_t expected = at == 3 * 16 + 5 ? 1000 + 16384 - 300 : 0;
+    CHECK(result[at / 16][at % 16] == expected, at << ": " << result[at / 16][at % 16]);
+  }
+}
+
 int allow() { return 0; }
 int never_asked() {
   CHECK(false, "permission asked for without the features");
@@ -229,7 +382,8 @@ void test_availability() {
     CHECK(amx_unavailable(all, allow).empty(), amx_unavailable(all, allow));
     const std::string refused = amx_unavailable(all, [] { return EPERM; });
     CHECK(refused.find(std::strerror(EPERM)) != std::string::npos, refused);
-    for (const CpuFeature missing : {kAmxTile, kAmxBf16, kAvx512f, kAvx512bw, kAvx512bf16}) {
+    for (const CpuFeature missing :
+         {kAmxTile, kAmxBf16, kAmxInt8, kAvx512f, kAvx512bw, kAvx512bf16}) {
       const std::string reason = amx_unavailable(all & ~missing, never_asked);
       CHECK(reason.find("CPU_FEATURES: " + cpu_feature_names(missing)) != std::string::npos,
             reason);
@@ -248,11 +402,16 @@ void test_availability() {
 int main() {
   using namespace gpt2_jax;
   test_layout();
+  test_digits_layout();
+  test_add_digits();
   test_model();
+  test_digit_model();
   test_availability();
 #if defined(GPT2_JAX_HAS_AMX)
   if (has_all(cpu_features_seen(), kAvx512Code | kAvx512bf16)) {
     test_packing_twins();
+    test_digit_packing_twins();
+    test_add_digits_twins();
     test_finish_twins();
     test_add_twins();
   } else {

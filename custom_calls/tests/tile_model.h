@@ -4,6 +4,8 @@
 // fused multiply-additions in the order of k, both from zero; the two are added, then added to the
 // sum in the tile. Every operation rounds to nearest even, takes denormal operands for zeros and
 // gives zero for a denormal result, of the same sign.
+//
+// TDPBSSD: 64 products of signed bytes are added to an int32.
 #pragma once
 
 #include <cfloat>
@@ -13,7 +15,7 @@
 #include <cstring>
 
 #include "bfloat16.h"
-#include "kernels/bf16_32x32_tiles.h"
+#include "kernels/multiply_tiles.h"
 
 namespace gpt2_jax {
 
@@ -67,6 +69,12 @@ class TileModel {
   }
   static void prefetch(const char*) {}
 
+ protected:
+  static void* tile(int number) {
+    if (!registers().configured) std::abort();
+    return registers().bytes[number];
+  }
+
  private:
   struct Registers {
     bool configured = false;
@@ -85,12 +93,29 @@ class TileModel {
       }
     }
   }
-  static void* tile(int number) {
-    if (!registers().configured) std::abort();
-    return registers().bytes[number];
+};
+
+class DigitModel : public TileModel {
+ public:
+  template <int kSums, int kLeft, int kRight>
+  static void multiply() {
+    int8_t left[16][64], right[16][64];
+    int32_t sums[16][16];
+    std::memcpy(left, tile(kLeft), kTileBytes);
+    std::memcpy(right, tile(kRight), kTileBytes);
+    std::memcpy(sums, tile(kSums), kTileBytes);
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 16; ++column) {
+        for (int k = 0; k < 64; ++k) {
+          sums[row][column] += left[row][k] * right[k / 4][4 * column + k % 4];
+        }
+      }
+    }
+    std::memcpy(tile(kSums), sums, kTileBytes);
   }
 };
 
 inline void multiply_on_model(const TileBlock& block) { multiply_tiles<TileModel>(block); }
+inline void multiply_digits_on_model(const TileBlock& block) { multiply_tiles<DigitModel>(block); }
 
 }  // namespace gpt2_jax

@@ -23,7 +23,7 @@ from gpt2_jax.views import WeightView
 
 # This project's own in the order of the ladder, then the peers.
 IMPLEMENTATIONS = (*matmul.RUNGS, "xla", "numpy", "pytorch")
-PRECISIONS = ("F32_F32_F32", "BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6")
+PRECISIONS = ("F32_F32_F32", "BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "S8_S8_S32_X6")
 PEER_PRECISIONS = {"xla": PRECISIONS[:2], "numpy": PRECISIONS[:1], "pytorch": PRECISIONS[:2]}
 PRODUCTS = ("fwd", "dx", "dw")
 

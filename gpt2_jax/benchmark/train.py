@@ -144,7 +144,7 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
 
 def _too_slow(system: System, peak: dict[str, Any]) -> str | None:
     """Why an implementation that nobody named is left out."""
-    precisions = ("BF16_BF16_F32",) if system.dtype == "bfloat16" else ("F32_F32_F32", "BF16_BF16_F32_X6")
+    precisions = ("BF16_BF16_F32",) if system.dtype == "bfloat16" else ("F32_F32_F32", "S8_S8_S32_X6")
     for total in peak["totals"]:
         slow = total["seconds"] > _SLOWEST_PRODUCTS
         if slow and total["implementation"] == system.matmul and total["precision"] in precisions:

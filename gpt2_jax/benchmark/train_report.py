@@ -11,6 +11,9 @@ from gpt2_jax.benchmark.train_system import Result
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.memory import gigabytes
 
+# How float32 is split for units that do not multiply it, for people to read.
+_SPLITS = {"BF16_BF16_F32_X3": "X3", "BF16_BF16_F32_X6": "X6", "S8_S8_S32_X6": "S8"}
+
 
 class System(NamedTuple):
     name: str
@@ -135,11 +138,11 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
 
 
 def _matmul_name(result: Result) -> str:
-    """With the number of passes, where float32 is split: 'amx X3', or 'amx X6 dw X3' where a weight's gradient has others."""
-    passes, of_dw = (each.rpartition("_")[2] for each in (result.precision, result.weight_gradient_precision))
-    if not passes.startswith("X"):
+    """With how float32 is split: 'amx X3', or 'amx S8 dw X3' where a weight's gradient is split in another way."""
+    split, of_dw = (_SPLITS.get(each) for each in (result.precision, result.weight_gradient_precision))
+    if split is None:
         return result.matmul
-    return f"{result.matmul} {passes}" + ("" if of_dw == passes else f" dw {of_dw}")
+    return f"{result.matmul} {split}" + ("" if of_dw == split else f" dw {of_dw}")
 
 
 def _gflops(one: Measured, work: Workload) -> float:

@@ -214,14 +214,15 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_passes_of_a_split_float32_are_named(monkeypatch, capsys):
-    for passes, of_dw, named in (("X3", "X3", ["amx", "X3"]), ("X6", "X3", ["amx", "X6", "dw", "X3"])):
-        precisions = {"precision": f"BF16_BF16_F32_{passes}", "weight_gradient_precision": f"BF16_BF16_F32_{of_dw}"}
+def test_how_float32_is_split_is_named(monkeypatch, capsys):
+    x3, x6, s8 = "BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "S8_S8_S32_X6"
+    for precision, of_dw, named in ((x3, x3, "amx X3"), (x6, x6, "amx X6"), (s8, x3, "amx S8 dw X3")):
+        precisions = {"precision": precision, "weight_gradient_precision": of_dw}
         answers_by_name(monkeypatch, {"gpt2_jax": answer("amx", **precisions)})
         train.bench_train(WORK, ["gpt2_jax:amx:float32:high"])
         *text, last = capsys.readouterr().out.splitlines()
         assert precisions.items() <= json.loads(last)["systems"][0].items()
-        assert any(line.split()[: 2 + len(named)] == ["gpt2_jax", *named, "float32"] for line in text)
+        assert any(line.split()[: 2 + len(named.split())] == ["gpt2_jax", *named.split(), "float32"] for line in text)
 
 
 def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):

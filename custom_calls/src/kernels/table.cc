@@ -31,13 +31,16 @@ static_assert(sizes_fit(), "block sizes are multiples of the kernel's tile");
 
 #if defined(GPT2_JAX_HAS_AMX)
 // A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 to the other operand's stream.
-constexpr TileKernel kAmx = {"bf16_32x32_amx",
-                             bf16_32x32_amx_configure,
-                             bf16_32x32_amx_release,
-                             bf16_32x32_amx,
+constexpr TileKernel kAmx = {"32x32_amx",
+                             configure_amx,
+                             release_amx,
+                             multiply_tiles_amx,
                              pack_tiles_avx512,
                              finish_tiles_avx512,
                              add_tiles_avx512,
+                             multiply_digits_amx,
+                             pack_digits_avx512,
+                             add_digits_avx512,
                              {/*panel_bytes=*/24 << 10, /*item_lanes=*/128, /*shared_lanes=*/512,
                               /*shared_bytes=*/4 << 20, /*sums_bytes=*/16 << 20,
                               /*stream_bytes=*/4 << 20}};

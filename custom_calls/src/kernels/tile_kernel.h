@@ -1,5 +1,6 @@
-// The contract of a matrix unit that multiplies tiles of bfloat16, as Intel's AMX does: what its
-// packing, its multiplication and its way out compute. See schedule_tiles.h for how they are used.
+// The contract of a matrix unit that multiplies tiles of bfloat16 or of bytes, as Intel's AMX does:
+// what its packing, its multiplication and its way out compute. See schedule_tiles.h for how they
+// are used.
 //
 // Like kernel.h, for files with instruction sets of their own: nothing that defines inline
 // functions.
@@ -9,8 +10,15 @@
 // (32 k x 16 lanes: row = pair of k, 16 pairs along the lanes). A float32 operand may be split into
 // parts, bfloat16 each, that add up to it: high, middle, low.
 //
-// A panel is 32 lanes by any number of steps of 32 k. Its bytes: step by step, in a step part by
-// part, in a part its two tiles, lanes 0-15 and 16-31. What is missing at its ends is zero.
+// Or one multiplication adds to 16 x 16 int32 sums, which are exact, the product of tiles of signed
+// bytes with 64 k. Then an element is an integer of three digits of 8 bits, its parts, times a
+// scale that a lane has for a block of k: 2^(e-149), where 2^(e-127) is the power of two below the
+// lane's largest magnitude there (times 1 + 2^-6: digits end at 127). Byte b of a lane's dword j is
+// of k = 16 b + j in the step, on both sides.
+//
+// A panel is 32 lanes by any number of steps of 32 or 64 k. Its bytes: step by step, in a step part
+// by part, in a part its two tiles, lanes 0-15 and 16-31; of digits, then 32 float32, each lane's
+// 2^(e-128), or NaN for a lane that is not finite. What is missing at its ends is zero.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +27,15 @@ namespace gpt2_jax {
 
 constexpr int kTileLanes = 16;
 constexpr int kTileDepth = 32;
+constexpr int kDigitDepth = 64;
 constexpr int kPanelLanes = 2 * kTileLanes;
 constexpr int kTileBytes = 1024;
 constexpr int kMaxParts = 3;
 constexpr int kBlockSums = kPanelLanes * kPanelLanes;
+// Products of digits are of the first, second and third order, 2^8 apart; each has sums of its own.
+constexpr int kDigitOrders = 3;
+// k of which the sums of the first order, of 2^14 each, times 2^8 are an int32.
+constexpr int kMaxDigitDepth = 256;
 
 // The elements (lane, k) of an operand, from some first lane and first k on.
 struct TileSource {
@@ -40,6 +53,11 @@ enum class TileSide { kLeft, kRight };
 // part.
 using PackTiles = void (*)(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
                            int parts, unsigned char* packed);
+
+// The same in three digits, for depth <= kMaxDigitDepth. An element is rounded to nearest even; one
+// with an infinity or a NaN in its lane is any.
+using PackDigits = void (*)(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+                            unsigned char* packed);
 
 // One product of parts: 0 is high. A pass over them loads a part only when it is not loaded yet.
 struct TilePass {
@@ -63,7 +81,9 @@ struct TileBlock {
   int64_t steps;
   const TilePass* passes;  // of every step, in order
   int num_passes;
-  float* sums;  // 2 x 2 tiles of 16 x 16, each in one piece: [left tile][right tile][row][column]
+  // 2 x 2 tiles of 16 x 16, each in one piece: [left tile][right tile][row][column]. Float32, of
+  // digits int32.
+  void* sums;
   bool accumulate;
   TilePrefetch* prefetch;
 };
@@ -86,6 +106,10 @@ using FinishTiles = void (*)(const TileResult& result, const float* sums, int ro
 // total += sums, of kBlockSums each.
 using AddTiles = void (*)(const float* sums, float* total);
 
+// total (+)= the sums of kDigitOrders, the first first, times the scales of their lanes.
+using AddDigits = void (*)(const int32_t* sums, const float* left_scales, const float* right_scales,
+                           bool accumulate, float* total);
+
 // How the schedule cuts the product. Only panel_bytes can change a result's bits.
 struct TileBlockSizes {
   int64_t panel_bytes;   // of one packed panel in one block of k: a part of L1
@@ -97,7 +121,7 @@ struct TileBlockSizes {
 };
 
 struct TileKernel {
-  const char* name;  // <type>_<lanes>x<lanes>_<instruction set>
+  const char* name;
   // Around the work of one item, on its thread.
   void (*configure)();
   void (*release)();
@@ -105,6 +129,9 @@ struct TileKernel {
   PackTiles pack;
   FinishTiles finish;
   AddTiles add;
+  void (*multiply_digits)(const TileBlock& block);
+  PackDigits pack_digits;
+  AddDigits add_digits;
   TileBlockSizes blocks;
 };
 
@@ -118,8 +145,13 @@ void finish_tiles_portable(const TileResult&, const float*, int, int);
 void finish_tiles_avx512(const TileResult&, const float*, int, int);
 void add_tiles_portable(const float*, float*);
 void add_tiles_avx512(const float*, float*);
-void bf16_32x32_amx_configure();
-void bf16_32x32_amx_release();
-void bf16_32x32_amx(const TileBlock&);
+void pack_digits_portable(const TileSource&, int64_t, int64_t, TileSide, unsigned char*);
+void pack_digits_avx512(const TileSource&, int64_t, int64_t, TileSide, unsigned char*);
+void add_digits_portable(const int32_t*, const float*, const float*, bool, float*);
+void add_digits_avx512(const int32_t*, const float*, const float*, bool, float*);
+void configure_amx();
+void release_amx();
+void multiply_tiles_amx(const TileBlock&);
+void multiply_digits_amx(const TileBlock&);
 
 }  // namespace gpt2_jax

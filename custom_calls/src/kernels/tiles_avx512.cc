@@ -1,4 +1,4 @@
-// Into tiles and out of them with AVX-512 (F, BW, VL, BF16).
+// Into tiles of bfloat16 and out of tiles with AVX-512 (F, BW, VL, BF16).
 //
 // A tile is 16 registers of 16 dwords, a dword a pair of k. Where memory runs along k a register is
 // loaded for each lane, which is a row of a left tile; where it runs along the lanes, for each pair
@@ -7,14 +7,11 @@
 
 #include <cstdint>
 
+#include "kernels/registers_avx512.h"
 #include "kernels/tile_kernel.h"
 
 namespace gpt2_jax {
 namespace {
-
-__mmask16 first16(int64_t count) {
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
 
 __mmask32 first32(int64_t count) {
   return count >= 32 ? 0xffffffff : count <= 0 ? 0 : static_cast<__mmask32>((1u << count) - 1);
@@ -107,36 +104,6 @@ inline Rows<kParts> load_pair(const void* data, int64_t index, int64_t k_stride,
       rows.part[part] = _mm512_permutexvar_epi16(in_turn, rows.part[part]);
     }
     return rows;
-  }
-}
-
-// 16 x 16 dwords: neighbours, pairs of neighbours, then quarters of registers change places.
-inline void transpose(__m512i (&row)[16]) {
-  __m512i pair[16], quad[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-  // quad[4 g + j], quarter q: column 4 q + j of rows 4 g to 4 g + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
-    quad[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
-    quad[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
-    quad[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    // Quarters 0 and 2, or 1 and 3, of two registers.
-    const __m512i even_low = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0xdd);
-    row[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    row[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    row[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    row[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
   }
 }
 
@@ -369,6 +336,26 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
     }
   }
   if (result.squares != nullptr) *result.squares = _mm512_reduce_add_ps(squares);
+}
+
+void add_digits_avx512(const int32_t* sums, const float* left_scales, const float* right_scales,
+                       bool accumulate, float* total) {
+  const __m512 low_order = _mm512_set1_ps(0x1p-8f), unit = _mm512_set1_ps(0x1p-18f);
+  for (int tile = 0; tile < 4; ++tile) {
+    const __m512 right = _mm512_loadu_ps(right_scales + tile % 2 * kTileLanes);
+    for (int row = 0; row < kTileLanes; ++row) {
+      const int at = (tile * kTileLanes + row) * kTileLanes;
+      const __m512i first = _mm512_slli_epi32(_mm512_load_si512(sums + at), 8);
+      const __m512i first_two = _mm512_add_epi32(first, _mm512_load_si512(sums + kBlockSums + at));
+      const __m512 third = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 2 * kBlockSums + at));
+      const __m512 sum = _mm512_fmadd_ps(third, low_order, _mm512_cvtepi32_ps(first_two));
+      const __m512 left = _mm512_set1_ps(left_scales[tile / 2 * kTileLanes + row]);
+      const __m512 scale = _mm512_mul_ps(_mm512_mul_ps(left, unit), right);
+      const __m512 value = accumulate ? _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total + at))
+                                      : _mm512_mul_ps(sum, scale);
+      _mm512_store_ps(total + at, value);
+    }
+  }
 }
 
 void add_tiles_avx512(const float* sums, float* total) {

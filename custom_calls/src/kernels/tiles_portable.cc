@@ -1,5 +1,8 @@
 // Into tiles and out of them, element by element: what the fast versions are compared with.
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "bfloat16.h"
 #include "kernels/tile_kernel.h"
@@ -21,6 +24,23 @@ void split(const TileSource& source, int64_t lane, int64_t k, int parts, uint16_
   }
 }
 
+float element(const TileSource& source, int64_t lane, int64_t k) {
+  const int64_t index = lane * source.lane_stride + k * source.k_stride;
+  return source.narrow ? bfloat16_to_float(static_cast<const uint16_t*>(source.data)[index])
+                       : static_cast<const float*>(source.data)[index];
+}
+
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Its exponent, with a float32's bias, where a lane's largest magnitude is that of these bits.
+uint32_t digits_exponent(uint32_t largest) {
+  return std::min<uint32_t>(std::max<uint32_t>((largest + 0x20000) >> 23, 22), 255);
+}
+
 }  // namespace
 
 void pack_tiles_portable(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
@@ -39,6 +59,40 @@ void pack_tiles_portable(const TileSource& source, int64_t lanes, int64_t depth,
         const int64_t tile_number =
             ((lane / kPanelLanes * steps + k / kTileDepth) * parts + part) * 2 + tile;
         std::memcpy(packed + tile_number * kTileBytes + at * 2, &words[part], 2);
+      }
+    }
+  }
+}
+
+void pack_digits_portable(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+                          unsigned char* packed) {
+  const int64_t steps = (depth + kDigitDepth - 1) / kDigitDepth;
+  const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
+  const int64_t panel_bytes = steps * kMaxParts * 2 * kTileBytes + kPanelLanes * 4;
+  for (int64_t lane = 0; lane < all_lanes; ++lane) {
+    unsigned char* const panel = packed + lane / kPanelLanes * panel_bytes;
+    uint32_t largest = 0;
+    for (int64_t k = 0; k < depth && lane < lanes; ++k) {
+      largest = std::max(largest, bits_of(element(source, lane, k)) & 0x7fffffff);
+    }
+    const int exponent = static_cast<int>(digits_exponent(largest));
+    const float scale = largest < 0x7f800000 ? std::ldexp(1.0f, exponent - 128)
+                                             : std::numeric_limits<float>::quiet_NaN();
+    std::memcpy(panel + panel_bytes - kPanelLanes * 4 + lane % kPanelLanes * 4, &scale, 4);
+    for (int64_t k = 0; k < steps * kDigitDepth; ++k) {
+      const float value = lane < lanes && k < depth ? element(source, lane, k) : 0;
+      const float units = std::nearbyint(value * std::ldexp(1.0f, 149 - exponent));
+      const int32_t integer = std::fabs(units) < 1 << 23 ? static_cast<int32_t>(units) : 0;
+      // Each plus 128: a sum of digits 0 to 255.
+      const uint32_t raised = static_cast<uint32_t>(integer) + 0x808080;
+      const int64_t dword = k % kTileLanes, row = lane % kTileLanes;
+      const int64_t at = (side == TileSide::kLeft ? row * 16 + dword : dword * 16 + row) * 4 +
+                         k % kDigitDepth / kTileLanes;
+      for (int part = 0; part < kMaxParts; ++part) {
+        const int64_t tile =
+            (k / kDigitDepth * kMaxParts + part) * 2 + lane % kPanelLanes / kTileLanes;
+        panel[tile * kTileBytes + at] =
+            static_cast<unsigned char>((raised >> (16 - 8 * part)) ^ 0x80);
       }
     }
   }
@@ -69,6 +123,20 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
 
 void add_tiles_portable(const float* sums, float* total) {
   for (int i = 0; i < kBlockSums; ++i) total[i] += sums[i];
+}
+
+void add_digits_portable(const int32_t* sums, const float* left_scales, const float* right_scales,
+                         bool accumulate, float* total) {
+  for (int i = 0; i < kBlockSums; ++i) {
+    const int tile = i / (kTileLanes * kTileLanes), row = i / kTileLanes % kTileLanes;
+    const int left = tile / 2 * kTileLanes + row;
+    const int right = tile % 2 * kTileLanes + i % kTileLanes;
+    const int32_t first_two = sums[i] * 256 + sums[kBlockSums + i];
+    const float sum = std::fma(static_cast<float>(sums[2 * kBlockSums + i]), 0x1p-8f,
+                               static_cast<float>(first_two));
+    const float scale = left_scales[left] * 0x1p-18f * right_scales[right];
+    total[i] = accumulate ? std::fma(sum, scale, total[i]) : sum * scale;
+  }
 }
 
 }  // namespace gpt2_jax

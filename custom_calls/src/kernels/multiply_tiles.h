@@ -31,12 +31,12 @@ void prefetch_step(TilePrefetch& prefetch) {
 
 template <typename Tiles, int kLefts, int kRights>
 void multiply_block(const TileBlock& block) {
-  constexpr int kTileSums = kTileLanes * kTileLanes;
+  unsigned char* const sums = static_cast<unsigned char*>(block.sums);
   if (block.accumulate) {
-    Tiles::template load<0>(block.sums);
-    if constexpr (kRights == 2) Tiles::template load<1>(block.sums + kTileSums);
-    if constexpr (kLefts == 2) Tiles::template load<2>(block.sums + 2 * kTileSums);
-    if constexpr (kLefts == 2 && kRights == 2) Tiles::template load<3>(block.sums + 3 * kTileSums);
+    Tiles::template load<0>(sums);
+    if constexpr (kRights == 2) Tiles::template load<1>(sums + kTileBytes);
+    if constexpr (kLefts == 2) Tiles::template load<2>(sums + 2 * kTileBytes);
+    if constexpr (kLefts == 2 && kRights == 2) Tiles::template load<3>(sums + 3 * kTileBytes);
   } else {
     Tiles::template zero<0>();
     if constexpr (kRights == 2) Tiles::template zero<1>();
@@ -73,10 +73,10 @@ void multiply_block(const TileBlock& block) {
     prefetch_step<Tiles>(prefetch);
   }
   *block.prefetch = prefetch;
-  Tiles::template store<0>(block.sums);
-  if constexpr (kRights == 2) Tiles::template store<1>(block.sums + kTileSums);
-  if constexpr (kLefts == 2) Tiles::template store<2>(block.sums + 2 * kTileSums);
-  if constexpr (kLefts == 2 && kRights == 2) Tiles::template store<3>(block.sums + 3 * kTileSums);
+  Tiles::template store<0>(sums);
+  if constexpr (kRights == 2) Tiles::template store<1>(sums + kTileBytes);
+  if constexpr (kLefts == 2) Tiles::template store<2>(sums + 2 * kTileBytes);
+  if constexpr (kLefts == 2 && kRights == 2) Tiles::template store<3>(sums + 3 * kTileBytes);
 }
 
 template <typename Tiles>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/bf16_32x32_tiles.h"
+#include "kernels/multiply_tiles.h"
 
 // The tile's number is a part of the instruction, and a macro's argument in the intrinsics.
 #define GPT2_JAX_TILE_CASES(CASE) CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
@@ -23,7 +23,8 @@ struct alignas(64) TileConfiguration {
 static_assert(sizeof(TileConfiguration) == 64, "LDTILECFG reads 64 bytes");
 constexpr TileConfiguration kConfiguration;
 
-struct AmxTiles {
+// What they have in common.
+struct AmxRegisters {
   template <int kTile>
   static void zero() {
     switch (kTile) {
@@ -60,6 +61,11 @@ struct AmxTiles {
     }
   }
 
+  static void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+};
+
+// Of bfloat16.
+struct AmxTiles : AmxRegisters {
   template <int kSums, int kLeft, int kRight>
   static void multiply() {
     static_assert(kSums == 2 * (kLeft - kLeftTile) + kRight - kRightTile, "");
@@ -78,20 +84,46 @@ struct AmxTiles {
         break;
     }
   }
+};
 
-  static void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+// Of signed bytes.
+struct AmxDigits : AmxRegisters {
+  template <int kSums, int kLeft, int kRight>
+  static void multiply() {
+    static_assert(kSums == 2 * (kLeft - kLeftTile) + kRight - kRightTile, "");
+    switch (kSums) {
+      case 0:
+        _tile_dpbssd(0, 4, 6);
+        break;
+      case 1:
+        _tile_dpbssd(1, 4, 7);
+        break;
+      case 2:
+        _tile_dpbssd(2, 5, 6);
+        break;
+      case 3:
+        _tile_dpbssd(3, 5, 7);
+        break;
+    }
+  }
 };
 
 }  // namespace
 
-void bf16_32x32_amx_configure() { _tile_loadconfig(&kConfiguration); }
+void configure_amx() { _tile_loadconfig(&kConfiguration); }
 
-void bf16_32x32_amx_release() { _tile_release(); }
+void release_amx() { _tile_release(); }
 
-void bf16_32x32_amx(const TileBlock& block) {
-  // The load intrinsics do not say that they read memory.
+// The load intrinsics do not say that they read memory.
+void multiply_tiles_amx(const TileBlock& block) {
   __asm__ volatile("" ::: "memory");
   multiply_tiles<AmxTiles>(block);
+}
+
+void multiply_digits_amx(const TileBlock& block) {
+  __asm__ volatile("" ::: "memory");
+  multiply_tiles<AmxDigits>(block);
+  __asm__ volatile("" ::: "memory");
 }
 
 }  // namespace gpt2_jax
