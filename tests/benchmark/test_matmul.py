@@ -35,7 +35,7 @@ def test_every_implementation_is_measured_or_refused_with_a_reason(everything):
     found = {(run.implementation, run.precision) for run in runs}
     refused = {refusal.implementation if refusal.precision is None else refusal[:2] for refusal in refusals}
     for implementation in IMPLEMENTATIONS:
-        offered = {"numpy": 1, "xla": 2, "pytorch": 2}.get(implementation, 4)
+        offered = {"numpy": 1, "xla": 2, "pytorch": 2}.get(implementation, len(PRECISIONS))
         for precision in PRECISIONS[:offered]:
             assert (implementation, precision) in found | refused or implementation in refused
     assert {("xla", "F32_F32_F32"), ("threaded", "BF16_BF16_F32"), ("numpy", "F32_F32_F32")} <= found
