@@ -133,8 +133,8 @@ class ComputeSettings:
     recompute: Literal["none", "gelu", "layernorm", "block"] = "none"
     """What the backward pass computes anew rather than keep: GELU; LayerNorms too; all of a block but its input."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
-    """Of float32 products: default lets NVIDIA GPUs, and MLX on an M5, use TF32, and amx make three bfloat16 products
-    instead of six for the gradients of weights (error 1e-5), high for all; highest is full float32 (for comparing)."""
+    """Of float32 products: default lets NVIDIA GPUs, and MLX on an M5, use TF32, and amx multiply integers of three
+    bytes, weights' gradients as high: three bfloat16 products, error 1e-5; highest is full float32 (for comparing)."""
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import classifier, model
+from gpt2_jax import classifier, in_place, model
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
+from gpt2_jax.train_step import writes_in_place
 from gpt2_jax.views import views
 
 LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -23,22 +25,30 @@ _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for sh
 
 def make_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> jax.stages.Wrapped:
     """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient."""
+    token_losses = _token_losses(layout, dtype, matmul)
 
     def loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-        return model.loss(params_N, x_BT, y_BT, layout, dtype=dtype, matmul=matmul)
+        return jnp.mean(token_losses(params_N, x_BT, y_BT))
 
     return jax.jit(loss)
 
 
 def make_token_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> jax.stages.Wrapped:
     """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target."""
+    return jax.jit(_token_losses(layout, dtype, matmul))
+
+
+def _token_losses(layout: ParameterLayout, dtype: jnp.dtype, matmul: str) -> LossFunction:
+    """As the training step computes them."""
+    if writes_in_place(matmul):
+        return partial(in_place.token_losses, layout=layout, dtype=dtype, matmul=matmul)
 
     def token_losses(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
         tensors = views(params_N, layout)
         h_BTC = model.hidden_states(tensors, x_BT, layout.config.num_heads, dtype=dtype, matmul=matmul)
         return classifier.token_losses(h_BTC, tensors.wte, y_BT, layout.config.vocab_size, matmul=matmul)
 
-    return jax.jit(token_losses)
+    return token_losses
 
 
 def validation_loss(

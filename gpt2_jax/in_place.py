@@ -1,4 +1,4 @@
-"""Loss and gradient with every gradient written straight to its place in the flat buffer.
+"""Loss and gradient with every gradient written straight to its place in the flat buffer; and the losses alone.
 
 The same mathematics as differentiating model.loss, which it is tested against, by the CPU's custom calls: weights are
 read where they lie in the parameter buffer, a weight's gradient is written there by the product that makes it, and what
@@ -157,6 +157,25 @@ def loss_and_gradient(
     return loss, *gradient.finish()
 
 
+def token_losses(
+    params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array, layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
+) -> jax.Array:
+    """Cross-entropy of every target, (B, T) float32, in nats; arguments as loss_and_gradient's."""
+    custom_calls.load()
+    no_gradient = _Gradient(jnp.zeros((0,), jnp.float32), layout, matmul, accumulate=False)  # no backward is called
+    this = _Pass(params_N, layout, matmul, no_gradient, "none")
+    residual_BTC, _ = _embed(this, x_BT, dtype)
+    for layer in range(layout.config.num_layers):
+        residual_BTC, _ = _block(this, layer, residual_BTC)
+    h_BTC, _ = _layer_norm(this, "lnf", 0, residual_BTC)
+    losses: list[jax.Array] = []
+    for h_RC, y_R in _classifier_chunks(h_BTC, y_BT):
+        if losses:
+            h_RC = no_gradient.barrier(h_RC, losses[-1])
+        losses.append(_row_losses(this, h_RC, y_R, 1.0)[0])
+    return jnp.concatenate(losses).reshape(y_BT.shape)
+
+
 def _embed(this: _Pass, x_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, _Backward]:
     T, C = x_BT.shape[1], this.layout.config.channels
     wpe = this.view("wpe")
@@ -280,27 +299,32 @@ def _linear(this: _Pass, name: str, layer: int, x: jax.Array) -> tuple[jax.Array
 
 def _classify(this: _Pass, h_BTC: jax.Array, y_BT: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """The loss and its cotangent of h; the classifier's gradient of wte is the first to be written."""
+    losses: list[jax.Array] = []
+    dh: list[jax.Array] = []
+    for h_RC, y_R in _classifier_chunks(h_BTC, y_BT):
+        if dh:
+            h_RC = this.gradient.barrier(h_RC, dh[-1])
+        losses_R, dlogits_RV = _row_losses(this, h_RC, y_R, scale / y_BT.size)
+        this.gradient.write_product("wte", 0, dlogits_RV, h_RC, more=bool(dh))
+        losses.append(losses_R)
+        dh.append(matmul(dlogits_RV, this.view("wte"), out_dtype=h_RC.dtype, implementation=this.implementation))
+    return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape)
+
+
+def _classifier_chunks(h_BTC: jax.Array, y_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Rows of both, few enough for their logits; without a barrier between them XLA may make those of all chunks first."""
     h_MC, y_M = h_BTC.reshape(-1, h_BTC.shape[-1]), y_BT.reshape(-1)
     M = y_M.shape[0]
     num_chunks = -(-M // CLASSIFIER_ROWS)
     bounds = [M * chunk // num_chunks for chunk in range(num_chunks + 1)]
-    losses: list[jax.Array] = []
-    dh: list[jax.Array] = []
-    for start, stop in pairwise(bounds):
-        h_RC, y_R = h_MC[start:stop], y_M[start:stop]
-        if dh:  # or XLA may make the logits of all chunks first
-            h_RC = this.gradient.barrier(h_RC, dh[-1])
-        losses_R, dh_RC = _classify_rows(this, h_RC, y_R, scale / M, more=start > 0)
-        losses.append(losses_R)
-        dh.append(dh_RC)
-    return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape)
+    return [(h_MC[start:stop], y_M[start:stop]) for start, stop in pairwise(bounds)]
 
 
-def _classify_rows(this: _Pass, h_RC: jax.Array, y_R: jax.Array, scale: float, *, more: bool) -> tuple[jax.Array, jax.Array]:
-    """The losses of some rows, and `scale` times the cotangent of h that their sum has."""
+def _row_losses(this: _Pass, h_RC: jax.Array, y_R: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """The losses of some rows, and `scale` times the cotangent of the logits that their sum has."""
     wte_VC, vocab_size = this.view("wte"), this.layout.config.vocab_size
     logits_RV = matmul(h_RC, wte_VC, transpose_b=True, out_dtype=_FLOAT32, implementation=this.implementation)
-    losses_R, dlogits_RV = _call(
+    return _call(
         custom_calls.SOFTMAX_CROSS_ENTROPY,
         (jax.ShapeDtypeStruct(y_R.shape, _FLOAT32), jax.ShapeDtypeStruct(logits_RV.shape, h_RC.dtype)),
         logits_RV,
@@ -309,8 +333,6 @@ def _classify_rows(this: _Pass, h_RC: jax.Array, y_R: jax.Array, scale: float, *
         vocab_size=np.int64(vocab_size),
         scale=np.float32(scale),
     )
-    this.gradient.write_product("wte", 0, dlogits_RV, h_RC, more=more)
-    return losses_R, matmul(dlogits_RV, wte_VC, out_dtype=h_RC.dtype, implementation=this.implementation)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

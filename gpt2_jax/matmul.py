@@ -3,12 +3,12 @@
 'xla' is the reference, computes on every device and is always there. The others are the rungs of custom_calls/, on
 the CPU. One that cannot serve a product raises NotImplementedError with the reason.
 
-The arithmetic of a product is named as in jax.lax.DotAlgorithmPreset. bfloat16 operands are multiplied in
-BF16_BF16_F32. For float32 operands jax's own setting (jax.default_matmul_precision) is asked: without one a rung takes
-its first of F32_F32_F32 and S8_S8_S32_X6, whose error is float32's if not an element's own but its row's largest is
-asked; with 'highest' of F32_F32_F32 and BF16_BF16_F32_X6; for 'high' of BF16_BF16_F32_X3 and F32_F32_F32.
-X3 is not the default, since with it d12's gradients leave the tolerance of scripts/check_gradients.py. Only a weight's
-gradient, which no other product is made of, takes X3 without a setting: within a third of that tolerance.
+The arithmetic of a product is named as in jax.lax.DotAlgorithmPreset, or as XLA would (S8_S8_S32_X6). bfloat16 operands
+are multiplied in BF16_BF16_F32. For float32 operands jax's own setting (jax.default_matmul_precision) is asked: without
+one a rung takes its first of F32_F32_F32 and S8_S8_S32_X6 (custom_calls/README.md has its error); with 'highest' of
+F32_F32_F32 and BF16_BF16_F32_X6; for 'high' of BF16_BF16_F32_X3 and F32_F32_F32. X3 is not the default, since with it
+d12's gradients leave the tolerance of scripts/check_gradients.py. Only a weight's gradient, which no other product is
+made of, takes X3 without a setting: all are within half of that tolerance.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def matmul(
     """The product (M, N) of two matrices, summed in float32, plus `bias` (N,), rounded once to `out_dtype`.
 
     a is (M, K), or (K, M) with `transpose_a`; b is (K, N), or (N, K) with `transpose_b`; each float32 or bfloat16.
-    Without a `precision`, a DotAlgorithmPreset's name, a's dtype decides; the rungs read b as it is stored. Not
+    Without a `precision`, by name, a's dtype decides; the rungs read b as it is stored. Not
     differentiable itself for the custom calls; `linear` is. NotImplementedError when it cannot be served.
     """
     if implementation == "xla":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,34 +72,22 @@ def loss_and_gradient(
     By differentiating model.loss, or in place: into the memory of `grads_N`, where the caller has one to give. Without
     `loops` the function holds the micro-batches one after another.
     """
+    options: dict[str, Any] = {"layout": layout, "dtype": dtype, "matmul": matmul, "recompute": recompute}
     if writes_in_place(matmul):
-        return _loss_and_gradient_in_place(
-            params_N, grads_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, recompute=recompute
-        )
-    loss, grads_N = _differentiated(
-        params_N, x_ABT, y_ABT, layout, dtype=dtype, matmul=matmul, recompute=recompute, loops=loops
-    )
+        return _accumulated_in_place(partial(in_place.loss_and_gradient, **options), params_N, grads_N, x_ABT, y_ABT)
+    loss, grads_N = _differentiated(partial(model.loss, **options), params_N, x_ABT, y_ABT, loops=loops)
     # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
     grads_N = lax.optimization_barrier(grads_N)
     return loss, grads_N, squared_norms(grads_N, layout.tensors, custom_call=custom_calls.serve(matmul))
 
 
 def _differentiated(
-    params_N: jax.Array,
-    x_ABT: jax.Array,
-    y_ABT: jax.Array,
-    layout: ParameterLayout,
-    *,
-    dtype: jnp.dtype,
-    matmul: str,
-    recompute: str,
-    loops: bool,
+    model_loss: Callable[..., jax.Array], params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array, *, loops: bool
 ) -> tuple[jax.Array, jax.Array]:
     num_micro_batches = x_ABT.shape[0]
 
     def micro_batch_loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-        loss = model.loss(params_N, x_BT, y_BT, layout, dtype=dtype, matmul=matmul, recompute=recompute)
-        return loss / num_micro_batches
+        return model_loss(params_N, x_BT, y_BT) / num_micro_batches
 
     value_and_grad = jax.value_and_grad(micro_batch_loss)
     if num_micro_batches == 1:
@@ -118,21 +108,16 @@ def _differentiated(
     return total
 
 
-def _loss_and_gradient_in_place(
+def _accumulated_in_place(
+    one_micro_batch: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
     params_N: jax.Array,
     grads_N: jax.Array | None,
     x_ABT: jax.Array,
     y_ABT: jax.Array,
-    layout: ParameterLayout,
-    *,
-    dtype: jnp.dtype,
-    matmul: str,
-    recompute: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     num_micro_batches = x_ABT.shape[0]
     if grads_N is None or num_micro_batches > 1:
         grads_N = jnp.zeros_like(params_N)
-    one_micro_batch = partial(in_place.loss_and_gradient, layout=layout, dtype=dtype, matmul=matmul, recompute=recompute)
     if num_micro_batches == 1:
         return one_micro_batch(params_N, grads_N, x_ABT[0], y_ABT[0])
 
@@ -144,7 +129,7 @@ def _loss_and_gradient_in_place(
         )
         return (total[0] + loss, grads_N, squared_norms_S), None
 
-    nothing = (jnp.zeros((), jnp.float32), grads_N, jnp.zeros((layout.NUM_TENSORS,), jnp.float32))
+    nothing = (jnp.zeros((), jnp.float32), grads_N, jnp.zeros((ParameterLayout.NUM_TENSORS,), jnp.float32))
     return lax.scan(add, nothing, (x_ABT, y_ABT))[0]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import in_place, jax_compat, model
+from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.train_step import loss_and_gradient
@@ -71,6 +72,22 @@ def test_the_classifier_in_chunks_of_rows(tiny_layout, tiny_params, tiny_batch, 
     assert_squared_norms(found, tiny_layout)
 
 
+@implementations
+@dtypes
+def test_the_losses_alone_are_those_of_every_target(tiny_layout, tiny_params, tiny_batch, implementation, dtype, monkeypatch):
+    params, (x, y) = jnp.asarray(tiny_params), tiny_batch
+    monkeypatch.setattr(in_place, "CLASSIFIER_ROWS", 5)  # several chunks, not of one size
+    found = make_token_loss_function(tiny_layout, dtype=jnp.dtype(dtype), matmul=implementation)(params, x, y)
+    assert (found.shape, found.dtype) == (y.shape, jnp.float32)
+    expected = make_token_loss_function(tiny_layout, dtype=jnp.dtype(dtype), matmul="xla")(params, x, y)
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE[dtype])
+    options = {"dtype": jnp.dtype(dtype), "matmul": implementation}
+    trained = jax.jit(lambda p: in_place.loss_and_gradient(p, jnp.zeros_like(p), x, y, tiny_layout, **options))(params)
+    mean = make_loss_function(tiny_layout, dtype=jnp.dtype(dtype), matmul=implementation)(params, x, y)
+    # The same calls: what is left is the order of the mean.
+    assert float(mean) == pytest.approx(float(trained[0]), rel=4 * 2.0**-24)
+
+
 def temporary_bytes(layout, tokens, **options):
     """Of the compiled function, beside arguments and result."""
     params = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
@@ -96,6 +113,9 @@ def test_chunks_of_the_classifier_share_one_memory(monkeypatch):
     monkeypatch.setattr(in_place, "CLASSIFIER_ROWS", 64)
     logits_of_a_chunk = 4 * 64 * WIDE.config.padded_vocab_size
     assert logits_of_a_chunk < temporary_bytes(WIDE, 256) < 2 * logits_of_a_chunk
+    params, batch = jax.ShapeDtypeStruct((WIDE.num_parameters,), jnp.float32), jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    loss = make_loss_function(WIDE, dtype=jnp.dtype("float32"), matmul="threaded").lower(params, batch, batch)
+    assert logits_of_a_chunk < loss.compile().memory_analysis().temp_size_in_bytes < 2 * logits_of_a_chunk
 
 
 @can_alias

@@ -41,11 +41,11 @@ def left_out(implementation, a_MK, b_KN, *, weight_gradient=False, dtype="float3
     precision = None
     if implementation != "xla":
         precision = matmul.rung_precision(implementation, jnp.dtype(dtype), weight_gradient=weight_gradient)
-    if precision == "S8_S8_S32_X6":  # a row's, and a column's, integers are of this unit at most
-        a_unit, b_unit = (1.02 * 2.0**-22 * x.max(axis, keepdims=True, initial=0) for x, axis in ((a_MK, 1), (b_KN, 0)))
+    if precision == "S8_S8_S32_X6":  # a row's, and a column's, largest integer is this at least
+        a_unit, b_unit = (x.max(axis, keepdims=True, initial=0) / 0x3F8000 for x, axis in ((a_MK, 1), (b_KN, 0)))
         rounded = (a_MK.sum(1, keepdims=True) * b_unit + a_unit * b_KN.sum(0, keepdims=True)) / 2
         return rounded + len(b_KN) * 2.1 * 2.0**22 * a_unit * b_unit
-    return {"BF16_BF16_F32_X3": 3.1 * 2.0**-16, "BF16_BF16_F32_X6": 8.1 * 2.0**-24}.get(precision, 0.0) * (a_MK @ b_KN)
+    return (3.1 * 2.0**-16 if precision == "BF16_BF16_F32_X3" else 0.0) * (a_MK @ b_KN)
 
 
 @implementations

@@ -26,7 +26,7 @@ struct XLA_FFI_CallFrame;
 //               transpose_a, transpose_b  int64, 0 or 1: a is stored k x m, b is stored n x k
 //               a_offset, b_offset        int64, elements
 //               implementation            string, a rung's name
-//               precision                 string, named as in jax.lax.DotAlgorithmPreset
+//               precision                 string, a name of matmul.h's Precision
 //               num_threads               int64, at least 1, the calling thread included
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul(XLA_FFI_CallFrame* call_frame);
 

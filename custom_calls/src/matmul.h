@@ -17,7 +17,7 @@ enum class Precision : uint8_t {
   kBF16_BF16_F32,     // operands rounded to bfloat16 (nearest, ties to even), float32 sums
   kBF16_BF16_F32_X3,  // float32 operands as hi + lo bfloat16, three products
   kBF16_BF16_F32_X6,  // float32 operands as three bfloat16 parts, six products
-  kS8_S8_S32_X6,      // as three digits of 8 bits under a scale of 256 k, six exact products
+  kS8_S8_S32_X6,      // as integers of three digits of 8 bits, six exact products
 };
 constexpr Precision kPrecisions[] = {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
                                      Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6,

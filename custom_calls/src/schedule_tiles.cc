@@ -30,15 +30,14 @@ struct Lanes {
   }
   int64_t step_depth() const { return digits ? kDigitDepth : kTileDepth; }
   int64_t step_bytes() const { return 2 * kTileBytes * parts; }
-  int64_t scales_bytes() const { return digits ? kPanelLanes * 4 : 0; }
   int64_t panel_bytes(int64_t depth) const {
-    return ceil_div(depth, step_depth()) * step_bytes() + scales_bytes();
+    return ceil_div(depth, step_depth()) * step_bytes() + (digits ? kScalesBytes : 0);
   }
   int64_t packed_bytes(int64_t lanes, int64_t depth) const {
     return ceil_div(lanes, kPanelLanes) * panel_bytes(depth);
   }
   const float* scales(const unsigned char* panel, int64_t depth) const {
-    return reinterpret_cast<const float*>(panel + panel_bytes(depth) - scales_bytes());
+    return reinterpret_cast<const float*>(panel + panel_bytes(depth) - kScalesBytes);
   }
   // Bytes to be transposed in packing: memory along k suits left tiles, along lanes right ones.
   double transposed_bytes(int64_t k, TileSide for_side) const {
@@ -97,7 +96,6 @@ struct Plan {
   Lanes a, b;
   bool transposed;  // op(b) is on the left: the tiles hold out's transpose
   bool a_is_shared;
-  bool digits;
   Passes passes;  // of bfloat16
   Cut k_cut;
   // Six products a step round a sum six times as often: the sums of three parts begin anew in every
@@ -105,13 +103,13 @@ struct Plan {
   bool sums_begin_anew;
   bool stream;
 
+  bool digits() const { return a.digits; }
   const Lanes& shared() const { return a_is_shared ? a : b; }
   const Lanes& streamed() const { return a_is_shared ? b : a; }
 };
 
 Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
-  const bool digits = matmul.precision == Precision::kS8_S8_S32_X6;
-  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, digits, {}, {}, false, false};
+  Plan plan = {matmul, kernel, {}, {}, false, matmul.m <= matmul.n, {}, {}, false, false};
   plan.a = as_lanes(matmul.a, matmul.m, !matmul.a.transposed, matmul.precision, TileSide::kLeft);
   plan.b = as_lanes(matmul.b, matmul.n, matmul.b.transposed, matmul.precision, TileSide::kRight);
 
@@ -129,7 +127,7 @@ Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
   const int64_t step_depth = plan.a.step_depth();
   const int64_t k_bytes = std::max(plan.a.step_bytes(), plan.b.step_bytes()) / step_depth;
   int64_t depth = std::max<int64_t>(kernel.blocks.panel_bytes / k_bytes, 1);
-  if (digits) depth = std::min<int64_t>(depth, kMaxDigitDepth);
+  if (plan.digits()) depth = std::min<int64_t>(depth, kMaxDigitDepth);
   plan.k_cut = {matmul.k, even_block(matmul.k, round_up(depth, step_depth), step_depth)};
   plan.sums_begin_anew = std::max(plan.a.parts, plan.b.parts) == kMaxParts;
 
@@ -199,22 +197,35 @@ void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, in
 void pack(const Plan& plan, const Lanes& operand, const Range& lanes, const Range& k,
           unsigned char* packed) {
   const TileSource source = operand.from(lanes.first, k.first);
-  if (plan.digits) {
+  if (plan.digits()) {
     plan.kernel.pack_digits(source, lanes.size, k.size, operand.side, packed);
   } else {
     plan.kernel.pack(source, lanes.size, k.size, operand.side, operand.parts, packed);
   }
 }
 
-// The sums of every order, each kBlockSums.
-void multiply_digits(const Plan& plan, TileBlock& block, int32_t* sums) {
+// One block of k of a block of out, added to `total` or, where it is the first, put there: parts.
+void multiply_parts(const Plan& plan, TileBlock& block, bool first, float* of_block, float* total) {
+  const bool anew = plan.sums_begin_anew && !first;
+  block.passes = plan.passes.pass;
+  block.num_passes = plan.passes.count;
+  block.sums = anew ? of_block : total;
+  block.accumulate = !anew && !first;
+  plan.kernel.multiply(block);
+  if (anew) plan.kernel.add(of_block, total);
+}
+
+// The same of digits, of which every order has kBlockSums of its own.
+void multiply_digits(const Plan& plan, TileBlock& block, bool first, const float* left_scales,
+                     const float* right_scales, int32_t* of_orders, float* total) {
   block.accumulate = false;
   for (int order = 0; order < kDigitOrders; ++order) {
     block.passes = kDigitPasses + kFirstOfOrder[order];
     block.num_passes = kFirstOfOrder[order + 1] - kFirstOfOrder[order];
-    block.sums = sums + order * kBlockSums;
+    block.sums = of_orders + order * kBlockSums;
     plan.kernel.multiply_digits(block);
   }
+  plan.kernel.add_digits(of_orders, left_scales, right_scales, !first, total);
 }
 
 // All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
@@ -236,7 +247,7 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
     const int64_t steps = ceil_div(k.size, streamed.step_depth());
     pack(plan, streamed, {item.streamed.first, item.streamed.size}, k, packed);
     TilePrefetch prefetch;
-    const int64_t all_steps = p_count * q_count * steps * (plan.digits ? kDigitOrders : 1);
+    const int64_t all_steps = p_count * q_count * steps * (plan.digits() ? kDigitOrders : 1);
     if (kb + 1 < shared.last_block) {
       prefetch = prefetch_of(plan, item.streamed, plan.k_cut[kb + 1], all_steps);
     } else if (next.size > 0) {
@@ -266,20 +277,13 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
         block.steps = steps;
         block.prefetch = &prefetch;
         float* const total = sums.at(p, q);
-        if (plan.digits) {
+        if (plan.digits()) {
           const float* streamed_scales = streamed.scales(streamed_panel, k.size);
           const float* shared_scales = plan.shared().scales(shared_panel, k.size);
-          multiply_digits(plan, block, of_orders);
-          plan.kernel.add_digits(of_orders, streamed_is_left ? streamed_scales : shared_scales,
-                                 streamed_is_left ? shared_scales : streamed_scales, kb > 0, total);
+          multiply_digits(plan, block, kb == 0, streamed_is_left ? streamed_scales : shared_scales,
+                          streamed_is_left ? shared_scales : streamed_scales, of_orders, total);
         } else {
-          const bool anew = plan.sums_begin_anew && kb > 0;
-          block.passes = plan.passes.pass;
-          block.num_passes = plan.passes.count;
-          block.sums = anew ? of_block : total;
-          block.accumulate = !anew && kb > 0;
-          plan.kernel.multiply(block);
-          if (anew) plan.kernel.add(of_block, total);
+          multiply_parts(plan, block, kb == 0, of_block, total);
         }
         if (kb + 1 == plan.k_cut.count()) {
           finish_block(plan, total, item.streamed.first + p * kPanelLanes,

@@ -14,18 +14,52 @@
 namespace gpt2_jax {
 namespace {
 
+constexpr int64_t kMaxSteps = 7, kStepBytes = kMaxParts * 2 * kTileBytes;
+
+// Random panels' product, without its sums.
+TileBlock random_block(const Workspace& left, const Workspace& right, const TilePass* passes,
+                       int max_passes, TilePrefetch* prefetch, Random& random) {
+  TileBlock block;
+  block.left = reinterpret_cast<unsigned char*>(left.data());
+  block.right = reinterpret_cast<unsigned char*>(right.data());
+  block.left_step = block.right_step = kStepBytes;
+  block.left_tiles = 1 + static_cast<int>(random.below(2));
+  block.right_tiles = 1 + static_cast<int>(random.below(2));
+  block.steps = 1 + random.below(kMaxSteps);
+  block.passes = passes;
+  block.num_passes = 1 + static_cast<int>(random.below(max_passes));
+  block.accumulate = random.below(2);
+  block.prefetch = prefetch;
+  return block;
+}
+
+// The block's sums by the model and by the CPU, which both begin with the same.
+void multiply_both(TileBlock block, void (*on_model)(const TileBlock&),
+                   void (*on_cpu)(const TileBlock&), const Workspace& model,
+                   const Workspace& hardware) {
+  std::memcpy(hardware.data(), model.data(), kBlockSums * 4);
+  block.sums = model.data();
+  TileModel::configure();
+  on_model(block);
+  TileModel::release();
+  block.sums = hardware.data();
+  amx_kernel()->configure();
+  on_cpu(block);
+  amx_kernel()->release();
+}
+
 // The kernel on random panels: of plain numbers, of tiny ones whose products are denormal, and of
 // every kind.
 void test_blocks() {
-  constexpr int64_t kMaxSteps = 7, kMaxPartsBytes = kMaxSteps * kMaxParts * 2 * kTileBytes;
-  const Workspace left(kMaxPartsBytes / 4), right(kMaxPartsBytes / 4);
-  const Workspace start(kBlockSums), model(kBlockSums), hardware(kBlockSums);
+  constexpr int64_t kPanelBytes = kMaxSteps * kStepBytes;
+  const Workspace left(kPanelBytes / 4), right(kPanelBytes / 4);
+  const Workspace model(kBlockSums), hardware(kBlockSums);
   static constexpr TilePass kPasses[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
   Random random(1);
   for (int i = 0; i < 600; ++i) {
     const int kind = i % 3;
     const auto fill = [&](const Workspace& words) {
-      for (int64_t at = 0; at < kMaxPartsBytes / 2; ++at) {
+      for (int64_t at = 0; at < kPanelBytes / 2; ++at) {
         float value = kind == 2 ? random.any_float() : random.uniform();
         // Products on both sides of the smallest normal number, 2^-126.
         if (kind == 1) value = std::ldexp(value, -63 + static_cast<int>(random.below(8)) - 4);
@@ -37,33 +71,11 @@ void test_blocks() {
     for (int at = 0; at < kBlockSums; ++at) {
       float value = kind == 2 ? random.any_float() : random.uniform();
       if (kind == 1) value = std::ldexp(value, -124);
-      start.data()[at] = value;
+      model.data()[at] = value;
     }
     TilePrefetch prefetch;
-    TileBlock block;
-    block.left = reinterpret_cast<unsigned char*>(left.data());
-    block.right = reinterpret_cast<unsigned char*>(right.data());
-    block.left_step = block.right_step = kMaxParts * 2 * kTileBytes;
-    block.left_tiles = 1 + static_cast<int>(random.below(2));
-    block.right_tiles = 1 + static_cast<int>(random.below(2));
-    block.steps = 1 + random.below(kMaxSteps);
-    block.passes = kPasses;
-    block.num_passes = 1 + static_cast<int>(random.below(6));
-    block.accumulate = random.below(2);
-    block.prefetch = &prefetch;
-
-    std::memcpy(model.data(), start.data(), kBlockSums * 4);
-    block.sums = model.data();
-    TileModel::configure();
-    multiply_on_model(block);
-    TileModel::release();
-
-    std::memcpy(hardware.data(), start.data(), kBlockSums * 4);
-    block.sums = hardware.data();
-    amx_kernel()->configure();
-    amx_kernel()->multiply(block);
-    amx_kernel()->release();
-
+    multiply_both(random_block(left, right, kPasses, 6, &prefetch, random), multiply_on_model,
+                  amx_kernel()->multiply, model, hardware);
     for (int at = 0; at < kBlockSums; ++at) {
       const float expected = model.data()[at], found = hardware.data()[at];
       const bool same = std::memcmp(&expected, &found, 4) == 0;
@@ -76,38 +88,25 @@ void test_blocks() {
 
 // Bytes of every kind.
 void test_digit_blocks() {
-  constexpr int64_t kSteps = 4, kStepBytes = 3 * 2 * kTileBytes;
-  const Workspace left(kSteps * kStepBytes / 4), right(kSteps * kStepBytes / 4);
+  constexpr int64_t kPanelBytes = kMaxSteps * kStepBytes;
+  const Workspace left(kPanelBytes / 4), right(kPanelBytes / 4);
   const Workspace model(kBlockSums), hardware(kBlockSums);
   static constexpr TilePass kPasses[] = {{0, 2}, {1, 1}, {2, 0}};
   Random random(3);
   for (int i = 0; i < 50; ++i) {
-    for (int64_t at = 0; at < kSteps * kStepBytes; ++at) {
-      reinterpret_cast<unsigned char*>(left.data())[at] = random.below(256);
-      reinterpret_cast<unsigned char*>(right.data())[at] = random.below(256);
+    for (const Workspace* const bytes : {&left, &right, &model}) {
+      const int64_t count = bytes == &model ? kBlockSums * 4 : kPanelBytes;
+      for (int64_t at = 0; at < count; ++at) {
+        reinterpret_cast<unsigned char*>(bytes->data())[at] =
+            static_cast<unsigned char>(random.below(256));
+      }
     }
-    std::memset(model.data(), 1, kBlockSums * 4);
-    std::memset(hardware.data(), 1, kBlockSums * 4);
+    // Far from what an int32 holds, as the schedule's sums are.
+    auto* const sums = reinterpret_cast<int32_t*>(model.data());
+    for (int at = 0; at < kBlockSums; ++at) sums[at] /= 2;
     TilePrefetch prefetch;
-    TileBlock block;
-    block.left = reinterpret_cast<unsigned char*>(left.data());
-    block.right = reinterpret_cast<unsigned char*>(right.data());
-    block.left_step = block.right_step = kStepBytes;
-    block.left_tiles = 1 + static_cast<int>(random.below(2));
-    block.right_tiles = 1 + static_cast<int>(random.below(2));
-    block.steps = 1 + random.below(kSteps);
-    block.passes = kPasses;
-    block.num_passes = 1 + static_cast<int>(random.below(3));
-    block.accumulate = random.below(2);
-    block.prefetch = &prefetch;
-    TileModel::configure();
-    block.sums = model.data();
-    multiply_digits_on_model(block);
-    TileModel::release();
-    amx_kernel()->configure();
-    block.sums = hardware.data();
-    amx_kernel()->multiply_digits(block);
-    amx_kernel()->release();
+    multiply_both(random_block(left, right, kPasses, 3, &prefetch, random),
+                  multiply_digits_on_model, amx_kernel()->multiply_digits, model, hardware);
     CHECK(std::memcmp(model.data(), hardware.data(), kBlockSums * 4) == 0, "run " << i);
   }
 }

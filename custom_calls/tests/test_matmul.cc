@@ -365,6 +365,67 @@ void test_six_products_in_several_sums() {
   }
 }
 
+// Rows, columns and blocks of k of very different sizes, with outliers: within what units and
+// omitted products of each block's own largest elements allow. And lanes whose scales' product is
+// beyond a float32.
+void test_digits_of_any_size() {
+  if (amx_kernel() == nullptr) return;
+  Random random(14);
+  constexpr int64_t kM = 20, kN = 40, kK = 700;
+  std::vector<float> a(kM * kK), b(kK * kN), out(kM * kN);
+  for (int64_t p = 0; p < kK; ++p) {
+    const int of_block = static_cast<int>(p / kMaxDigitDepth) * -9;
+    for (int64_t i = 0; i < kM; ++i) {
+      const int outlier = random.below(200) == 0 ? 10 : 0;
+      a[i * kK + p] =
+          std::ldexp(random.uniform(), static_cast<int>(i % 5) * 8 - 16 + of_block + outlier);
+    }
+    for (int64_t j = 0; j < kN; ++j) {
+      const int outlier = random.below(200) == 0 ? 6 : 0;
+      b[p * kN + j] =
+          std::ldexp(random.uniform(), static_cast<int>(j % 7) * 6 - of_block + outlier);
+    }
+  }
+  Matmul matmul;
+  matmul.m = kM, matmul.n = kN, matmul.k = kK;
+  matmul.a = {a.data(), 0, kK, DType::kFloat32, false};
+  matmul.b = {b.data(), 0, kN, DType::kFloat32, false};
+  matmul.out = out.data(), matmul.out_leading_dimension = kN;
+  matmul.precision = Precision::kS8_S8_S32_X6;
+  InlineExecutor executor;
+  TileKernel kernel = model_kernel();
+  kernel.blocks = amx_kernel()->blocks;
+  tile_matmul(matmul, kernel, executor);
+  for (int64_t i = 0; i < kM; ++i) {
+    for (int64_t j = 0; j < kN; ++j) {
+      double sum = 0, allowed = 0;
+      for (int64_t first = 0; first < kK; first += kMaxDigitDepth) {
+        const int64_t last = std::min<int64_t>(first + kMaxDigitDepth, kK);
+        double largest_a = 0, largest_b = 0, sum_a = 0, sum_b = 0, magnitude = 0;
+        for (int64_t p = first; p < last; ++p) {
+          const double x = a[i * kK + p], y = b[p * kN + j];
+          largest_a = std::max(largest_a, std::fabs(x)), sum_a += std::fabs(x);
+          largest_b = std::max(largest_b, std::fabs(y)), sum_b += std::fabs(y);
+          sum += x * y, magnitude += std::fabs(x * y);
+        }
+        // The largest is 0x3f8000 units or more.
+        const double a_unit = largest_a / 0x3f8000, b_unit = largest_b / 0x3f8000;
+        allowed += (a_unit * sum_b + b_unit * sum_a) / 2 + std::ldexp(8 * magnitude, -24) +
+                   static_cast<double>(last - first) * std::ldexp(2.1, 22) * a_unit * b_unit;
+      }
+      const double error = std::fabs(out[i * kN + j] - sum);
+      CHECK(error <= allowed, "(" << i << "," << j << "): " << out[i * kN + j] << ", expected "
+                                  << sum << " +- " << allowed);
+    }
+  }
+  matmul.m = matmul.n = 1, matmul.k = 2;
+  a = {std::ldexp(1.0f, 100), 0}, b = {0, std::ldexp(1.0f, 100)};
+  matmul.a.buffer = a.data(), matmul.a.leading_dimension = 2;
+  matmul.b.buffer = b.data(), matmul.b.leading_dimension = 1;
+  tile_matmul(matmul, kernel, executor);
+  CHECK(out[0] == 0, out[0]);
+}
+
 void test_refusals() {
   Random random(9);
   for (const Precision precision :
@@ -417,6 +478,7 @@ int main(int argc, char** argv) {
   if (only.empty()) {
     test_six_products_against_float32();
     test_six_products_in_several_sums();
+    test_digits_of_any_size();
   }
   test_refusals();
   return report("test_matmul");

@@ -51,37 +51,58 @@ void test_layout() {
   }
 }
 
-// A lane's digits are its elements, to half a unit of its scale, each where the layout says, and
-// all else is zero; of lanes of any size, with zeros, and up to the largest digits.
+struct LargestOfLane {
+  float value;
+  int integer;
+};
+
+// A lane's digits are its elements, to half a unit, each where the layout says, and all else is
+// zero.
 void test_digits_layout() {
   Random random(5);
   constexpr int64_t kLanes = 39, kDepth = 100, kSteps = 2, kPanels = 2;
-  constexpr int64_t kPanelBytes = kSteps * 3 * 2 * kTileBytes + kPanelLanes * 4;
+  constexpr int64_t kPanelBytes = kSteps * kDigitStepBytes + kScalesBytes;
+  // Where the unit changes: at a power of two, and where the digits would be beyond 127. Then where
+  // it is the least, and the largest.
+  const float edge = 2 - std::ldexp(1.0f, -6);
+  const LargestOfLane largest_of[] = {{1.0f, 0x400000},
+                                      {std::nextafter(1.0f, 0.0f), 0x400000},
+                                      {std::nextafter(1.0f, 2.0f), 0x400000},
+                                      {edge, 0x3f8000},
+                                      {std::nextafter(edge, 0.0f), 0x7f0000},
+                                      {std::nextafter(edge, 2.0f), 0x3f8000},
+                                      {std::ldexp(1.0f, -105), 0x400000},
+                                      {std::ldexp(1.0f, -106), 0x200000},
+                                      {FLT_MIN, 2},
+                                      {FLT_MAX, 0x400000},
+                                      {0.0f, 0}};
+  constexpr int kListed = sizeof(largest_of) / sizeof(largest_of[0]);
+  constexpr int kNan = kListed, kInfinity = kListed + 1;
   std::vector<float> source(kLanes * kDepth);
   for (int64_t i = 0; i < kLanes * kDepth; ++i) {
     const int lane = static_cast<int>(i / kDepth);
-    source[i] = lane == 2 ? 0 : std::ldexp(random.uniform(), lane % 7 * 20 - 60);
+    const float size =
+        lane < kListed ? largest_of[lane].value / 2 : std::ldexp(1.0f, lane % 7 * 20 - 60);
+    source[i] = random.uniform() * size;
   }
-  // At and around a power of two, and where the next exponent begins.
-  float mantissa = 1;
-  for (int64_t lane = 3; lane < 11; ++lane) {
-    mantissa = std::nextafter(lane == 7 ? 2 - std::ldexp(1.0f, -6) : mantissa, 0.0f);
-    source[lane * kDepth] = lane % 2 ? mantissa : -mantissa;
+  for (int lane = 0; lane < kListed; ++lane) {
+    source[lane * kDepth + 7] = lane % 2 ? largest_of[lane].value : -largest_of[lane].value;
   }
-  source[11 * kDepth] = std::numeric_limits<float>::quiet_NaN();
-  source[12 * kDepth + 99] = std::numeric_limits<float>::infinity();
-  source[13 * kDepth] = std::numeric_limits<float>::max();
+  source[3] = std::ldexp(2.5f, -22);  // half a unit: to even
+  source[kNan * kDepth] = std::numeric_limits<float>::quiet_NaN();
+  source[kInfinity * kDepth + 99] = -std::numeric_limits<float>::infinity();
   for (const TileSide side : {TileSide::kLeft, TileSide::kRight}) {
     std::vector<unsigned char> packed(kPanels * kPanelBytes, 0xff);
     pack_digits_portable({source.data(), kDepth, 1, false}, kLanes, kDepth, side, packed.data());
     for (int64_t lane = 0; lane < kPanels * 32; ++lane) {
       const unsigned char* const panel = packed.data() + lane / 32 * kPanelBytes;
       float scale;
-      std::memcpy(&scale, panel + kPanelBytes - 128 + lane % 32 * 4, 4);
-      if (lane == 11 || lane == 12) {
+      std::memcpy(&scale, panel + kPanelBytes - kScalesBytes + lane % 32 * 4, 4);
+      if (lane == kNan || lane == kInfinity) {
         CHECK(std::isnan(scale), "lane " << lane << ": " << scale);
         continue;
       }
+      const double unit = std::ldexp(static_cast<double>(scale), -21);
       double largest = 0;
       for (int64_t k = 0; k < kSteps * 64; ++k) {
         double integer = 0;
@@ -94,14 +115,17 @@ void test_digits_layout() {
         }
         const bool inside = lane < kLanes && k < kDepth;
         const double expected = inside ? source[lane * kDepth + k] : 0;
-        const double unit = std::ldexp(static_cast<double>(scale), -21);
         largest = std::max(largest, std::fabs(integer));
         CHECK(std::fabs(integer * unit - expected) <= unit / 2,
               "lane " << lane << " k " << k << ": " << integer << " times " << unit << ", expected "
                       << expected);
+        CHECK(lane != 0 || k != 3 || integer == 2, "a tie to " << integer);
       }
-      // No bit is given away: 23 of them, or 22 for a magnitude just below a power of two.
-      CHECK(lane == 2 || lane >= kLanes || largest >= 0x3f8000, "lane " << lane << ": " << largest);
+      if (lane < kListed) {
+        CHECK(largest == largest_of[lane].integer, "lane " << lane << ": " << largest);
+      } else if (lane < kLanes) {
+        CHECK(largest >= 0x3f8000 && largest <= 0x7f0000, "lane " << lane << ": " << largest);
+      }
     }
   }
 }
@@ -109,18 +133,24 @@ void test_digits_layout() {
 void test_add_digits() {
   const Workspace sums(kDigitOrders * kBlockSums), total(kBlockSums), scales(2 * kPanelLanes);
   auto* const integers = reinterpret_cast<int32_t*>(sums.data());
-  for (int i = 0; i < kDigitOrders * kBlockSums; ++i) integers[i] = 0;
-  for (int i = 0; i < kBlockSums; ++i) total.data()[i] = 1;
-  for (int i = 0; i < 2 * kPanelLanes; ++i) scales.data()[i] = 1;
-  // Left lane 17 and right lane 30: the fourth tile's second row, its 15th column.
-  const int at = 3 * 256 + 1 * 16 + 14;
-  integers[at] = 4 << 18, integers[kBlockSums + at] = 8 << 18;
-  integers[2 * kBlockSums + at] = 16 << 18;
-  scales.data()[17] = 2, scales.data()[32 + 30] = 0.5f;
-  for (const float expected : {4 * 256 + 8 + 16.0f / 256, 2 * (4 * 256 + 8 + 16.0f / 256)}) {
-    add_digits_portable(integers, scales.data(), scales.data() + 32, expected > 2000, total.data());
-    CHECK(total.data()[at] == expected, total.data()[at] << ", expected " << expected);
-    CHECK(total.data()[0] == 0, "");
+  for (const int left_lane : {1, 17}) {
+    const int right_lane = left_lane == 1 ? 30 : 14;  // of another tile's number
+    const int tile = left_lane / 16 * 2 + right_lane / 16;
+    const int at = (tile * 16 + left_lane % 16) * 16 + right_lane % 16;
+    for (int i = 0; i < kDigitOrders * kBlockSums; ++i) integers[i] = 0;
+    for (int i = 0; i < kBlockSums; ++i) total.data()[i] = 5;
+    for (int i = 0; i < 2 * kPanelLanes; ++i) scales.data()[i] = 1;
+    integers[at] = 4 << 18, integers[kBlockSums + at] = 8 << 18;
+    integers[2 * kBlockSums + at] = 16 << 18;
+    // Their product is beyond a float32; one with the sum is not.
+    scales.data()[left_lane] = std::ldexp(1.0f, 90);
+    scales.data()[32 + right_lane] = std::ldexp(1.0f, -91);
+    for (const bool accumulate : {false, true}) {
+      add_digits_portable(integers, scales.data(), scales.data() + 32, accumulate, total.data());
+      const float once = (4 * 256 + 8 + 16.0f / 256) / 2;
+      CHECK(total.data()[at] == once * (accumulate ? 2 : 1), tile << ": " << total.data()[at]);
+      CHECK(total.data()[at ^ 1] == 0, total.data()[at ^ 1]);
+    }
   }
 }
 
@@ -182,28 +212,31 @@ void test_digit_packing_twins() {
     for (uint16_t& element : thin) element = float_to_bfloat16(value());
     const TileSource source = {narrow ? static_cast<void*>(thin.data()) : wide.data(),
                                along_k ? stride : 1, along_k ? 1 : stride, narrow};
-    const int64_t step_bytes = 3 * 2 * kTileBytes, steps = (depth + 63) / 64;
-    const int64_t panel_bytes = steps * step_bytes + 128, panels = (lanes + 31) / 32;
+    const int64_t steps = (depth + 63) / 64, panels = (lanes + 31) / 32;
+    const int64_t panel_bytes = steps * kDigitStepBytes + kScalesBytes;
     const Workspace expected(panels * panel_bytes / 4), found(panels * panel_bytes / 4);
-    std::memset(found.data(), 0xaa, panels * panel_bytes);
-    const auto* a = reinterpret_cast<unsigned char*>(expected.data());
-    const auto* b = reinterpret_cast<unsigned char*>(found.data());
-    pack_digits_portable(source, lanes, depth, side, const_cast<unsigned char*>(a));
-    pack_digits_avx512(source, lanes, depth, side, const_cast<unsigned char*>(b));
-    for (int64_t at = 0; at < panels * panel_bytes; ++at) {
-      const int64_t panel = at / panel_bytes, in_panel = at % panel_bytes;
-      const int64_t row = in_panel % kTileBytes / 64, column = in_panel % 64 / 4;
-      const int64_t lane =
-          in_panel / kTileBytes % 2 * 16 + (side == TileSide::kLeft ? row : column);
-      const float* scales = expected.data() + ((panel + 1) * panel_bytes - 128) / 4;
-      const bool is_scale = in_panel >= steps * step_bytes;
-      const bool nan = std::isnan(scales[is_scale ? (in_panel - steps * step_bytes) / 4 : lane]);
-      const float found_scale =
-          found.data()[(scales - expected.data()) + (in_panel - steps * step_bytes) / 4 % 32];
-      CHECK(nan ? !is_scale || std::isnan(found_scale) : a[at] == b[at],
-            "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
-                     << narrow << " right " << (side == TileSide::kRight) << ", byte " << at << ": "
-                     << int{b[at]} << ", expected " << int{a[at]});
+    auto* const a = reinterpret_cast<unsigned char*>(expected.data());
+    auto* const b = reinterpret_cast<unsigned char*>(found.data());
+    std::memset(b, 0xaa, panels * panel_bytes);
+    pack_digits_portable(source, lanes, depth, side, a);
+    pack_digits_avx512(source, lanes, depth, side, b);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t first = panel * panel_bytes, scales = first + steps * kDigitStepBytes;
+      const float* const expected_scales = expected.data() + scales / 4;
+      for (int lane = 0; lane < kPanelLanes; ++lane) {
+        CHECK(same_bytes_or_both_nan(expected_scales[lane], found.data()[scales / 4 + lane]),
+              "scale of lane " << lane << ": " << found.data()[scales / 4 + lane] << ", expected "
+                               << expected_scales[lane]);
+      }
+      for (int64_t at = 0; at < steps * kDigitStepBytes; ++at) {
+        const int64_t row = at % kTileBytes / 64, column = at % 64 / 4;
+        const int64_t lane = at / kTileBytes % 2 * 16 + (side == TileSide::kLeft ? row : column);
+        if (std::isnan(expected_scales[lane])) continue;  // which may have any digits
+        CHECK(a[first + at] == b[first + at],
+              "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
+                       << narrow << " right " << (side == TileSide::kRight) << ", byte " << at
+                       << ": " << int{b[first + at]} << ", expected " << int{a[first + at]});
+      }
     }
   }
 }

@@ -12,9 +12,7 @@
 namespace gpt2_jax {
 namespace {
 
-constexpr int kDigits = kMaxParts;
 constexpr int kPerDword = 4;
-constexpr int64_t kStepBytes = kDigits * 2 * kTileBytes;
 
 template <bool kNarrow>
 inline __m512 load(const void* data, int64_t index, __mmask16 mask) {
@@ -54,7 +52,7 @@ inline __m512i digits_of(__m512 values, __m512 multiplier) {
 }
 
 struct Dwords {
-  __m512i digit[kDigits];
+  __m512i digit[kMaxParts];
 };
 
 inline Dwords interleave(const __m512i (&of)[kPerDword]) {
@@ -125,25 +123,26 @@ inline __m512i largest_of(const TileSource& source, int64_t lanes, int64_t depth
 template <bool kNarrow, bool kAlongK, bool kTransposed>
 void pack(TileSource source, int64_t lanes, int64_t depth, unsigned char* packed) {
   const int64_t steps = (depth + kDigitDepth - 1) / kDigitDepth;
-  const int64_t panel_bytes = steps * kStepBytes + kPanelLanes * 4;
+  const int64_t panel_bytes = steps * kDigitStepBytes + kScalesBytes;
   const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
   for (int64_t lane = 0; lane < all_lanes; lane += kTileLanes) {
     unsigned char* const panel = packed + lane / kPanelLanes * panel_bytes;
     const int64_t half = lane % kPanelLanes / kTileLanes;
-    float* const scales = reinterpret_cast<float*>(panel + steps * kStepBytes) + half * kTileLanes;
+    float* const scales =
+        reinterpret_cast<float*>(panel + steps * kDigitStepBytes) + half * kTileLanes;
     const __m512 lanes_multiplier =
         to_integers(largest_of<kNarrow, kAlongK>(source, lanes, depth, lane), scales);
     alignas(64) float multipliers[kTileLanes];
     _mm512_store_ps(multipliers, lanes_multiplier);
     for (int64_t step = 0; step < steps; ++step) {
-      unsigned char* const to = panel + step * kStepBytes + half * kTileBytes;
-      __m512i tile[kDigits][16];
+      unsigned char* const to = panel + step * kDigitStepBytes + half * kTileBytes;
+      __m512i tile[kMaxParts][16];
 #pragma GCC unroll 16
       for (int row = 0; row < 16; ++row) {
         const Dwords dwords = load_dwords<kNarrow, kAlongK>(
             source, lanes, depth, lane, step * kDigitDepth, row, multipliers, lanes_multiplier);
 #pragma GCC unroll 3
-        for (int digit = 0; digit < kDigits; ++digit) {
+        for (int digit = 0; digit < kMaxParts; ++digit) {
           if constexpr (kTransposed) {
             tile[digit][row] = dwords.digit[digit];
           } else {
@@ -153,7 +152,7 @@ void pack(TileSource source, int64_t lanes, int64_t depth, unsigned char* packed
       }
       if constexpr (kTransposed) {
 #pragma GCC unroll 3
-        for (int digit = 0; digit < kDigits; ++digit) {
+        for (int digit = 0; digit < kMaxParts; ++digit) {
           transpose(tile[digit]);
 #pragma GCC unroll 16
           for (int row = 0; row < 16; ++row) {

@@ -30,7 +30,8 @@ constexpr bool sizes_fit() {
 static_assert(sizes_fit(), "block sizes are multiples of the kernel's tile");
 
 #if defined(GPT2_JAX_HAS_AMX)
-// A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 to the other operand's stream.
+// A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 to the other operand's stream. Digits
+// go through both panels three times, with 16 KiB of sums beside them: L2 serves a part.
 constexpr TileKernel kAmx = {"32x32_amx",
                              configure_amx,
                              release_amx,

@@ -11,14 +11,14 @@
 // parts, bfloat16 each, that add up to it: high, middle, low.
 //
 // Or one multiplication adds to 16 x 16 int32 sums, which are exact, the product of tiles of signed
-// bytes with 64 k. Then an element is an integer of three digits of 8 bits, its parts, times a
-// scale that a lane has for a block of k: 2^(e-149), where 2^(e-127) is the power of two below the
-// lane's largest magnitude there (times 1 + 2^-6: digits end at 127). Byte b of a lane's dword j is
-// of k = 16 b + j in the step, on both sides.
+// bytes with 64 k. Then an element is an integer of three digits of 8 bits, its parts, times the
+// unit of its lane in a block of k: the power of two with which the lane's largest magnitude there
+// is an integer from 0x3f8000 to 0x7f0000, so that no digit is beyond 127. Byte b of a lane's dword
+// j is of k = 16 b + j in the step, on both sides.
 //
 // A panel is 32 lanes by any number of steps of 32 or 64 k. Its bytes: step by step, in a step part
-// by part, in a part its two tiles, lanes 0-15 and 16-31; of digits, then 32 float32, each lane's
-// 2^(e-128), or NaN for a lane that is not finite. What is missing at its ends is zero.
+// by part, in a part its two tiles, lanes 0-15 and 16-31; of digits, then 32 float32: each lane's
+// scale, 2^21 units, or NaN for a lane that is not finite. What is missing at its ends is zero.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +34,8 @@ constexpr int kMaxParts = 3;
 constexpr int kBlockSums = kPanelLanes * kPanelLanes;
 // Products of digits are of the first, second and third order, 2^8 apart; each has sums of its own.
 constexpr int kDigitOrders = 3;
+constexpr int kDigitStepBytes = kMaxParts * 2 * kTileBytes;
+constexpr int kScalesBytes = kPanelLanes * 4;
 // k of which the sums of the first order, of 2^14 each, times 2^8 are an int32.
 constexpr int kMaxDigitDepth = 256;
 
@@ -54,8 +56,9 @@ enum class TileSide { kLeft, kRight };
 using PackTiles = void (*)(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
                            int parts, unsigned char* packed);
 
-// The same in three digits, for depth <= kMaxDigitDepth. An element is rounded to nearest even; one
-// with an infinity or a NaN in its lane is any.
+// Packs lanes x depth, at most kMaxDigitDepth, into panels of ceil(depth / 64) steps of digits and
+// the scales. An element is rounded to the nearest integer, ties to even; one with an infinity or a
+// NaN in its lane has any digits.
 using PackDigits = void (*)(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
                             unsigned char* packed);
 

@@ -64,49 +64,36 @@ struct AmxRegisters {
   static void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 };
 
-// Of bfloat16.
-struct AmxTiles : AmxRegisters {
-  template <int kSums, int kLeft, int kRight>
-  static void multiply() {
-    static_assert(kSums == 2 * (kLeft - kLeftTile) + kRight - kRightTile, "");
-    switch (kSums) {
-      case 0:
-        _tile_dpbf16ps(0, 4, 6);
-        break;
-      case 1:
-        _tile_dpbf16ps(1, 4, 7);
-        break;
-      case 2:
-        _tile_dpbf16ps(2, 5, 6);
-        break;
-      case 3:
-        _tile_dpbf16ps(3, 5, 7);
-        break;
-    }
+// The number of the sums' tile decides the operands'.
+#define GPT2_JAX_MULTIPLY(instruction)                                         \
+  template <int kSums, int kLeft, int kRight>                                  \
+  static void multiply() {                                                     \
+    static_assert(kSums == 2 * (kLeft - kLeftTile) + kRight - kRightTile, ""); \
+    switch (kSums) {                                                           \
+      case 0:                                                                  \
+        instruction(0, 4, 6);                                                  \
+        break;                                                                 \
+      case 1:                                                                  \
+        instruction(1, 4, 7);                                                  \
+        break;                                                                 \
+      case 2:                                                                  \
+        instruction(2, 5, 6);                                                  \
+        break;                                                                 \
+      case 3:                                                                  \
+        instruction(3, 5, 7);                                                  \
+        break;                                                                 \
+    }                                                                          \
   }
+
+struct AmxTiles : AmxRegisters {
+  GPT2_JAX_MULTIPLY(_tile_dpbf16ps)
 };
 
-// Of signed bytes.
 struct AmxDigits : AmxRegisters {
-  template <int kSums, int kLeft, int kRight>
-  static void multiply() {
-    static_assert(kSums == 2 * (kLeft - kLeftTile) + kRight - kRightTile, "");
-    switch (kSums) {
-      case 0:
-        _tile_dpbssd(0, 4, 6);
-        break;
-      case 1:
-        _tile_dpbssd(1, 4, 7);
-        break;
-      case 2:
-        _tile_dpbssd(2, 5, 6);
-        break;
-      case 3:
-        _tile_dpbssd(3, 5, 7);
-        break;
-    }
-  }
+  GPT2_JAX_MULTIPLY(_tile_dpbssd)
 };
+
+#undef GPT2_JAX_MULTIPLY
 
 }  // namespace
 
@@ -123,7 +110,6 @@ void multiply_tiles_amx(const TileBlock& block) {
 void multiply_digits_amx(const TileBlock& block) {
   __asm__ volatile("" ::: "memory");
   multiply_tiles<AmxDigits>(block);
-  __asm__ volatile("" ::: "memory");
 }
 
 }  // namespace gpt2_jax

@@ -350,9 +350,10 @@ void add_digits_avx512(const int32_t* sums, const float* left_scales, const floa
       const __m512 third = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 2 * kBlockSums + at));
       const __m512 sum = _mm512_fmadd_ps(third, low_order, _mm512_cvtepi32_ps(first_two));
       const __m512 left = _mm512_set1_ps(left_scales[tile / 2 * kTileLanes + row]);
-      const __m512 scale = _mm512_mul_ps(_mm512_mul_ps(left, unit), right);
-      const __m512 value = accumulate ? _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total + at))
-                                      : _mm512_mul_ps(sum, scale);
+      // One after the other: their product may be too large, or too small, where this is not.
+      const __m512 scaled = _mm512_mul_ps(sum, _mm512_mul_ps(left, unit));
+      const __m512 value = accumulate ? _mm512_fmadd_ps(scaled, right, _mm512_load_ps(total + at))
+                                      : _mm512_mul_ps(scaled, right);
       _mm512_store_ps(total + at, value);
     }
   }

@@ -36,8 +36,10 @@ uint32_t bits_of(float value) {
   return bits;
 }
 
-// Its exponent, with a float32's bias, where a lane's largest magnitude is that of these bits.
-uint32_t digits_exponent(uint32_t largest) {
+// Of the power of two that is 2^22 units, with a float32's bias, where a lane's largest magnitude
+// is that of these bits: its own exponent, or the next where only that keeps the digits within 127.
+// The least that leaves a multiplier for units.
+uint32_t exponent_of_digits(uint32_t largest) {
   return std::min<uint32_t>(std::max<uint32_t>((largest + 0x20000) >> 23, 22), 255);
 }
 
@@ -68,17 +70,17 @@ void pack_digits_portable(const TileSource& source, int64_t lanes, int64_t depth
                           unsigned char* packed) {
   const int64_t steps = (depth + kDigitDepth - 1) / kDigitDepth;
   const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
-  const int64_t panel_bytes = steps * kMaxParts * 2 * kTileBytes + kPanelLanes * 4;
+  const int64_t panel_bytes = steps * kDigitStepBytes + kScalesBytes;
   for (int64_t lane = 0; lane < all_lanes; ++lane) {
     unsigned char* const panel = packed + lane / kPanelLanes * panel_bytes;
     uint32_t largest = 0;
     for (int64_t k = 0; k < depth && lane < lanes; ++k) {
       largest = std::max(largest, bits_of(element(source, lane, k)) & 0x7fffffff);
     }
-    const int exponent = static_cast<int>(digits_exponent(largest));
+    const int exponent = static_cast<int>(exponent_of_digits(largest));
     const float scale = largest < 0x7f800000 ? std::ldexp(1.0f, exponent - 128)
                                              : std::numeric_limits<float>::quiet_NaN();
-    std::memcpy(panel + panel_bytes - kPanelLanes * 4 + lane % kPanelLanes * 4, &scale, 4);
+    std::memcpy(panel + steps * kDigitStepBytes + lane % kPanelLanes * 4, &scale, 4);
     for (int64_t k = 0; k < steps * kDigitDepth; ++k) {
       const float value = lane < lanes && k < depth ? element(source, lane, k) : 0;
       const float units = std::nearbyint(value * std::ldexp(1.0f, 149 - exponent));
@@ -134,8 +136,10 @@ void add_digits_portable(const int32_t* sums, const float* left_scales, const fl
     const int32_t first_two = sums[i] * 256 + sums[kBlockSums + i];
     const float sum = std::fma(static_cast<float>(sums[2 * kBlockSums + i]), 0x1p-8f,
                                static_cast<float>(first_two));
-    const float scale = left_scales[left] * 0x1p-18f * right_scales[right];
-    total[i] = accumulate ? std::fma(sum, scale, total[i]) : sum * scale;
+    // One after the other: their product may be too large, or too small, where this is not.
+    const float scaled = sum * (left_scales[left] * 0x1p-18f);
+    total[i] =
+        accumulate ? std::fma(scaled, right_scales[right], total[i]) : scaled * right_scales[right];
   }
 }
 
