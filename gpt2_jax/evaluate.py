@@ -11,11 +11,11 @@ import numpy as np
 
 from gpt2_jax import classifier, in_place, model
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.in_place import writes_in_place
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
-from gpt2_jax.train_step import writes_in_place
 from gpt2_jax.views import views
 
 LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
-from gpt2_jax import classifier, model
+from gpt2_jax import classifier, in_place, model
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.in_place import writes_in_place
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.random import XorShift
 from gpt2_jax.views import views
@@ -28,6 +29,8 @@ def next_token_logits(
     params_N: jax.Array, x_1T: jax.Array, position: jax.Array, *, layout: ParameterLayout, dtype: jnp.dtype, matmul: str
 ) -> jax.Array:
     """Logits (vocab_size,) float32 of the token after `position` (int32 scalar) of the one sequence x."""
+    if writes_in_place(matmul):
+        return in_place.logits_at(params_N, x_1T, position, layout, dtype=dtype, matmul=matmul)[0]
     tensors = views(params_N, layout)
     h_1TC = model.hidden_states(tensors, x_1T, layout.config.num_heads, dtype=dtype, matmul=matmul)
     h_11C = jax.lax.dynamic_slice_in_dim(h_1TC, position, 1, axis=1)
@@ -91,6 +94,7 @@ def complete(
     prompt: str,
     *,
     max_tokens: int,
+    matmul: str = "xla",
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = SEED,
@@ -110,7 +114,7 @@ def complete(
         prompt_tokens(prompt, tokenizer),
         max_tokens,
         dtype=jnp.dtype(jnp.float32),
-        matmul="xla",
+        matmul=matmul,
         temperature=temperature,
         top_k=top_k,
         seed=seed,

@@ -1,4 +1,4 @@
-"""Loss and gradient with every gradient written straight to its place in the flat buffer; and the losses alone.
+"""Loss and gradient with every gradient written straight to its place in the flat buffer; and the forward pass alone.
 
 The same mathematics as differentiating model.loss, which it is tested against, by the CPU's custom calls: weights are
 read where they lie in the parameter buffer, a weight's gradient is written there by the product that makes it, and what
@@ -30,6 +30,11 @@ from gpt2_jax.views import WeightView, weight_view
 
 _Backward = Callable[[jax.Array], jax.Array]
 _FLOAT32 = jnp.dtype(jnp.float32)
+
+
+def writes_in_place(matmul: str) -> bool:
+    """Whether the gradient is written in place: by the custom calls, with a jax that can alias them (from 0.4.38 on)."""
+    return custom_calls.serve(matmul) and jax_compat.ffi_call_can_alias()
 
 
 class _Gradient:
@@ -144,16 +149,9 @@ def loss_and_gradient(
     custom_calls.load()
     gradient = _Gradient(grads_N, layout, matmul, accumulate)
     this = _Pass(params_N, layout, matmul, gradient, recompute)
-    residual_BTC, backward = _embed(this, x_BT, dtype)
-    backwards = [backward]
-    for layer in range(layout.config.num_layers):
-        residual_BTC, backward = _part(this, "block", partial(_block, this, layer), residual_BTC)
-        backwards.append(backward)
-    h_BTC, norm_backward = _layer_norm(this, "lnf", 0, residual_BTC)
+    h_BTC, backward = _hidden_states(this, x_BT, dtype)
     loss, dh_BTC = _classify(this, h_BTC, y_BT, scale)
-    dresidual_BTC = norm_backward(dh_BTC, jnp.zeros_like(residual_BTC))
-    for backward in reversed(backwards):
-        dresidual_BTC = backward(dresidual_BTC)
+    backward(dh_BTC)
     return loss, *gradient.finish()
 
 
@@ -161,19 +159,48 @@ def token_losses(
     params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array, layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
 ) -> jax.Array:
     """Cross-entropy of every target, (B, T) float32, in nats; arguments as loss_and_gradient's."""
-    custom_calls.load()
-    no_gradient = _Gradient(jnp.zeros((0,), jnp.float32), layout, matmul, accumulate=False)  # no backward is called
-    this = _Pass(params_N, layout, matmul, no_gradient, "none")
-    residual_BTC, _ = _embed(this, x_BT, dtype)
-    for layer in range(layout.config.num_layers):
-        residual_BTC, _ = _block(this, layer, residual_BTC)
-    h_BTC, _ = _layer_norm(this, "lnf", 0, residual_BTC)
+    this = _forward_alone(params_N, layout, matmul)
+    h_BTC, _ = _hidden_states(this, x_BT, dtype)
     losses: list[jax.Array] = []
     for h_RC, y_R in _classifier_chunks(h_BTC, y_BT):
         if losses:
-            h_RC = no_gradient.barrier(h_RC, losses[-1])
+            h_RC = this.gradient.barrier(h_RC, losses[-1])
         losses.append(_row_losses(this, h_RC, y_R, 1.0)[0])
     return jnp.concatenate(losses).reshape(y_BT.shape)
+
+
+def logits_at(
+    params_N: jax.Array, x_BT: jax.Array, position: jax.Array, layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str
+) -> jax.Array:
+    """Logits (B, vocab_size) float32 of the token after `position` (int32 scalar); other arguments as
+    loss_and_gradient's."""
+    this = _forward_alone(params_N, layout, matmul)
+    h_BTC, _ = _hidden_states(this, x_BT, dtype)
+    h_BC = lax.dynamic_index_in_dim(h_BTC, position, axis=1, keepdims=False)
+    return _logits(this, h_BC)[:, : layout.config.vocab_size]
+
+
+def _forward_alone(params_N: jax.Array, layout: ParameterLayout, matmul: str) -> _Pass:
+    """A pass of which no backward is called, so that no gradient is written."""
+    custom_calls.load()
+    return _Pass(params_N, layout, matmul, _Gradient(jnp.zeros((0,), jnp.float32), layout, matmul, False), "none")
+
+
+def _hidden_states(this: _Pass, x_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Callable[[jax.Array], None]]:
+    """What the classifier reads, (B, T, C)."""
+    residual_BTC, backward = _embed(this, x_BT, dtype)
+    backwards = [backward]
+    for layer in range(this.layout.config.num_layers):
+        residual_BTC, backward = _part(this, "block", partial(_block, this, layer), residual_BTC)
+        backwards.append(backward)
+    h_BTC, norm_backward = _layer_norm(this, "lnf", 0, residual_BTC)
+
+    def all_backward(dh_BTC: jax.Array) -> None:
+        dresidual_BTC = norm_backward(dh_BTC, jnp.zeros_like(residual_BTC))
+        for backward in reversed(backwards):
+            dresidual_BTC = backward(dresidual_BTC)
+
+    return h_BTC, all_backward
 
 
 def _embed(this: _Pass, x_BT: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, _Backward]:
@@ -322,17 +349,21 @@ def _classifier_chunks(h_BTC: jax.Array, y_BT: jax.Array) -> list[tuple[jax.Arra
 
 def _row_losses(this: _Pass, h_RC: jax.Array, y_R: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """The losses of some rows, and `scale` times the cotangent of the logits that their sum has."""
-    wte_VC, vocab_size = this.view("wte"), this.layout.config.vocab_size
-    logits_RV = matmul(h_RC, wte_VC, transpose_b=True, out_dtype=_FLOAT32, implementation=this.implementation)
+    logits_RV = _logits(this, h_RC)
     return _call(
         custom_calls.SOFTMAX_CROSS_ENTROPY,
         (jax.ShapeDtypeStruct(y_R.shape, _FLOAT32), jax.ShapeDtypeStruct(logits_RV.shape, h_RC.dtype)),
         logits_RV,
         y_R,
         aliases={0: 1} if h_RC.dtype == _FLOAT32 else None,
-        vocab_size=np.int64(vocab_size),
+        vocab_size=np.int64(this.layout.config.vocab_size),
         scale=np.float32(scale),
     )
+
+
+def _logits(this: _Pass, h_RC: jax.Array) -> jax.Array:
+    """Of some rows, the vocabulary's padding too."""
+    return matmul(h_RC, this.view("wte"), transpose_b=True, out_dtype=_FLOAT32, implementation=this.implementation)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

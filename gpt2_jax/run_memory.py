@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.in_place import writes_in_place
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.memory import MemoryEstimate, estimate
-from gpt2_jax.train_step import writes_in_place
 
 
 def recomputing_saves_memory(backend: Backend, matmul: str) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from gpt2_jax import custom_calls, in_place, jax_compat, model
+from gpt2_jax import custom_calls, in_place, model
+from gpt2_jax.in_place import writes_in_place
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.optimizer import AdamWState, Optimizer, Schedule
 from gpt2_jax.stability import Verdict, empty_windows, judge, squared_norms
@@ -40,11 +41,6 @@ class Metrics:
     learning_rate: jax.Array
     squared_norms: jax.Array  # (16,), of every tensor's gradient
     verdict: Verdict  # whether the update was applied, and why not
-
-
-def writes_in_place(matmul: str) -> bool:
-    """Whether the gradient is written in place: by the custom calls, with a jax that can alias them (from 0.4.38 on)."""
-    return custom_calls.serve(matmul) and jax_compat.ffi_call_can_alias()
 
 
 def create_state(params_N: np.ndarray, optimizer: Optimizer, *, matmul: str = "xla") -> TrainState:

@@ -45,14 +45,18 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     arguments.validate()
-    select_backend(arguments.backend)  # before anything imports jax
+    backend = select_backend(arguments.backend)  # before anything imports jax
 
+    from gpt2_jax.backend import open_device
     from gpt2_jax.generate import complete
+    from gpt2_jax.matmul import choose_implementation
     from gpt2_jax.tokenizer import gpt2_tokenizer, tokenizer_from_file
     from gpt2_jax.weights import load_weights
 
     tokenizer = gpt2_tokenizer() if arguments.tokenizer is None else tokenizer_from_file(arguments.tokenizer)
     config, params = load_weights(ModelSettings(init=arguments.checkpoint))
+    open_device(backend)
+    matmul = choose_implementation("auto", backend).name
     print(arguments.prompt, end="", flush=True)
     for text in complete(
         config,
@@ -60,6 +64,7 @@ def main() -> None:
         tokenizer,
         arguments.prompt,
         max_tokens=arguments.max_tokens,
+        matmul=matmul,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,

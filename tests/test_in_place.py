@@ -9,6 +9,7 @@ import pytest
 
 from gpt2_jax import in_place, jax_compat, model
 from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
+from gpt2_jax.generate import next_token_logits
 from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.train_step import loss_and_gradient
@@ -86,6 +87,18 @@ def test_the_losses_alone_are_those_of_every_target(tiny_layout, tiny_params, ti
     mean = make_loss_function(tiny_layout, dtype=jnp.dtype(dtype), matmul=implementation)(params, x, y)
     # The same calls: what is left is the order of the mean.
     assert float(mean) == pytest.approx(float(trained[0]), rel=4 * 2.0**-24)
+
+
+@implementations
+@dtypes
+def test_logits_of_one_position(tiny_layout, tiny_params, tiny_batch, implementation, dtype):
+    params, x_1T, dtype_of_all = jnp.asarray(tiny_params), tiny_batch[0][:1], jnp.dtype(dtype)
+    expected_TV = model.logits(params, x_1T, tiny_layout, dtype=dtype_of_all)[0, :, : tiny_layout.config.vocab_size]
+    largest = float(jnp.abs(expected_TV).max())
+    for position in (0, 6):
+        options = {"layout": tiny_layout, "dtype": dtype_of_all, "matmul": implementation}
+        found_V = next_token_logits(params, x_1T, jnp.int32(position), **options)
+        np.testing.assert_allclose(found_V, expected_TV[position], rtol=0, atol=TOLERANCE[dtype] * largest)
 
 
 def temporary_bytes(layout, tokens, **options):

@@ -8,9 +8,9 @@ import pytest
 
 from gpt2_jax import model
 from gpt2_jax.backend import Backend, select_backend
+from gpt2_jax.in_place import writes_in_place
 from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.run_memory import memory_needed, needing_less
-from gpt2_jax.train_step import writes_in_place
 from tests.conftest import change
 
 

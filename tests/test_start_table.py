@@ -8,12 +8,12 @@ import pytest
 
 from gpt2_jax.backend import Backend
 from gpt2_jax.config import RunConfig
+from gpt2_jax.in_place import writes_in_place
 from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.matmul import Choice
 from gpt2_jax.memory import MemoryEstimate
 from gpt2_jax.start_table import start_table
-from gpt2_jax.train_step import writes_in_place
 from tests.conftest import CPU, TINY, change
 
 NEEDED = MemoryEstimate(1_000_000_000, 2_000_000_000, 3_000_000_000, 4_000_000_000)

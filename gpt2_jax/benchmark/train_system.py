@@ -123,9 +123,10 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     import jax
     import jax.numpy as jnp
 
+    from gpt2_jax.in_place import writes_in_place
     from gpt2_jax.matmul import choose_implementation, rung_precision
     from gpt2_jax.optimizer import adamw, learning_rate_schedule
-    from gpt2_jax.train_step import create_state, make_train_step, writes_in_place
+    from gpt2_jax.train_step import create_state, make_train_step
 
     backend = select_backend(request.backend)
     if backend.platform == "cpu":
