@@ -187,8 +187,8 @@ def matmul(
     """The product (M, N) of two matrices, summed in float32, plus `bias` (N,), rounded once to `out_dtype`.
 
     a is (M, K), or (K, M) with `transpose_a`; b is (K, N), or (N, K) with `transpose_b`; each float32 or bfloat16.
-    Without a `precision`, by name, a's dtype decides; the rungs read b as it is stored. Not
-    differentiable itself for the custom calls; `linear` is. NotImplementedError when it cannot be served.
+    Without a `precision`, by name, a's dtype decides; the rungs read b as it is stored. Not differentiable itself for
+    the custom calls; `linear` is. NotImplementedError when it cannot be served.
     """
     if implementation == "xla":
         product = _xla_product(a, _as_array(b), transpose_a, transpose_b, precision)

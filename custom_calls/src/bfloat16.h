@@ -13,17 +13,18 @@ inline float bfloat16_to_float(uint16_t value) {
   return result;
 }
 
-// Towards zero.
-inline uint16_t upper_half(float value) {
+inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return static_cast<uint16_t>(bits >> 16);
+  return bits;
 }
+
+// Towards zero.
+inline uint16_t upper_half(float value) { return static_cast<uint16_t>(bits_of(value) >> 16); }
 
 // To nearest, ties to even. A NaN stays a NaN: rounding its payload up could make it an infinity.
 inline uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const uint32_t quiet_nan = (bits >> 16) | 0x40;
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
@@ -31,8 +32,7 @@ inline uint16_t float_to_bfloat16(float value) {
 
 // The same as the CPU's bfloat16 instructions round: what is denormal counts as zero.
 inline uint16_t float_to_bfloat16_without_denormals(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t bits = bits_of(value);
   if ((bits & 0x7f800000) == 0) return static_cast<uint16_t>((bits >> 16) & 0x8000);
   return float_to_bfloat16(value);
 }

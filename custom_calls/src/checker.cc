@@ -59,12 +59,12 @@ const Implementation* Checker::implementation(std::string_view name) {
 
 Precision Checker::precision(std::string_view name) {
   Precision found = Precision::kF32_F32_F32;
+  if (parse_precision(name, &found)) return found;
   std::string names;
   for (const Precision precision : kPrecisions) {
     names += (names.empty() ? "" : ", ") + std::string(gpt2_jax::name(precision));
   }
-  expect(parse_precision(name, &found),
-         "a precision among " + names + ", got \"" + std::string(name) + "\"");
+  expect(false, "a precision among " + names + ", got \"" + std::string(name) + "\"");
   return found;
 }
 

@@ -47,7 +47,6 @@ struct Lanes {
 };
 
 int parts_of(const Operand& operand, Precision precision) {
-  if (precision == Precision::kS8_S8_S32_X6) return kMaxParts;
   if (operand.dtype == DType::kBFloat16) return 1;
   if (precision == Precision::kBF16_BF16_F32_X6) return 3;
   return precision == Precision::kBF16_BF16_F32_X3 ? 2 : 1;
@@ -56,13 +55,9 @@ int parts_of(const Operand& operand, Precision precision) {
 Lanes as_lanes(const Operand& operand, int64_t count, bool along_k, Precision precision,
                TileSide side) {
   const int64_t stride = operand.leading_dimension;
-  return {operand,
-          count,
-          along_k ? stride : 1,
-          along_k ? 1 : stride,
-          parts_of(operand, precision),
-          side,
-          precision == Precision::kS8_S8_S32_X6};
+  const bool digits = precision == Precision::kS8_S8_S32_X6;
+  const int parts = digits ? kMaxParts : parts_of(operand, precision);
+  return {operand, count, along_k ? stride : 1, along_k ? 1 : stride, parts, side, digits};
 }
 
 // The products of parts that a precision keeps, one part changing from each to the next.

@@ -31,7 +31,8 @@ inline __m512i larger(__m512i largest, __m512 values) {
   return _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(values), magnitude));
 }
 
-// What 16 lanes are multiplied with to be integers, and their scales, from their largest bits.
+// What 16 lanes are multiplied with to be integers, and their scales, from their largest bits; the
+// exponent is exponent_of_digits' in tiles_portable.cc.
 inline __m512 to_integers(__m512i largest, float* scales) {
   const __m512i bits = _mm512_add_epi32(largest, _mm512_set1_epi32(0x20000));
   const __m512i exponent = _mm512_min_epu32(

@@ -10,30 +10,23 @@
 namespace gpt2_jax {
 namespace {
 
-// The parts of the element (lane, k) of the source.
-void split(const TileSource& source, int64_t lane, int64_t k, int parts, uint16_t* words) {
-  const int64_t index = lane * source.lane_stride + k * source.k_stride;
-  if (source.narrow) {
-    words[0] = static_cast<const uint16_t*>(source.data)[index];
-    return;
-  }
-  float rest = static_cast<const float*>(source.data)[index];
-  for (int part = 0; part < parts; ++part) {
-    words[part] = parts == kMaxParts ? upper_half(rest) : float_to_bfloat16_without_denormals(rest);
-    rest -= bfloat16_to_float(words[part]);
-  }
-}
-
 float element(const TileSource& source, int64_t lane, int64_t k) {
   const int64_t index = lane * source.lane_stride + k * source.k_stride;
   return source.narrow ? bfloat16_to_float(static_cast<const uint16_t*>(source.data)[index])
                        : static_cast<const float*>(source.data)[index];
 }
 
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
+// The parts of the element (lane, k) of the source.
+void split(const TileSource& source, int64_t lane, int64_t k, int parts, uint16_t* words) {
+  float rest = element(source, lane, k);
+  if (source.narrow) {
+    words[0] = upper_half(rest);
+    return;
+  }
+  for (int part = 0; part < parts; ++part) {
+    words[part] = parts == kMaxParts ? upper_half(rest) : float_to_bfloat16_without_denormals(rest);
+    rest -= bfloat16_to_float(words[part]);
+  }
 }
 
 // Of the power of two that is 2^22 units, with a float32's bias, where a lane's largest magnitude
