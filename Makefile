@@ -15,7 +15,7 @@ SANITIZERS ?= address undefined thread
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The extra for this machine's accelerator: mps, metal, cuda, or nothing for plain CPU.
-EXTRA = $(shell $(PYTHON) -m gpt2_jax.backend)
+EXTRA = $(shell $(PYTHON) -m gpt2_jax.compute.backend)
 CUSTOM_CALL_SOURCES := $(shell find custom_calls -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
 .PHONY: train test bench test-oldest-jax test-matrix test-custom-calls test-aarch64 check-macos wheel lint clean

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.backend import Backend
-from gpt2_jax.matmul import RUNGS, choose_implementation, matmul
+from gpt2_jax.compute.backend import Backend
+from gpt2_jax.ops.linear import RUNGS, choose_implementation, matmul
 
 refusals = choose_implementation("auto", Backend("cpu", "cpu", "")).refusals
 # Integers of three bits, and sums of at most 17: exact in every precision.

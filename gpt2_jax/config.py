@@ -22,10 +22,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gpt2_jax.buffer.layout import ModelConfig, is_descriptor, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, is_descriptor, model_config_from_descriptor
+from gpt2_jax.files import read_text_file
 from gpt2_jax.llmc.command_line import translate
-from gpt2_jax.text_file import read_text_file
 
 _MAX_BYTES = 100_000  # of a file with settings
 

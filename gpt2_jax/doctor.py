@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_jax import metal_plugins
-from gpt2_jax.backend import Backend, has_nvidia_driver, select_backend
+from gpt2_jax.compute import metal_plugins
+from gpt2_jax.compute.backend import Backend, has_nvidia_driver, select_backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import YNNPACK_FLAG, unmet_requirements, version_text
 
@@ -128,7 +128,7 @@ def _plugins() -> Iterator[Finding]:
 
 def _matrix_products() -> Iterator[Finding]:
     try:
-        from gpt2_jax import matmul
+        from gpt2_jax.ops import linear as matmul
     except ImportError as error:
         yield Finding("matmul", f"expected to import jax, found: {error}", "pip install -e .", broken=True)
         return
@@ -149,7 +149,7 @@ def _devices() -> Iterator[Finding]:
 
 def open_in_a_process(backend_name: str) -> tuple[bool, str]:
     """Whether the device of a backend can be opened, and its name, or the last words of the process that tried."""
-    program = f"from gpt2_jax.backend import *; print(open_device(select_backend({backend_name!r})))"
+    program = f"from gpt2_jax.compute.backend import *; print(open_device(select_backend({backend_name!r})))"
     command = [sys.executable, "-c", program]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_TO_OPEN, check=False)

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import classifier, in_place, model
+from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.buffer.views import views
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.in_place import writes_in_place
-from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
-from gpt2_jax.views import views
+from gpt2_jax.models import gpt2 as model
+from gpt2_jax.ops import classifier, in_place
+from gpt2_jax.ops.in_place import writes_in_place
 
 LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
-from gpt2_jax import classifier, in_place, model
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.views import views
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.in_place import writes_in_place
-from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.random import XorShift
-from gpt2_jax.views import views
+from gpt2_jax.models import gpt2 as model
+from gpt2_jax.ops import classifier, in_place
+from gpt2_jax.ops.in_place import writes_in_place
 
 SEED = 1337  # llm.c's; every sample of a run starts from it, so that samples of different steps can be compared
 _SHORTEST_COMPILED_LENGTH = 64

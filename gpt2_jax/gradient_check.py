@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import custom_calls, model
+from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.compute.step import create_state, make_train_step
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss, pytorch_training_losses
-from gpt2_jax.layout import ModelConfig, ParameterLayout
-from gpt2_jax.optimizer import adamw, learning_rate_schedule
-from gpt2_jax.train_step import create_state, make_train_step
+from gpt2_jax.models import gpt2 as model
+from gpt2_jax.ops.cpu import library as custom_calls
 
 STEPS = 10
 LEARNING_RATE = 1e-4

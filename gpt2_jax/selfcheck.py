@@ -18,21 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import custom_calls
-from gpt2_jax.backend import Backend
-from gpt2_jax.corpus import encode_documents, kjv_chapters
+from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
+from gpt2_jax.buffer.layout import GPT2_VOCAB_SIZE, ModelConfig, ParameterLayout
+from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.step import create_state, loss_and_gradient, make_train_step
+from gpt2_jax.data.corpus import encode_documents, kjv_chapters
 from gpt2_jax.doctor import processor_name, system_name
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.generate import generate, next_token_logits
 from gpt2_jax.gradient_check import Comparison, compare_gradients, compare_logits, compare_losses
-from gpt2_jax.initialize import initialize_parameters
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
 from gpt2_jax.jax_compat import version_text
-from gpt2_jax.layout import GPT2_VOCAB_SIZE, ModelConfig, ParameterLayout
 from gpt2_jax.llmc.header import atomic_write
-from gpt2_jax.matmul import IMPLEMENTATIONS, choose_implementation
-from gpt2_jax.optimizer import adamw, learning_rate_schedule
-from gpt2_jax.train_step import create_state, loss_and_gradient, make_train_step
+from gpt2_jax.models.initialize import initialize_parameters
+from gpt2_jax.ops.cpu import library as custom_calls
+from gpt2_jax.ops.linear import IMPLEMENTATIONS, choose_implementation
 
 SMALL_MODEL = ModelConfig(max_sequence_length=64, vocab_size=GPT2_VOCAB_SIZE, num_layers=4, num_heads=4, channels=128)
 BATCH_SIZE = 4

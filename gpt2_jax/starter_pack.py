@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import model
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.data.tokenizer import gpt2_tokenizer, token_bytes
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.debug_state import DebugState, write_debug_state
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.token_shard import open_token_shard
 from gpt2_jax.llmc.tokenizer_file import write_tokenizer_file
-from gpt2_jax.tokenizer import gpt2_tokenizer, token_bytes
+from gpt2_jax.models import gpt2 as model
 
 
 def first_batch(tokens_path: str, vocab_size: int, batch_size: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:

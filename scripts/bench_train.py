@@ -19,8 +19,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2_jax.backend import select_backend
 from gpt2_jax.benchmark.machine import limit_threads
+from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.errors import run_program
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
     from gpt2_jax.benchmark.train import bench_train
     from gpt2_jax.benchmark.train_report import Workload
-    from gpt2_jax.layout import model_config_from_descriptor
+    from gpt2_jax.buffer.layout import model_config_from_descriptor
 
     config = model_config_from_descriptor(arguments.model)
     work = Workload(arguments.model, config, arguments.batch_size, arguments.sequence_length, arguments.backend)

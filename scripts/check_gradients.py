@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from gpt2_jax.backend import select_backend
+from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import ModelSettings
 from gpt2_jax.errors import Gpt2JaxError, run_program
 
@@ -45,10 +45,10 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     backend = select_backend(arguments.backend, full_float32=True)  # before anything imports jax
 
-    from gpt2_jax.backend import open_device
+    from gpt2_jax.compute.backend import open_device
     from gpt2_jax.gradient_check import check_gradients
-    from gpt2_jax.matmul import choose_implementation
-    from gpt2_jax.weights import load_weights
+    from gpt2_jax.models.weights import load_weights
+    from gpt2_jax.ops.linear import choose_implementation
 
     device = open_device(backend)
     matmul = choose_implementation(arguments.matmul, backend).name

@@ -16,11 +16,11 @@ from typing import Literal
 
 import tyro
 
-from gpt2_jax.backend import metal_backend, select_backend
+from gpt2_jax.buffer.layout import model_config_from_descriptor
+from gpt2_jax.compute.backend import metal_backend, select_backend
+from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.config import RunConfig, load_config, model_config_from_settings
 from gpt2_jax.errors import Gpt2JaxError, run_program
-from gpt2_jax.layout import model_config_from_descriptor
-from gpt2_jax.metal_plugins import METAL_PLUGINS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main() -> None:
 
     import jax
 
-    from gpt2_jax.metal_check import check_functions
+    from gpt2_jax.compute.metal_check import check_functions
 
     if arguments.config and arguments.size:
         raise Gpt2JaxError("expected --size or --config, found both")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gpt2_jax.backend import select_backend
+from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import ModelSettings
 from gpt2_jax.errors import Gpt2JaxError, run_program
 
@@ -47,11 +47,11 @@ def main() -> None:
     arguments.validate()
     backend = select_backend(arguments.backend)  # before anything imports jax
 
-    from gpt2_jax.backend import open_device
+    from gpt2_jax.compute.backend import open_device
+    from gpt2_jax.data.tokenizer import gpt2_tokenizer, tokenizer_from_file
     from gpt2_jax.generate import complete
-    from gpt2_jax.matmul import choose_implementation
-    from gpt2_jax.tokenizer import gpt2_tokenizer, tokenizer_from_file
-    from gpt2_jax.weights import load_weights
+    from gpt2_jax.models.weights import load_weights
+    from gpt2_jax.ops.linear import choose_implementation
 
     tokenizer = gpt2_tokenizer() if arguments.tokenizer is None else tokenizer_from_file(arguments.tokenizer)
     config, params = load_weights(ModelSettings(init=arguments.checkpoint))

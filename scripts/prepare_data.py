@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from gpt2_jax import corpus
+from gpt2_jax.data import corpus
 from gpt2_jax.errors import run_program
 
 

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import tyro
 
-from gpt2_jax.checkpoint import newest_step, reshard_checkpoint
 from gpt2_jax.config import DataSettings, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError, run_program
 from gpt2_jax.llmc.loader import loader_states
+from gpt2_jax.training.checkpoint import newest_step, reshard_checkpoint
 
 
 @dataclass(frozen=True)

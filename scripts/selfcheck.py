@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from gpt2_jax.backend import select_backend
+from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.errors import run_program
 
 
@@ -37,8 +37,8 @@ def main() -> None:
     backend = select_backend(arguments.backend, metal_plugin=arguments.metal_plugin, full_float32=True)
 
     from gpt2_jax import selfcheck
-    from gpt2_jax.backend import open_device
-    from gpt2_jax.tokenizer import gpt2_tokenizer
+    from gpt2_jax.compute.backend import open_device
+    from gpt2_jax.data.tokenizer import gpt2_tokenizer
 
     print(f"{backend.name} ({open_device(backend)}): {backend.reason}", flush=True)
     config = selfcheck.SMALL_MODEL

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 
-from gpt2_jax.backend import select_backend
+from gpt2_jax.compute.backend import select_backend
+from gpt2_jax.compute.memory import keep_freed_memory
 from gpt2_jax.config import format_config, parse_command_line
 from gpt2_jax.errors import run_program
-from gpt2_jax.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     if backend.platform == "cpu":
         keep_freed_memory()
 
-    from gpt2_jax.trainer import train
+    from gpt2_jax.training.run import train
 
     train(config, name, backend)
 

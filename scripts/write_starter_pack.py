@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from gpt2_jax.backend import select_backend
+from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import ModelSettings
 from gpt2_jax.errors import run_program
 
@@ -39,8 +39,8 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     select_backend(arguments.backend)  # before anything imports jax
 
+    from gpt2_jax.models.weights import load_weights
     from gpt2_jax.starter_pack import first_batch, write_starter_pack
-    from gpt2_jax.weights import load_weights
 
     print(f"making {arguments.init} ...", flush=True)
     config, params = load_weights(ModelSettings(init=arguments.init))

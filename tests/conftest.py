@@ -30,13 +30,13 @@ import pytest
 from hypothesis import settings
 
 import gpt2_jax
-from gpt2_jax import backend, metal_plugins
-from gpt2_jax.backend import Backend
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.compute import backend, metal_plugins
+from gpt2_jax.compute.backend import Backend
 from gpt2_jax.config import RunConfig
-from gpt2_jax.initialize import initialize_parameters
-from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.token_shard import write_token_shard
-from gpt2_jax.matmul import choose_implementation
+from gpt2_jax.models.initialize import initialize_parameters
+from gpt2_jax.ops.linear import choose_implementation
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -151,7 +151,7 @@ def machine(monkeypatch):
         installed = {name.replace("_", "-"): version for name, version in versions.items()}
         installed["gpt2_jax"] = "0.1.0"
         installed.setdefault("jaxlib", installed.get("jax"))
-        monkeypatch.setattr("gpt2_jax.metal_plugins.version_text", installed.get)
+        monkeypatch.setattr("gpt2_jax.compute.metal_plugins.version_text", installed.get)
         monkeypatch.setattr("gpt2_jax.jax_compat.version_text", installed.get)
         monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES[name, installed[name]])
 

@@ -7,6 +7,8 @@ import typing
 
 import pytest
 
+from gpt2_jax.buffer.layout import model_config_from_descriptor
+from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.config import (
     ComputeSettings,
     ModelSettings,
@@ -18,9 +20,7 @@ from gpt2_jax.config import (
     saved_config_path,
 )
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import model_config_from_descriptor
-from gpt2_jax.matmul import IMPLEMENTATIONS
-from gpt2_jax.metal_plugins import METAL_PLUGINS
+from gpt2_jax.ops.linear import IMPLEMENTATIONS
 from tests.conftest import REPOSITORY
 
 # Every flag of train.py. A change here is a change of the public interface: README, presets and users' scripts.

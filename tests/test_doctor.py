@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from gpt2_jax import doctor, metal_plugins
+from gpt2_jax import doctor
+from gpt2_jax.compute import metal_plugins
 
 MAC = {"system": "darwin", "processor": "arm64", "macos": "15.3"}
 

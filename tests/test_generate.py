@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax import model
+from gpt2_jax.buffer.layout import ModelConfig
+from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.generate import complete, generate, prompt_tokens, sample
-from gpt2_jax.initialize import initialize_parameters
-from gpt2_jax.layout import ModelConfig
 from gpt2_jax.llmc.random import XorShift
-from gpt2_jax.tokenizer import gpt2_tokenizer
+from gpt2_jax.models import gpt2 as model
+from gpt2_jax.models.initialize import initialize_parameters
 from tests.conftest import TINY
 
 FLOAT32 = jnp.dtype("float32")

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
+from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.compute.step import create_state, make_train_step
 from gpt2_jax.llmc.debug_state import read_debug_state
 from gpt2_jax.llmc.model_file import read_model_file
-from gpt2_jax.optimizer import adamw, learning_rate_schedule
 from gpt2_jax.starter_pack import debug_state, write_starter_pack
-from gpt2_jax.train_step import create_state, make_train_step
 from tests.conftest import TINY
 
 STEPS = 10

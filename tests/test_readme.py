@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpt2_jax.metal_plugins import METAL_PLUGINS
+from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from tests.conftest import REPOSITORY
 from tests.test_config import FLAGS
 

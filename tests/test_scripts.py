@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 
-from gpt2_jax.checkpoint import complete_steps, load_checkpoint, newest_step
-from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.state_file import read_state_files
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
+from gpt2_jax.training.checkpoint import complete_steps, load_checkpoint, newest_step
 from tests.conftest import REPOSITORY, TINY
 from tests.llmc.test_command_line import ALL_FLAGS
 
@@ -106,7 +106,7 @@ def test_prepare_data_makes_shards_of_a_text_file(tmp_path):
 
 
 def test_generate_continues_a_text_the_same_way_for_the_same_seed(tmp_path):
-    from gpt2_jax.initialize import initialize_parameters
+    from gpt2_jax.models.initialize import initialize_parameters
 
     config = ModelConfig(max_sequence_length=16, vocab_size=50257, num_layers=1, num_heads=1, channels=8)
     path = tmp_path / "model.bin"
@@ -144,7 +144,7 @@ def test_check_gradients_prints_every_tensor_and_its_status_can_be_trusted(tiny_
     assert output.endswith("all within tolerance\n")
 
     program = (
-        "import runpy, sys, gpt2_jax.model as model; model.LAYERNORM_EPSILON = 1e-3; "
+        "import runpy, sys, gpt2_jax.models.gpt2 as model; model.LAYERNORM_EPSILON = 1e-3; "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script = str(REPOSITORY / "scripts" / "check_gradients.py")

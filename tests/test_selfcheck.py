@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import selfcheck
-from gpt2_jax.backend import Backend
+from gpt2_jax.compute.backend import Backend
 from tests.conftest import REPOSITORY, TINY
 
 CPU = Backend("cpu", "cpu", "test")

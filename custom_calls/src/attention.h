@@ -2,7 +2,7 @@
 //
 //   out = softmax(q k^T / sqrt(D), positions up to one's own) v     for each sequence and head
 //
-// Reference: gpt2_jax/attention.py. The scores are made for a block of queries at a time and never
+// Reference: gpt2_jax/ops/attention.py. The scores are made for a block of queries at a time and never
 // stored whole; the backward pass makes them again from the log-sums of the forward pass.
 #pragma once
 

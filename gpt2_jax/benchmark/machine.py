@@ -9,8 +9,8 @@ import platform
 import time
 from pathlib import Path
 
-from gpt2_jax import custom_calls
 from gpt2_jax.doctor import processor_name
+from gpt2_jax.ops.cpu import library as custom_calls
 
 _STARTED = time.monotonic()
 _THREAD_VARIABLES = (

@@ -13,8 +13,8 @@ from gpt2_jax.benchmark.chart import Bar, check_writable, draw_bars
 from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_running
 from gpt2_jax.benchmark.matmul_timing import ERROR_ROWS, Run, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRODUCTS, dimensions, flops, linears_of
+from gpt2_jax.buffer.layout import ModelConfig, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, model_config_from_descriptor
 
 _QUICK_SECONDS = 41.0  # of the whole program, so that it ends within 50
 

@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_jax import matmul
-from gpt2_jax.backend import Backend
 from gpt2_jax.benchmark.machine import seconds_running
 from gpt2_jax.benchmark.products import (
     IMPLEMENTATIONS,
@@ -35,8 +33,10 @@ from gpt2_jax.benchmark.products import (
     make_operands,
     rows_of,
 )
+from gpt2_jax.buffer.layout import ModelConfig
+from gpt2_jax.compute.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig
+from gpt2_jax.ops import linear as matmul
 
 ERROR_ROWS = 4  # rows of a result, evenly spread, that are compared with float64
 _PAUSE = 0.05  # seconds after a round: the threads of OpenMP and OpenBLAS spin for some 20 ms when their work is done

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from gpt2_jax.backend import select_backend
-from gpt2_jax.layout import ModelConfig
+from gpt2_jax.buffer.layout import ModelConfig
+from gpt2_jax.compute.backend import select_backend
 
 _ACCELERATOR_SIZE = 8192  # of a square product that fills an accelerator
 _ACCELERATOR_PRODUCTS = 20

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gpt2_jax.layout import ParameterLayout
-from gpt2_jax.optimizer import BETA1, BETA2, EPSILON, GRADIENT_CLIP
+from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, GRADIENT_CLIP
+from gpt2_jax.buffer.layout import ParameterLayout
 
 Parameters = dict[str, Any]
 Attention = Literal["xla", "cudnn"] | None

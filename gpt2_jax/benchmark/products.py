@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import custom_calls, matmul
-from gpt2_jax.layout import ModelConfig, ParameterLayout
-from gpt2_jax.views import WeightView
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.views import WeightView
+from gpt2_jax.ops import linear as matmul
+from gpt2_jax.ops.cpu import library as custom_calls
 
 # This project's own in the order of the ladder, then the peers.
 IMPLEMENTATIONS = (*matmul.RUNGS, "xla", "numpy", "pytorch")

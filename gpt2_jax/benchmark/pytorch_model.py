@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 
-# This project's, of gpt2_jax/optimizer.py, which would bring JAX into the process whose memory is measured.
+# This project's, of gpt2_jax/buffer/adamw.py, which would bring JAX into the process whose memory is measured.
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 GRADIENT_CLIP = 1.0
 

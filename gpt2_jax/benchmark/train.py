@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from gpt2_jax import custom_calls, matmul
-from gpt2_jax.backend import Backend
 from gpt2_jax.benchmark import peak as peak_of
 from gpt2_jax.benchmark.chart import check_writable
 from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_running
@@ -19,7 +17,10 @@ from gpt2_jax.benchmark.products import IMPLEMENTATIONS
 from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, record, table, title
 from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS
 from gpt2_jax.benchmark.train_turns import Patience, measure_in_turn
+from gpt2_jax.compute.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.ops import linear as matmul
+from gpt2_jax.ops.cpu import library as custom_calls
 
 _QUICK_SECONDS = 165.0  # of the whole program, so that it ends within 3 minutes
 _QUICK_STEPS = 3

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_jax import custom_calls, memory
-from gpt2_jax.backend import open_device, select_backend
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.compute import memory
+from gpt2_jax.compute.backend import open_device, select_backend
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.ops.cpu import library as custom_calls
 
 SYSTEMS = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
 DTYPES = ("float32", "bfloat16")
@@ -123,10 +124,10 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
     import jax
     import jax.numpy as jnp
 
-    from gpt2_jax.in_place import writes_in_place
-    from gpt2_jax.matmul import choose_implementation, rung_precision
-    from gpt2_jax.optimizer import adamw, learning_rate_schedule
-    from gpt2_jax.train_step import create_state, make_train_step
+    from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
+    from gpt2_jax.compute.step import create_state, make_train_step
+    from gpt2_jax.ops.in_place import writes_in_place
+    from gpt2_jax.ops.linear import choose_implementation, rung_precision
 
     backend = select_backend(request.backend)
     if backend.platform == "cpu":

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.files import read_text_file
 from gpt2_jax.llmc.header import file_size
-from gpt2_jax.text_file import read_text_file
 
 _MAX_CONFIG_BYTES = 1_000_000
 _HINT = "a folder that transformers' save_pretrained wrote for GPT2LMHeadModel"

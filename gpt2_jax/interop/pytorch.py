@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, GRADIENT_CLIP
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.interop.huggingface import TRANSPOSED, huggingface_names
-from gpt2_jax.layout import ModelConfig, ParameterLayout
-from gpt2_jax.optimizer import BETA1, BETA2, EPSILON, GRADIENT_CLIP
 
 if TYPE_CHECKING:
     import torch

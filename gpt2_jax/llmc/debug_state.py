@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_DEBUG_STATE,

@@ -12,8 +12,8 @@ import os
 import ml_dtypes
 import numpy as np
 
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_MODEL,

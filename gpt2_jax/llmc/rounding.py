@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from gpt2_jax.layout import ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.llmc.random import XorShift
 
 Words: TypeAlias = Any  # an array of uint32, NumPy's or jax's

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ParameterLayout
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TRAINING_STATE,

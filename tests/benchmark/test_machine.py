@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from gpt2_jax import custom_calls
 from gpt2_jax.benchmark import machine
+from gpt2_jax.ops.cpu import library as custom_calls
 
 
 def test_the_machine_names_cpu_threads_and_versions():

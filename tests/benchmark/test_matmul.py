@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax import matmul
 from gpt2_jax.benchmark import matmul as bench
 from gpt2_jax.benchmark import matmul_timing
 from gpt2_jax.benchmark.matmul_timing import Refusal, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRECISIONS, PRODUCTS, linears_of, make_operands
+from gpt2_jax.buffer.layout import ModelConfig, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, model_config_from_descriptor
+from gpt2_jax.ops import linear as matmul
 
 CONFIG = ModelConfig(max_sequence_length=16, vocab_size=256, num_layers=2, num_heads=2, channels=32)
 TOKENS = 24

@@ -10,13 +10,13 @@ import subprocess
 import jax
 import pytest
 
-from gpt2_jax import optimizer
 from gpt2_jax.benchmark import machine, peak, train, train_report, train_system, train_turns
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
+from gpt2_jax.buffer import adamw as optimizer
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
-from gpt2_jax.matmul import IMPLEMENTATIONS
+from gpt2_jax.ops.linear import IMPLEMENTATIONS
 
 # A vocabulary that is its own padding, so that the peers' softmax is over the same tokens.
 CONFIG = ModelConfig(max_sequence_length=16, vocab_size=256, num_layers=1, num_heads=2, channels=32)
@@ -82,7 +82,7 @@ def test_a_rung_that_cannot_be_had_is_a_reason():
 
 def refuse_rungs(call):
     """Run it where there are no custom calls."""
-    from gpt2_jax import backend
+    from gpt2_jax.compute import backend
 
     with pytest.MonkeyPatch.context() as patch:
         accelerator = backend.Backend("cuda", "cpu", "a test", frozenset({"custom_calls"}))

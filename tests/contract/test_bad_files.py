@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.config import RunConfig, format_config, load_config
-from gpt2_jax.corpus import hellaswag, text_file
+from gpt2_jax.data.corpus import hellaswag, text_file
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.interop.huggingface import read_huggingface_config
-from gpt2_jax.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file, write_eval_file
 from gpt2_jax.llmc.header import HEADER_BYTES
@@ -28,8 +28,8 @@ from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_m
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file, write_tokenizer_file
-from gpt2_jax.report import RunLog
-from gpt2_jax.run_record import Averages, RunRecord, read_run_record, write_run_record
+from gpt2_jax.report.display import RunLog
+from gpt2_jax.training.run_record import Averages, RunRecord, read_run_record, write_run_record
 from tests.contract.guard import no_hang
 
 SMALL = ModelConfig(max_sequence_length=8, vocab_size=10, num_layers=1, num_heads=1, channels=8)

@@ -17,7 +17,13 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-from gpt2_jax.checkpoint import (
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.loader import LoaderState, TokenLoader
+from gpt2_jax.llmc.model_file import read_model_file, write_model_file
+from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
+from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
+from gpt2_jax.training.checkpoint import (
     Checkpoint,
     complete_steps,
     delete_old_checkpoints,
@@ -26,13 +32,7 @@ from gpt2_jax.checkpoint import (
     reshard_checkpoint,
     save_checkpoint,
 )
-from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout
-from gpt2_jax.llmc.loader import LoaderState, TokenLoader
-from gpt2_jax.llmc.model_file import read_model_file, write_model_file
-from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
-from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
-from gpt2_jax.run_record import Averages, RunRecord
+from gpt2_jax.training.run_record import Averages, RunRecord
 from tests.conftest import TINY
 
 MODEL_BYTES = 1024 + 4 * ParameterLayout(TINY).num_parameters

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_jax.checkpoint import complete_steps
-from gpt2_jax.interrupts import stop_requests
-from gpt2_jax.report import RunLog
-from gpt2_jax.run_record import read_run_record
+from gpt2_jax.report.display import RunLog
+from gpt2_jax.training.checkpoint import complete_steps
+from gpt2_jax.training.interrupts import stop_requests
+from gpt2_jax.training.run_record import read_run_record
 from tests.conftest import REPOSITORY
 
 STEPS = 600

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_jax.buffer.layout import ModelConfig, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, model_config_from_descriptor
 from gpt2_jax.llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from tests.conftest import TINY
 from tests.llmc.twins import header

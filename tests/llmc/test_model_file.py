@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from tests.conftest import TINY
 from tests.llmc.twins import header

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.llmc.rounding import RoundingStream, noise_position, rounded_bits, squirrel_noise, stochastically_rounded
 from tests.llmc.twins import MASK, XorShiftTwin, squirrel
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.random import GENERATOR_STRUCT, Mt19937
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, num_processes_of, read_state_files, write_state_files

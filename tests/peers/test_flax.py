@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpt2_jax import model
+from gpt2_jax.models import gpt2 as model
 from tests.conftest import TINY
 
 nnx = pytest.importorskip("flax.nnx")

@@ -12,7 +12,7 @@ from gpt2_jax.config import ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.pytorch import make_pytorch_model
-from gpt2_jax.weights import read_sizes
+from gpt2_jax.models.weights import read_sizes
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.torch

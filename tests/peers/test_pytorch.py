@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax import optimizer
+from gpt2_jax.buffer import adamw as optimizer
 from gpt2_jax.gradient_check import check_gradients
-from gpt2_jax.matmul import IMPLEMENTATIONS
+from gpt2_jax.ops.linear import IMPLEMENTATIONS
 from tests.conftest import TINY, available
 
 pytestmark = pytest.mark.torch
@@ -32,7 +32,7 @@ def test_bfloat16_is_within_tolerance(tiny_params, tiny_batch, matmul):
 
 
 def test_a_wrong_gradient_is_found(tiny_params, tiny_batch, monkeypatch):
-    from gpt2_jax import model
+    from gpt2_jax.models import gpt2 as model
 
     monkeypatch.setattr(model, "LAYERNORM_EPSILON", 1e-3)
     failed = {row.name for row in check_gradients(TINY, tiny_params, *tiny_batch, dtype="float32") if not row.passed}

@@ -1,6 +1,6 @@
 // AdamW over flat buffers in one pass: what one update is, and who computes it.
 //
-// The reference is gpt2_jax/optimizer.py; the formula is llm.c's, llmc/adamw.cuh.
+// The reference is gpt2_jax/buffer/adamw.py; the formula is llm.c's, llmc/adamw.cuh.
 #pragma once
 
 #include <cstdint>

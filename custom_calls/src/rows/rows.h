@@ -1,7 +1,7 @@
 // What a transformer does row by row between its products, in float32 inside whatever is stored:
 // layer norm, GELU, softmax cross-entropy, and sums down the columns.
 //
-// Formulas: gpt2_jax/model.py and classifier.py, which are the reference.
+// Formulas: gpt2_jax/models/gpt2.py and classifier.py, which are the reference.
 #pragma once
 
 #include <cstdint>

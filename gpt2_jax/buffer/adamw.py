@@ -1,0 +1,175 @@
+"""AdamW over the flat buffer with llm.c's semantics, as an optax GradientTransformation, and as one pass over the
+buffers by a custom call; learning-rate schedules.
+
+Both run inside the compiled step. Formulas: llm.c llmc/adamw.cuh, llmc/schedulers.h, train_gpt2.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gpt2_jax import jax_compat
+from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.ops.cpu import library as custom_calls
+
+BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
+GRADIENT_CLIP = 1.0
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+class AdamWState(NamedTuple):
+    step: jax.Array  # int32 scalar: updates done, the index of the next one
+    m: jax.Array  # (num_parameters,) float32, first moment
+    v: jax.Array  # (num_parameters,) float32, second moment
+
+
+class Optimizer(NamedTuple):
+    """An optax.GradientTransformation that can also apply its own updates."""
+
+    init: Callable[[jax.Array], AdamWState]
+    update: Callable[..., tuple[jax.Array, AdamWState]]
+    # (grads, norm of grads, whether to apply them at all, state, params) -> (new params, new state)
+    apply: Callable[[jax.Array, jax.Array, jax.Array, AdamWState, jax.Array], tuple[jax.Array, AdamWState]]
+
+
+def global_norm(grads_N: jax.Array) -> jax.Array:
+    """L2 norm of the whole gradient buffer, a float32 scalar."""
+    return jnp.sqrt(jnp.sum(jnp.square(grads_N)))
+
+
+def clip_scale(norm: jax.Array, max_norm: float = GRADIENT_CLIP) -> jax.Array:
+    """What gradients of this norm are multiplied with: 1 / norm if it is above `max_norm` = 1, else 1.
+
+    Unlike torch's clip_grad_norm_ there is no epsilon in the denominator.
+    """
+    return jnp.where(norm > max_norm, max_norm / norm, 1.0)
+
+
+def adamw(
+    schedule: Schedule,
+    layout: ParameterLayout,
+    *,
+    weight_decay: float,
+    beta1: float = BETA1,
+    beta2: float = BETA2,
+    epsilon: float = EPSILON,
+    max_norm: float = GRADIENT_CLIP,
+    custom_call: bool = False,
+) -> Optimizer:
+    """AdamW on (num_parameters,) float32 buffers: clip by the global norm, moments, bias correction from step + 1,
+    and decoupled decay of the layout's decayed tensors (1-D and stacked bias tensors never decay).
+
+    update(grads, state, params) returns -lr * (m_hat / (sqrt(v_hat) + epsilon) + weight_decay * params), to be added
+    by optax.apply_updates. `params` is required. `apply` does both, or nothing but count the step; with `custom_call`
+    (on the CPU) in one pass over the four buffers, written in place inside jit.
+    """
+
+    def init(params_N: jax.Array) -> AdamWState:
+        # Two arrays, not one twice: the state's buffers are donated to the step.
+        return AdamWState(jnp.zeros((), jnp.int32), jnp.zeros_like(params_N), jnp.zeros_like(params_N))
+
+    def update(grads_N: jax.Array, state: AdamWState, params_N: jax.Array | None = None) -> tuple[jax.Array, AdamWState]:
+        if params_N is None:
+            raise ValueError("adamw: expected params in update(grads, state, params), found none")
+        return clipped_update(grads_N, global_norm(grads_N), state, params_N)
+
+    def clipped_update(
+        grads_N: jax.Array, norm: jax.Array, state: AdamWState, params_N: jax.Array
+    ) -> tuple[jax.Array, AdamWState]:
+        grads_N = grads_N * clip_scale(norm, max_norm)
+        m_N = beta1 * state.m + (1.0 - beta1) * grads_N
+        v_N = beta2 * state.v + (1.0 - beta2) * jnp.square(grads_N)
+        updates_done = (state.step + 1).astype(jnp.float32)
+        m_hat_N = m_N / (1.0 - jnp.power(beta1, updates_done))
+        v_hat_N = v_N / (1.0 - jnp.power(beta2, updates_done))
+        direction_N = m_hat_N / (jnp.sqrt(v_hat_N) + epsilon)
+        if weight_decay:
+            direction_N += jnp.where(_decays(layout), weight_decay, 0.0) * params_N
+        return -schedule(state.step) * direction_N, AdamWState(state.step + 1, m_N, v_N)
+
+    def apply(
+        grads_N: jax.Array, norm: jax.Array, applies: jax.Array, state: AdamWState, params_N: jax.Array
+    ) -> tuple[jax.Array, AdamWState]:
+        updates_N, new = clipped_update(grads_N, norm, state, params_N)
+        kept = AdamWState(new.step, jnp.where(applies, new.m, state.m), jnp.where(applies, new.v, state.v))
+        return jnp.where(applies, params_N + updates_N, params_N), kept
+
+    def apply_by_custom_call(
+        grads_N: jax.Array, norm: jax.Array, applies: jax.Array, state: AdamWState, params_N: jax.Array
+    ) -> tuple[jax.Array, AdamWState]:
+        custom_calls.load()
+        updates_done = (state.step + 1).astype(jnp.float32)
+        corrections = [1.0 / (1.0 - jnp.power(beta, updates_done)) for beta in (beta1, beta2)]
+        scalars = jnp.stack([clip_scale(norm, max_norm), schedule(state.step), *corrections, applies.astype(jnp.float32)])
+        buffer = jax.ShapeDtypeStruct(params_N.shape, params_N.dtype)
+        params_N, m_N, v_N = jax_compat.ffi_call(
+            custom_calls.ADAMW,
+            (buffer, buffer, buffer),
+            grads_N,
+            params_N,
+            state.m,
+            state.v,
+            scalars,
+            aliases={1: 0, 2: 1, 3: 2},
+            decay_spans=np.array(layout.decay_spans, dtype=np.int64).reshape(-1),
+            weight_decay=np.float32(weight_decay),
+            beta1=np.float32(beta1),
+            beta2=np.float32(beta2),
+            epsilon=np.float32(epsilon),
+            num_threads=np.int64(custom_calls.num_threads()),
+        )
+        return params_N, AdamWState(state.step + 1, m_N, v_N)
+
+    return Optimizer(init, update, apply_by_custom_call if custom_call else apply)
+
+
+def _decays(layout: ParameterLayout) -> jax.Array:
+    """(num_parameters,) bool, true where weight decay applies: comparisons that fuse into the update, not an array."""
+    index_N = lax.iota(jnp.uint32, layout.num_parameters)
+    decays_N = jnp.zeros((layout.num_parameters,), dtype=bool)
+    for start, stop in layout.decay_spans:
+        decays_N |= (index_N >= start) & (index_N < stop)
+    return decays_N
+
+
+def learning_rate_schedule(
+    kind: str, learning_rate: float, *, steps: int, warmup_steps: int = 0, final_fraction: float = 1.0
+) -> Schedule:
+    """Learning rate of the update with index `count` (0-based), float32, by llm.c's formulas.
+
+    All kinds but 'constant' rise as lr * (count + 1) / warmup_steps first. Then 'cosine' and 'linear' fall to
+    final_fraction * lr at `steps`; 'wsd' stays at lr up to int(0.8 * steps) and falls with 1 - sqrt.
+    """
+    lowest = final_fraction * learning_rate
+    decay_start = int(0.8 * steps) if kind == "wsd" else warmup_steps
+    decays: dict[str, Schedule] = {
+        "cosine": lambda done: lowest + 0.5 * (1.0 + jnp.cos(math.pi * done)) * (learning_rate - lowest),
+        "linear": lambda done: learning_rate - done * (learning_rate - lowest),
+        "wsd": lambda done: lowest + (1.0 - jnp.sqrt(done)) * (learning_rate - lowest),
+    }
+    if kind != "constant" and kind not in decays:
+        raise ValueError(f"schedule: expected one of {SCHEDULES}, found {kind!r}")
+
+    def schedule(count: jax.Array) -> jax.Array:
+        step = count.astype(jnp.float32)
+        if kind == "constant":
+            return jnp.full_like(step, learning_rate)
+        # The fraction of the decay that is done; a run whose warmup fills it has no decay.
+        done = jnp.clip((step - decay_start) / max(steps - decay_start, 1), 0.0, 1.0)
+        decayed = decays[kind](done)
+        if not warmup_steps:
+            return decayed
+        return jnp.where(step < warmup_steps, learning_rate * (step + 1.0) / warmup_steps, decayed)
+
+    return schedule
+
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")

@@ -1,0 +1,191 @@
+"""Which device computes, why it was chosen, and what it lacks; decided before jax is imported.
+
+The only reader of JAX_PLATFORMS and of the installed accelerator plugins. Code elsewhere asks the record.
+
+`python -m gpt2_jax.compute.backend` prints the pip extra that fits this machine; it needs nothing installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2_jax import jax_compat
+from gpt2_jax.compute import metal_plugins
+from gpt2_jax.compute.metal_plugins import MetalPlugin
+from gpt2_jax.errors import Gpt2JaxError
+
+_PROGRAM_FOLDER = "JAX_COMPILATION_CACHE_DIR"
+_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute. `lacks` names what code must do without: 'donation', 'custom_calls', 'loops' (compiled ones),
+    'barriers' (the compiler takes them out, and merges what is computed anew with what is kept)."""
+
+    name: str
+    platform: str  # jax's name for it, as in JAX_PLATFORMS
+    reason: str  # why it was chosen, for people
+    lacks: frozenset[str] = frozenset()
+    plugin: str = ""  # of 'metal': the distribution
+    environment: tuple[tuple[str, str], ...] = ()  # what it needs set before jax starts
+
+    @property
+    def donates(self) -> bool:
+        """Whether a compiled step may reuse the memory of the state it is given."""
+        return "donation" not in self.lacks
+
+    @property
+    def loops(self) -> bool:
+        """Whether a compiled function may hold a loop, rather than its body as often as it is run."""
+        return "loops" not in self.lacks
+
+
+def select_backend(requested: str, *, metal_plugin: str = "auto", full_float32: bool = False) -> Backend:
+    """Choose the backend and set JAX_PLATFORMS, and what else it needs, for it; call this before jax is imported.
+
+    'auto' takes what is there and says why; 'cpu', 'cuda' and 'metal' are an order: Gpt2JaxError, saying what is
+    missing, when it cannot be had. `metal_plugin` names one plugin for the Apple GPU; `full_float32` asks for products
+    without a shorter format inside, for comparing with others.
+    """
+    if metal_plugin != "auto":
+        if requested not in ("auto", "metal"):
+            raise Gpt2JaxError(f"--metal-plugin: expected --backend metal, found {requested}", "--backend metal")
+        requested = "metal"
+    if requested == "metal":
+        chosen = _metal(metal_plugin, full_float32)
+    elif requested == "auto":
+        chosen = _automatic(full_float32)
+    else:
+        chosen = {"cpu": _cpu, "cuda": _cuda}[requested]()
+    os.environ["JAX_PLATFORMS"] = chosen.platform if chosen.platform == "cpu" else f"{chosen.platform},cpu"
+    os.environ.update(dict(chosen.environment))
+    return chosen
+
+
+def open_device(backend: Backend) -> str:
+    """Start jax on the backend, compute something, and return the device's name; Gpt2JaxError when it cannot."""
+    import jax
+    import numpy as np
+
+    try:
+        device = jax.devices()[0]
+        # The first array and the first program: where a plugin fails that does not fit this jax or this macOS.
+        np.asarray(jax.jit(lambda x: x + x)(np.float32(1)))
+    except RuntimeError as error:
+        if explained := metal_plugins.explain_failure(str(error), backend.plugin):
+            raise explained from None
+        first_line = str(error).splitlines()[0]
+        raise Gpt2JaxError(f"backend {backend.name}: expected a device, found: {first_line}", _ON_CPU) from None
+    if device.platform == "cpu" and backend.name != "cpu":
+        raise Gpt2JaxError(f"backend {backend.name}: expected its device, found that jax opened the CPU instead", _ON_CPU)
+    return f"{device.device_kind} ({jax.device_count()} device(s), using 1)"
+
+
+_ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
+
+
+def _cpu(reason: str = "asked for with --backend cpu") -> Backend:
+    lacks = frozenset() if jax_compat.cpu_compiler_keeps_barriers() else frozenset({"barriers"})
+    return Backend("cpu", "cpu", reason, lacks, environment=_kept_programs())
+
+
+def _cuda(reason: str = "asked for with --backend cuda") -> Backend:
+    if not has_nvidia_driver():
+        raise Gpt2JaxError(
+            "backend cuda: expected an NVIDIA GPU with its driver, "
+            f"found none on this {platform.system()} {platform.machine()}",
+            "--backend auto   (takes what is there)",
+        )
+    if not _cuda_plugin_installed():
+        raise Gpt2JaxError(
+            "backend cuda: expected jax's CUDA plugin, found an NVIDIA driver but no plugin", "pip install -e '.[cuda]'"
+        )
+    return Backend("cuda", "cuda", reason, frozenset({"custom_calls"}), environment=_kept_programs())
+
+
+def _kept_programs() -> tuple[tuple[str, str], ...]:
+    """Where jax keeps compiled programs for the next run, unless the user has named a folder, or wants none ("").
+
+    A folder for each kind of processor, since home folders are shared by machines, and not every jax has that in its keys.
+    """
+    if _PROGRAM_FOLDER in os.environ:
+        return ()
+    caches = Path("~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = caches.expanduser() / "gpt2_jax" / f"programs-{platform.machine()}-{_processor_fingerprint():08x}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a read-only home, or none
+        return ()
+    return ((_PROGRAM_FOLDER, str(folder)),)
+
+
+def _processor_fingerprint() -> int:
+    """Of what a program may be compiled for: Linux lists the processor's features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    features = [line for line in lines if line.startswith(("flags", "Features"))] or lines
+    return zlib.crc32(features[0].encode())
+
+
+def _metal(plugin_name: str, full_float32: bool) -> Backend:
+    metal_plugins.check_apple_machine()
+    plugin, reason = metal_plugins.choose_plugin(plugin_name)
+    return metal_backend(plugin, reason, full_float32=full_float32)
+
+
+def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = False) -> Backend:
+    """The record of a plugin for the Apple GPU, wherever this runs."""
+    environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
+    return Backend("metal", plugin.platform, reason, plugin.lacks, plugin.name, environment)
+
+
+def _automatic(full_float32: bool) -> Backend:
+    named = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if named == "cpu":
+        return _cpu("JAX_PLATFORMS=cpu is set")
+    if sys.platform == "darwin":
+        try:
+            return _metal("auto", full_float32)
+        except Gpt2JaxError as error:
+            return _cpu(f"the Apple GPU cannot be used, {error.problem.removeprefix('backend metal: ')}; {error.hint}")
+    if has_nvidia_driver():
+        if _cuda_plugin_installed():
+            return _cuda("an NVIDIA driver and jax's CUDA plugin are here")
+        return _cpu("an NVIDIA driver is here, but not jax's CUDA plugin; pip install -e '.[cuda]' would bring it")
+    return _cpu("no accelerator was found")
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA kernel driver with at least one GPU is visible to this process."""
+    return (
+        Path("/proc/driver/nvidia/version").exists()
+        or any(Path("/dev").glob("nvidia[0-9]*"))
+        or (sys.platform == "win32" and shutil.which("nvidia-smi") is not None)
+    )
+
+
+def recommended_extra() -> str:
+    """The pip extra that fits this machine: 'mps' or 'metal' on Apple silicon, by its Python and macOS, 'cuda' with an
+    NVIDIA driver, '' for plain CPU."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        plugin = metal_plugins.plugin_for_this_machine()
+        return {"jax-mps": "mps", "jax-metal": "metal"}[plugin.name] if plugin else ""
+    return "cuda" if has_nvidia_driver() else ""
+
+
+def _cuda_plugin_installed() -> bool:
+    return any(importlib.util.find_spec(module) is not None for module in _CUDA_PLUGINS)
+
+
+if __name__ == "__main__":
+    print(recommended_extra())

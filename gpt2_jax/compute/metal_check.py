@@ -1,0 +1,237 @@
+"""Whether the plugins for the Apple GPU can take what this project compiles, found out without a Mac and without a plugin.
+
+jax lowers for any platform by its name, so the exact module that a plugin would be given can be made anywhere. Here the
+training step, the losses of validation and of multiple-choice answers, and the logits of sampling are lowered as a run
+makes them, every operation is held against what jax-metal 0.1.1 can convert (assets/jax_metal_operations.toml), and the
+module is written in the version of StableHLO that it reads. The other plugins know more operations; they are held to the
+same list.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
+from jaxlib.mlir.passmanager import PassManager
+
+from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.config import RunConfig
+from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
+from gpt2_jax.generate import next_token_logits
+from gpt2_jax.ops.cpu import library as custom_calls
+from gpt2_jax.ops.linear import choose_implementation
+
+# What holds operations together rather than computes: the inliner removes calls.
+_STRUCTURE = ("builtin.module", "func.func", "func.call", "func.return", "stablehlo.return")
+
+
+@dataclass(frozen=True)
+class CheckedFunction:
+    """One function as a plugin would get it, and what the plugin could not do with it."""
+
+    name: str
+    operations: Counter[str]
+    portable: bytes | None  # the module in the plugin's StableHLO; None when it cannot be written in it
+    seconds: float  # for tracing and lowering
+    violations: list[str]
+
+
+def check_functions(config: RunConfig, model: ModelConfig, backend: Backend) -> Iterator[CheckedFunction]:
+    """Check the functions that a run with these settings compiles on `backend`, whose plugin need not be here."""
+    for name, trace in _functions_of_a_run(config, model, backend).items():
+        started = time.perf_counter()
+        module = lower(trace(), backend.platform)
+        seconds = time.perf_counter() - started
+        operations = Counter(operation.name for operation in _walk(module))
+        found = violations(module, loops=backend.loops)
+        portable = None
+        try:
+            portable = portable_module(module)
+        except ValueError as error:
+            found.append(f"cannot be written as StableHLO {_table()['stablehlo_version']}: {error}")
+        yield CheckedFunction(name, operations, portable, seconds, found)
+
+
+def lower(traced: jax.stages.Traced, platform: str) -> ir.Module:
+    """The module of a traced function for a platform by jax's name for it, as jax hands it to that platform's plugin."""
+    lowered = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+    stablehlo.register_stablehlo_passes()
+    with lowered.context:
+        # A copy, as jax keeps what it lowered.
+        bytecode = io.BytesIO()
+        lowered.operation.write_bytecode(bytecode)
+        module = ir.Module.parse(bytecode.getvalue())
+        # jax does this to every module on its way to a plugin.
+        PassManager.parse("builtin.module(func.func(chlo-legalize-to-stablehlo))").run(module.operation)
+    return module
+
+
+def portable_module(module: ir.Module) -> bytes:
+    """The module in the version of StableHLO that jax writes for jax-metal; ValueError when it has no such form.
+
+    The module itself is changed by some versions of jaxlib, and of no more use.
+    """
+    return stablehlo.serialize_portable_artifact(module, _table()["stablehlo_version"])
+
+
+def violations(module: ir.Module, *, loops: bool) -> list[str]:
+    """One line, with the place in the source, for each use of an operation that jax-metal cannot take.
+
+    `loops`: the backend may be given loops.
+    """
+    table = _table()
+    operations = list(_walk(module))
+    calls = {ir.FlatSymbolRefAttr(op.attributes["callee"]).value: op for op in operations if op.name == "func.call"}
+    found = []
+    for operation in operations:
+        name = operation.name.removeprefix("stablehlo.")
+        limit = table["operations"].get(name)
+        if operation.name in _STRUCTURE or (loops and name == "while"):
+            problem = None
+        elif limit is None or not operation.name.startswith("stablehlo."):
+            problem = "not known to jax-metal"
+        else:
+            problem = None if not limit or (name in _KEEPS_LIMIT and _KEEPS_LIMIT[name](operation)) else limit
+        if problem:
+            found.append(f"{operation.name} at {_place(operation, calls)}: {problem}")
+        for wrong in sorted(_element_types(operation) - set(table["element_types"])):
+            found.append(f"{operation.name} at {_place(operation, calls)}: element type {wrong}, not known to jax-metal")
+    return list(dict.fromkeys(found))
+
+
+def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend) -> dict[str, Callable[[], jax.stages.Traced]]:
+    """What the trainer compiles, made the way it makes it, to be traced on shapes alone."""
+    layout = ParameterLayout(model)
+    dtype = jnp.dtype(config.compute.dtype)
+    matmul = choose_implementation(config.compute.matmul, backend).name
+    schedule = learning_rate_schedule(
+        config.optimizer.schedule,
+        config.optimizer.learning_rate,
+        steps=config.run.steps or 1000,
+        warmup_steps=config.optimizer.warmup_steps,
+        final_fraction=config.optimizer.final_learning_rate_fraction,
+    )
+    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul))
+    # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
+    step = make_train_step(
+        layout,
+        optimizer,
+        schedule,
+        dtype=dtype,
+        matmul=matmul,
+        donate=False,
+        loops=backend.loops,
+        max_loss_z=config.optimizer.skip_loss_z,
+        max_gradient_z=config.optimizer.skip_gradient_z,
+    )
+    params = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer, matmul=matmul), params)
+    A, B, T = config.num_micro_batches, config.data.batch_size, config.data.sequence_length
+    x_ABT, x_BT, x_1T = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((A, B, T), (B, T), (1, model.max_sequence_length))
+    )
+    loss = make_loss_function(layout, dtype=dtype, matmul=matmul)
+    token_losses = make_token_loss_function(layout, dtype=dtype, matmul=matmul)
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    seeds = jax.ShapeDtypeStruct((layout.NUM_TENSORS,), jnp.uint32) if config.rounds_parameters else None
+    return {
+        "training step": lambda: step.trace(state, x_ABT, x_ABT, seeds),
+        "validation loss": lambda: loss.trace(params, x_BT, x_BT),
+        "losses of tokens": lambda: token_losses.trace(params, x_BT, x_BT),
+        "next-token logits": lambda: next_token_logits.trace(params, x_1T, position, layout=layout, dtype=dtype, matmul=matmul),
+    }
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads((resources.files("gpt2_jax") / "assets" / "jax_metal_operations.toml").read_text(encoding="utf-8"))
+
+
+def _walk(module: ir.Module) -> Iterator[ir.Operation]:
+    waiting = [module.operation]
+    while waiting:
+        operation = waiting.pop()
+        yield operation
+        waiting.extend(inner.operation for region in operation.regions for block in region for inner in block)
+
+
+def _is_sharding(call: ir.Operation) -> bool:
+    return ir.StringAttr(call.attributes["call_target_name"]).value == "Sharding"
+
+
+def _contracts_as_a_matmul(dot: ir.Operation) -> bool:
+    numbers = stablehlo.DotDimensionNumbers(dot.attributes["dot_dimension_numbers"])
+    return len(numbers.lhs_contracting_dimensions) <= 1 or not numbers.lhs_batching_dimensions
+
+
+def _gathers_by_rows(gather: ir.Operation) -> bool:
+    numbers = stablehlo.GatherDimensionNumbers(gather.attributes["dimension_numbers"])
+    index_dimensions = ir.RankedTensorType(gather.operands[1].type).rank
+    return not numbers.operand_batching_dims and numbers.index_vector_dim == index_dimensions - 1
+
+
+def _scatters_by_rows(scatter: ir.Operation) -> bool:
+    numbers = stablehlo.ScatterDimensionNumbers(scatter.attributes["scatter_dimension_numbers"])
+    indexed = list(numbers.scattered_dims_to_operand_dims)
+    leading = list(range(len(indexed)))
+    return (
+        len(scatter.operands) == 3
+        and not numbers.input_batching_dims
+        and indexed == list(numbers.inserted_window_dims) == leading
+        and _body_is_one_of(("add", "multiply", "maximum", "minimum"), scatter)
+    )
+
+
+def _reduces_one_operand(reduce: ir.Operation) -> bool:
+    reducers = ("add", "multiply", "maximum", "minimum", "and", "or")
+    return len(reduce.operands) == 2 and _body_is_one_of(reducers, reduce)
+
+
+# Whether a use keeps the limit that the table has for its operation.
+_KEEPS_LIMIT: dict[str, Callable[[ir.Operation], bool]] = {
+    "custom_call": _is_sharding,
+    "dot_general": _contracts_as_a_matmul,
+    "gather": _gathers_by_rows,
+    "reduce": _reduces_one_operand,
+    "scatter": _scatters_by_rows,
+}
+
+
+def _body_is_one_of(names: tuple[str, ...], operation: ir.Operation) -> bool:
+    (body,) = operation.regions[0]
+    inner = [op.operation.name for op in body]
+    return len(inner) == 2 and inner[0].removeprefix("stablehlo.") in names and inner[1] == "stablehlo.return"
+
+
+def _element_types(operation: ir.Operation) -> set[str]:
+    """Of an operation's results and of its regions' arguments, which are a function's parameters."""
+    values = [*operation.results, *(value for region in operation.regions for block in region for value in block.arguments)]
+    return {str(value.type.element_type) if hasattr(value.type, "element_type") else str(value.type) for value in values}
+
+
+def _place(operation: ir.Operation, calls: dict[str, ir.Operation]) -> str:
+    """The innermost line outside jax that an operation comes from, or a call of the function that it stands in."""
+    lines = re.findall(r'"([^"]*\.py)":(\d+)', str(operation.location))
+    for path, line in lines:
+        if "site-packages" not in path:
+            return f"{path.rpartition('/')[2]}:{line}"
+    function: ir.Operation | None = operation
+    while function is not None and function.name != "func.func":
+        function = function.parent
+    call = None if function is None else calls.get(ir.StringAttr(function.attributes["sym_name"]).value)
+    return _place(call, calls) if call is not None else "an unknown place"

@@ -1,0 +1,148 @@
+"""The shared library of custom calls: found, loaded with ctypes, registered with XLA's CPU backend."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gpt2_jax
+from gpt2_jax import jax_compat
+
+# The library's XLA FFI handlers; custom_calls/src/custom_calls.h has their arguments.
+MATMUL = "gpt2_jax_matmul"
+MATMUL_BIAS = "gpt2_jax_matmul_bias"
+MATMUL_INTO = "gpt2_jax_matmul_into"
+WRITE_INTO = "gpt2_jax_write_into"
+ADD_ROWS_INTO = "gpt2_jax_add_rows_into"
+BARRIER = "gpt2_jax_barrier"
+SUMS_OF_SQUARES = "gpt2_jax_sums_of_squares"
+ATTENTION = "gpt2_jax_attention"
+ATTENTION_BACKWARD = "gpt2_jax_attention_backward"
+LAYER_NORM = "gpt2_jax_layer_norm"
+LAYER_NORM_BACKWARD = "gpt2_jax_layer_norm_backward"
+GELU = "gpt2_jax_gelu"
+GELU_BACKWARD = "gpt2_jax_gelu_backward"
+SOFTMAX_CROSS_ENTROPY = "gpt2_jax_softmax_cross_entropy"
+COLUMN_SUMS = "gpt2_jax_column_sums"
+ADAMW = "gpt2_jax_adamw"
+_TARGETS = (
+    *(MATMUL, MATMUL_BIAS, MATMUL_INTO, WRITE_INTO, ADD_ROWS_INTO, BARRIER),
+    *(ATTENTION, ATTENTION_BACKWARD),
+    *(LAYER_NORM, LAYER_NORM_BACKWARD, GELU, GELU_BACKWARD, SOFTMAX_CROSS_ENTROPY, COLUMN_SUMS),
+    *(SUMS_OF_SQUARES, ADAMW),
+)
+_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
+_FILE_NAME = f"libgpt2_jax_custom_calls.{_SUFFIX}"
+_ACCELERATE = "/System/Library/Frameworks/Accelerate.framework/Accelerate"
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, with its targets registered. Raises NotImplementedError with the reason when it cannot be had."""
+    # An editable install spreads the package over two folders: the sources, and what CMake built.
+    candidates = [Path(folder) / "lib" / _FILE_NAME for folder in gpt2_jax.__path__]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        raise NotImplementedError(
+            f"{_FILE_NAME} was not built: it needs a C++ compiler when the package is installed (pip install -e .)"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        handlers = {target: getattr(library, target) for target in _TARGETS}
+        use_openblas = library.gpt2_jax_use_openblas
+    except (OSError, AttributeError) as error:
+        raise NotImplementedError(f"{path} cannot be loaded: {error}") from None
+    openblas = openblas_library()
+    if openblas is not None:
+        use_openblas(os.fsencode(openblas))
+    ffi = jax_compat.ffi_module()
+    for target, handler in handlers.items():
+        ffi.register_ffi_target(target, ffi.pycapsule(handler), platform="cpu")
+    return library
+
+
+def openblas_library() -> Path | None:
+    """The shared library in the package scipy-openblas32, found without importing it; None when it is not installed."""
+    spec = importlib.util.find_spec("scipy_openblas32")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((path for folder in folders or () for path in Path(folder).glob(f"lib/libscipy_openblas*.{_SUFFIX}")), None)
+
+
+@cache
+def description() -> dict[str, Any]:
+    """What the library is and can do on this machine; custom_calls/src/custom_calls.h has the keys."""
+    describe = load().gpt2_jax_custom_calls_describe
+    describe.restype = ctypes.c_char_p
+    result: dict[str, Any] = json.loads(describe())
+    return result
+
+
+def implementation(rung: str) -> dict[str, Any]:
+    """Whether a rung is available here, why not, and in which precisions it multiplies float32.
+
+    NotImplementedError with the reason where the library cannot be had; one rung is then served by `ctypes_blas`.
+    """
+    try:
+        rows = description()["implementations"]
+    except NotImplementedError:
+        if rung != _rung_of_ctypes():
+            raise
+        return {"name": rung, "available": True, "reason": "", "precisions": ["F32_F32_F32"]}
+    return next(row for row in rows if row["name"] == rung)
+
+
+def serve(matmul: str) -> bool:
+    """Whether the library computes all else that a run with these matrix products leaves to custom calls."""
+    return matmul != "xla" and is_built()
+
+
+def is_built() -> bool:
+    """Whether the library can be had."""
+    try:
+        description()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def load_products() -> None:
+    """Register MATMUL and MATMUL_BIAS: the library's or, where it cannot be had, those of `ctypes_blas`."""
+    if is_built() or _rung_of_ctypes() is None:
+        load()
+    else:
+        _register_ctypes_products(MATMUL, MATMUL_BIAS)
+
+
+def _rung_of_ctypes() -> str | None:
+    if sys.platform == "darwin":
+        return "accelerate"
+    return None if openblas_library() is None else "openblas"
+
+
+@cache
+def _register_ctypes_products(*targets: str) -> Any:
+    """The handler, which must live as long as the process: the cache keeps it."""
+    from gpt2_jax.ops.cpu import ctypes_blas  # numpy comes with it, and benches set its threads before
+
+    if sys.platform == "darwin":
+        sgemm = ctypes_blas.load_sgemm(_ACCELERATE, "cblas_sgemm$NEWLAPACK", "cblas_sgemm")
+    else:
+        sgemm = ctypes_blas.load_sgemm(str(openblas_library()), "scipy_cblas_sgemm")
+    handler = ctypes_blas.matmul_handler(sgemm)
+    ffi = jax_compat.ffi_module()
+    for target in targets:
+        ffi.register_ffi_target(target, ffi.pycapsule(handler), platform="cpu")
+    return handler
+
+
+def num_threads() -> int:
+    """Threads that a custom call may use: what XLA's own pool has, which NPROC sets and the process's CPUs bound."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    nproc = os.environ.get("NPROC", "")
+    return min(available, int(nproc)) if nproc.isdigit() and int(nproc) > 0 else available

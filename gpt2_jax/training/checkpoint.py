@@ -1,0 +1,235 @@
+"""A run's checkpoints: llm.c's set of files, model_STEP.bin, state_STEP_RANK.bin and, last of all, DONE_STEP; beside them
+run_STEP.json, which llm.c does not know and a set may lack.
+
+NumPy only. A set without its DONE file, or without a file of one of its ranks, is incomplete and is never loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.header import atomic_write
+from gpt2_jax.llmc.loader import LoaderState
+from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
+from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded
+from gpt2_jax.llmc.state_file import ProcessState, TrainingState, num_processes_of, read_state_files, write_state_files
+from gpt2_jax.training.run_record import RunRecord, read_run_record, write_run_record
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything of a run at one step; buffers are (num_parameters,) float32 on the host."""
+
+    model: ModelConfig
+    params: np.ndarray
+    m: np.ndarray
+    v: np.ndarray
+    step: int  # optimizer updates done
+    loader: LoaderState | None  # None when several processes, each with a loader of its own, saved the set
+    dtype: str = "float32"  # of the model file
+    master_weights: bool = True  # False: the parameters hold only what `dtype` can represent
+    rounding: RoundingStream = field(default_factory=RoundingStream)
+    record: RunRecord | None = None
+
+
+def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
+    """Write the set, each file atomically and DONE last; returns the model file's path.
+
+    A bfloat16 model file holds llm.c's own rounding of the parameters, and the state then the float32 ones as master
+    weights. Gpt2JaxError when a file cannot be written; what was written of the set is removed then.
+    """
+    step, layout = checkpoint.step, ParameterLayout(checkpoint.model)
+    model_path, state_path, record_path, done_path = _paths(folder, step)
+    params, master = checkpoint.params, None
+    if checkpoint.dtype == "bfloat16" and checkpoint.master_weights:
+        params, master = stochastically_rounded(params, layout, checkpoint.rounding.last_seeds()), checkpoint.params
+    if checkpoint.loader is None:
+        raise ValueError("save_checkpoint: expected the loader's state, found none")
+    process = ProcessState(checkpoint.loader, checkpoint.rounding.state, checkpoint.rounding.last_update_state)
+    with _removed_unless_complete(done_path, model_path, state_path, record_path):
+        _remove(done_path)  # a set that is written again is incomplete meanwhile
+        write_model_file(model_path, checkpoint.model, params, checkpoint.dtype)
+        write_state_files([state_path], TrainingState(step, checkpoint.m, checkpoint.v, (process,), master), layout)
+        if checkpoint.record is not None:
+            write_run_record(record_path, checkpoint.record)
+        with atomic_write(done_path):
+            pass
+    return model_path
+
+
+def reshard_checkpoint(
+    folder: str | os.PathLike,
+    step: int,
+    output_folder: str | os.PathLike,
+    loaders: Sequence[LoaderState],
+    *,
+    num_micro_batches: int,
+    zero: bool,
+) -> list[Path]:
+    """Write the set of a step, of however many processes it is, for as many as there are loaders; returns the states' paths.
+
+    llm.c resumes it with that many processes, `zero` meaning its -z 1. Moments, master weights and model stay as they
+    are. Each process has the loader given for it, and its rank's rounding stream after as many steps of
+    `num_micro_batches` each. Gpt2JaxError for a folder that has a set of this step, and when a file cannot be written;
+    what was written is removed then.
+    """
+    model_path, state_path, _, _ = _paths(folder, step)
+    layout = ParameterLayout(read_model_config(model_path))
+    state = read_state_files(_state_paths(folder, step, num_processes_of(state_path)), layout)
+    processes = []
+    for rank, loader in enumerate(loaders):
+        stream = RoundingStream(FIRST_STATE + rank, FIRST_STATE + rank)
+        for _ in range(step):
+            stream.step_done(num_micro_batches, applied=True)
+        processes.append(ProcessState(loader, stream.state, stream.last_update_state))
+    new_model_path, _, _, new_done_path = _paths(output_folder, step)
+    new_paths = _state_paths(output_folder, step, len(loaders))
+    if os.path.lexists(new_done_path):  # written over, it would be a mixture if the writing were interrupted
+        raise Gpt2JaxError(f"{output_folder}: expected no set of step {step} in it, found one", "another --output-dir")
+    try:
+        Path(output_folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = getattr(error, "strerror", None) or error
+        raise Gpt2JaxError(f"{output_folder}: expected to make the folder, found: {cause}") from None
+    with _removed_unless_complete(new_done_path, new_model_path, *new_paths):
+        with atomic_write(new_model_path) as target, open(model_path, "rb") as source:
+            shutil.copyfileobj(source, target)
+        write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero)
+        with atomic_write(new_done_path):
+            pass
+    return new_paths
+
+
+def newest_step(folder: str | os.PathLike) -> int:
+    """The step of the newest complete set in a run folder. Gpt2JaxError when it holds none."""
+    steps = complete_steps(folder)
+    if not steps:
+        raise Gpt2JaxError(
+            f"{folder}: expected a run folder with a complete checkpoint "
+            f"(model_*.bin, state_*.bin and DONE_* of one step), found none",
+            "start the run anew, without --resume and in another --out-dir",
+        )
+    return steps[-1]
+
+
+def complete_steps(folder: str | os.PathLike) -> list[int]:
+    """The steps of all complete sets, ascending."""
+    try:
+        names = os.listdir(folder)
+    except (OSError, ValueError):  # no such folder, no folder, a name that no folder can have
+        names = []
+    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"DONE_(\d{8})", name)))
+    return [step for step in steps if _is_complete(folder, step)]
+
+
+def read_sizes(folder: str | os.PathLike, step: int) -> ModelConfig:
+    """The sizes of a complete set's model."""
+    return read_model_config(_paths(folder, step)[0])
+
+
+def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: bool = True) -> Checkpoint:
+    """Read a complete set, of one process or of several, whose states are merged.
+
+    The parameters are the state's master weights, if it has them and they are wanted, else the model file's. Raises
+    Gpt2JaxError for a damaged file, or a state whose step is not its name's.
+    """
+    model_path, state_path, record_path, _ = _paths(folder, step)
+    model = read_model_config(model_path)
+    state_paths = _state_paths(folder, step, num_processes_of(state_path))
+    state = read_state_files(state_paths, ParameterLayout(model))
+    if state.step != step:
+        raise Gpt2JaxError(f"{state_path}: expected the state of step {step}, found step {state.step} in its header")
+    if state.master is not None and master_weights:
+        params = state.master
+        if np.count_nonzero(params[slice(*ParameterLayout(model).padding_span)]):
+            raise Gpt2JaxError(f"{state_path}: expected zeros in the padding rows of wte's master weights, found other values")
+    else:
+        params = read_model_file(model_path)[1]
+    first = state.processes[0]
+    return Checkpoint(
+        model=model,
+        params=params,
+        m=state.m,
+        v=state.v,
+        step=step,
+        loader=first.loader if len(state.processes) == 1 else None,
+        master_weights=state.master is not None,
+        rounding=RoundingStream(first.rounding_state, first.last_rounding_state),
+        record=read_run_record(record_path) if os.path.lexists(record_path) else None,
+    )
+
+
+def delete_old_checkpoints(folder: str | os.PathLike, step: int, *, every: int, keep: int, major_every: int) -> list[int]:
+    """After the set of `step` was written: delete the complete sets that llm.c's -nk and -nm would not have kept, those
+    of steps up to step - keep * every but for the multiples of `major_every`; returns their steps.
+
+    With `keep` 0 all are kept, with `major_every` 0 none is major. Gpt2JaxError when a file cannot be deleted.
+    """
+    if not (keep and every):
+        return []
+    old = [found for found in complete_steps(folder) if 0 < found <= step - keep * every]
+    deleted = [found for found in old if not (major_every and found % major_every == 0)]
+    for found in deleted:
+        model_path, state_path, record_path, done_path = _paths(folder, found)
+        # Without its DONE file first, the rest is no checkpoint any more, whatever happens.
+        for path in (done_path, *_state_paths(folder, found, num_processes_of(state_path)), model_path, record_path):
+            _remove(path)
+    return deleted
+
+
+def _paths(folder: str | os.PathLike, step: int) -> tuple[Path, Path, Path, Path]:
+    """Of a set: the model, rank 0's state, the record and the marker."""
+    folder = Path(folder)
+    model_path, record_path = folder / f"model_{step:08d}.bin", folder / f"run_{step:08d}.json"
+    return model_path, _state_path(folder, step, 0), record_path, folder / f"DONE_{step:08d}"
+
+
+def _state_path(folder: str | os.PathLike, step: int, rank: int) -> Path:
+    return Path(folder) / f"state_{step:08d}_{rank:05d}.bin"
+
+
+def _state_paths(folder: str | os.PathLike, step: int, num_processes: int) -> list[Path]:
+    return [_state_path(folder, step, rank) for rank in range(num_processes)]
+
+
+def _is_complete(folder: str | os.PathLike, step: int) -> bool:
+    """Whether every file of a set that has its DONE file is there; a damaged one is, and is the reader's to report."""
+    model_path, state_path, _, _ = _paths(folder, step)
+    if not (os.path.exists(model_path) and os.path.exists(state_path)):
+        return False
+    try:
+        num_processes = num_processes_of(state_path)
+    except Gpt2JaxError:
+        return True
+    return all(os.path.exists(_state_path(folder, step, rank)) for rank in range(num_processes))
+
+
+@contextmanager
+def _removed_unless_complete(done_path: Path, *paths: Path) -> Iterator[None]:
+    """An incomplete set is of no use, and a full disk needs the room."""
+    try:
+        yield
+    except Gpt2JaxError:
+        if not os.path.exists(done_path):
+            for path in paths:
+                with suppress(OSError):
+                    path.unlink()
+        raise
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected to delete it, found: {error.strerror or error}") from None

@@ -1,0 +1,91 @@
+"""How a run goes on from a checkpoint: what may not change under it, and the state that it stood in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.buffer.adamw import AdamWState
+from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.stability import WATCHED, WINDOW, empty_windows
+from gpt2_jax.compute.step import TrainState
+from gpt2_jax.config import RunConfig, load_saved_config
+from gpt2_jax.doctor import processor_name
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.jax_compat import version_text
+from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.ops.cpu import library as custom_calls
+from gpt2_jax.ops.linear import precision_of
+from gpt2_jax.report.display import Display
+from gpt2_jax.training.checkpoint import Checkpoint
+from gpt2_jax.training.run_record import RunRecord
+
+
+def check_settings(config: RunConfig) -> None:
+    """Gpt2JaxError for other model or data settings than the run folder's, if it says what they were: one that llm.c
+    wrote does not."""
+    saved = load_saved_config(config.run.out_dir)
+    if saved is None:
+        return
+    for section in ("model", "data"):
+        before, now = getattr(saved, section), getattr(config, section)
+        for field in dataclasses.fields(before):
+            _expect_the_same(f"{section}.{field.name}", getattr(before, field.name), getattr(now, field.name))
+
+
+def computed_by(config: RunConfig, backend: Backend, matmul: str) -> str:
+    """What the bits of a run depend on beside its data and its model: another computation rounds differently."""
+    products = f"{matmul} in {precision_of(matmul, jnp.dtype(config.compute.dtype))}"
+    if custom_calls.serve(matmul):
+        products += f" ({custom_calls.description()['kernel']})"
+    processor = processor_name() if backend.platform == "cpu" else jax.devices()[0].device_kind
+    return f"{config.compute.dtype}, {products}, jax {version_text('jax')}, jaxlib {version_text('jaxlib')}, {processor}"
+
+
+def resumed_state(
+    fresh: TrainState,
+    config: RunConfig,
+    resumed: Checkpoint,
+    train_loader: TokenLoader,
+    display: Display,
+    *,
+    computed_by: str,
+) -> TrainState:
+    """A fresh state of the saved parameters made the saved one, and the data put where they stood; says what is other.
+
+    Gpt2JaxError for a checkpoint of another batch size or sequence length, with which the data would be others.
+    """
+    windows = empty_windows()
+    if resumed.record is None:
+        display.line("the checkpoint has no run_*.json: the outlier window begins empty")
+    else:
+        _check_record(resumed.record, config)
+        if resumed.record.computed_by != computed_by:
+            display.line(f"so far the run was computed by {resumed.record.computed_by}")
+            display.line(f"from here on by {computed_by}: its bits are no longer those of a straight run")
+        windows = np.stack([resumed.record.windows[name] for name in WATCHED])
+    if resumed.loader is not None:
+        train_loader.restore(resumed.loader)
+    else:
+        train_loader.skip(resumed.step * config.num_micro_batches)
+        display.line("the checkpoint is of several processes: the training data go on in the order of one process")
+    moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
+    return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
+
+
+def _check_record(record: RunRecord, config: RunConfig) -> None:
+    for name in ("batch_size", "sequence_length"):
+        _expect_the_same(f"data.{name}", getattr(record, name), getattr(config.data, name))
+    if {name: window.size for name, window in record.windows.items()} != dict.fromkeys(WATCHED, WINDOW):
+        raise Gpt2JaxError(f"--resume: expected the record of {WINDOW} values each of {' and '.join(WATCHED)}, found others")
+
+
+def _expect_the_same(setting: str, before: object, now: object) -> None:
+    if before != now:
+        raise Gpt2JaxError(
+            f"--resume: expected the run's {setting} = {before!r}, found {now!r}",
+            "leave it out: a resumed run takes its settings from its folder",
+        )

@@ -1,0 +1,114 @@
+"""What a run must remember and llm.c's training state has no place for: run_STEP.json, beside the state. NumPy only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import read_text_file
+from gpt2_jax.llmc.header import atomic_write
+
+_VERSION = 1
+_MAX_BYTES = 1_000_000
+_WHAT = "the record of a run"
+_MOVING_WEIGHT = 0.95
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Of a run's steps, the first of each process left out."""
+
+    steps: int = 0
+    seconds: float = 0.0  # of all these steps
+    moving_tokens_per_second: float = 0.0  # exponential, as llm.c: not yet corrected for its start at 0
+
+    def with_step(self, seconds: float, tokens: int) -> Averages:
+        """After one step more."""
+        moving = _MOVING_WEIGHT * self.moving_tokens_per_second + (1 - _MOVING_WEIGHT) * tokens / seconds
+        return Averages(self.steps + 1, self.seconds + seconds, moving)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The moving average; 0 before the first step."""
+        return self.moving_tokens_per_second / (1 - _MOVING_WEIGHT**self.steps) if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    batch_size: int
+    sequence_length: int
+    dtype: str
+    computed_by: str  # what the bits depend on beside the settings, for people: processor, products, versions
+    windows: dict[str, np.ndarray]  # of the outlier detector, float32, nan where no value is yet
+    averages: Averages
+    settings: dict[str, dict[str, Any]]  # the whole configuration, for people
+
+
+def write_run_record(path: str | os.PathLike, record: RunRecord) -> None:
+    """Write as JSON; every float32 comes back as it was."""
+    content = {
+        "version": _VERSION,
+        "batch_size": record.batch_size,
+        "sequence_length": record.sequence_length,
+        "dtype": record.dtype,
+        "computed_by": record.computed_by,
+        "windows": {
+            name: [None if math.isnan(value) else value for value in window.tolist()] for name, window in record.windows.items()
+        },
+        "averages": asdict(record.averages),
+        "settings": record.settings,
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode("utf-8"))
+
+
+def read_run_record(path: str | os.PathLike) -> RunRecord:
+    """Read what `write_run_record` wrote; Gpt2JaxError for anything else."""
+    hint = f"rm {path}   (the run goes on with an empty outlier window)"
+    text = read_text_file(path, _WHAT, hint, max_bytes=_MAX_BYTES)
+    try:
+        content = json.loads(text)
+        if content["version"] != _VERSION:
+            raise ValueError(f"version {content['version']}")
+        windows = {name: _window(values) for name, values in content["windows"].items()}
+        record = RunRecord(
+            batch_size=_checked(content["batch_size"], int),
+            sequence_length=_checked(content["sequence_length"], int),
+            dtype=_checked(content["dtype"], str),
+            computed_by=_checked(content["computed_by"], str),
+            windows=windows,
+            averages=_averages(content["averages"]),
+            settings=_checked(content["settings"], dict),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        found = " ".join(str(error).split())[:200]
+        raise Gpt2JaxError(f"{path}: expected {_WHAT} (JSON, version {_VERSION}), found: {found}", hint) from None
+    return record
+
+
+def _window(values: Any) -> np.ndarray:
+    for value in _checked(values, list):
+        if value is not None and not (type(value) in (int, float) and abs(value) <= _LARGEST):
+            raise TypeError(f"{value!r} in a window")
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float32)
+
+
+def _averages(content: Any) -> Averages:
+    steps = _checked(content["steps"], int)
+    seconds, moving = (float(_checked(content[name], (int, float))) for name in ("seconds", "moving_tokens_per_second"))
+    if not (0 <= steps < 2**63 and 0 <= seconds < math.inf and 0 <= moving < math.inf):
+        raise ValueError(f"averages {content}")
+    return Averages(steps, seconds, moving)
+
+
+def _checked(value: Any, types: type | tuple[type, ...]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise TypeError(f"a value {value!r:.50} of another type")
+    return value

@@ -1,0 +1,108 @@
+"""What a run says before it starts: every setting and what it comes to on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.memory import MemoryEstimate
+from gpt2_jax.compute.run_memory import recomputing_saves_memory
+from gpt2_jax.config import RunConfig
+from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.ops.linear import Choice, precision_of
+
+
+def start_table(
+    config: RunConfig,
+    backend: Backend,
+    device: str,
+    matmul: Choice,
+    layout: ParameterLayout,
+    steps: int,
+    needed: MemoryEstimate,
+    train_loader: TokenLoader,
+    validation_loader: TokenLoader | None,
+    folder: Path,
+) -> list[tuple[str, object]]:
+    """Names and values, for report.Display.table."""
+    model, optimizer = layout.config, config.optimizer
+    sizes = (
+        f"{model.num_layers} layers, {model.num_heads} heads, {model.channels} channels, "
+        f"{model.vocab_size} tokens (padded to {model.padded_vocab_size}), {model.max_sequence_length} positions"
+    )
+    micro_batches = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length}"
+    batch = f"{micro_batches} = {config.tokens_per_step:,} tokens a step"
+    rate = (
+        f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
+        f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
+    )
+    rows: list[tuple[str, object]] = [
+        ("backend", f"{backend.name}: {backend.reason}"),
+        ("device", device),
+        *(("environment", f"{name}={value}, set for {backend.plugin or backend.name}") for name, value in backend.environment),
+        ("compute", f"{config.compute.dtype}, matmul precision {config.compute.matmul_precision}, jax {jax.__version__}"),
+        ("matmul", f"{matmul.name} in {precision_of(matmul.name, jnp.dtype(config.compute.dtype))}: {matmul.reason}"),
+    ]
+    rows += [("", line) for line in matmul.refusals_by_reason()]
+    data, order = config.data.train, "shuffled" if config.data.shuffle else "in order"
+    if config.data.overfit_one_batch:
+        data, order = config.data.validation, "of which the first batch is all"
+    rows += [
+        ("weights", config.model.init if not config.run.resume else f"resumed from {folder}"),
+        ("model", sizes),
+        ("parameters", f"{layout.num_parameters:,} with padding, {layout.num_true_parameters:,} without"),
+        ("training data", f"{data}: {train_loader.num_tokens:,} tokens, {order}"),
+    ]
+    if validation_loader is not None:
+        rows.append(("validation data", f"{config.data.validation}: {validation_loader.num_tokens:,} tokens"))
+    rows += [
+        ("batch", batch),
+        ("memory", f"{needed} expected in a step"),
+        ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
+        ("learning rate", rate),
+        ("updates", _update_rules(config)),
+    ]
+    if config.compute.recompute != "none" and not recomputing_saves_memory(backend, matmul.name):
+        saves_nothing = f"saves little or no memory: XLA for {backend.name} keeps all the same what is to be computed anew"
+        rows.append(("", f"--recompute {config.compute.recompute} {saves_nothing}"))
+    rows += [
+        ("evaluation", _evaluations(config)),
+        ("checkpoints", _checkpoints(config)),
+        ("run folder", folder),
+    ]
+    return rows
+
+
+def _update_rules(config: RunConfig) -> str:
+    optimizer, recompute = config.optimizer, config.compute.recompute
+    outliers = [
+        f"{name} above {threshold:g} z"
+        for name, threshold in (("loss", optimizer.skip_loss_z), ("gradient norm", optimizer.skip_gradient_z))
+        if threshold
+    ]
+    what_is_not_finite = "ends the run" if optimizer.nonfinite == "raise" else "is skipped"
+    masters = "float32 parameters" if not config.rounds_parameters else "bfloat16 parameters, rounded stochastically"
+    return (
+        f"{masters}; outliers skipped: {', '.join(outliers) or 'none'}; what is not finite {what_is_not_finite}; "
+        f"recomputed: {recompute}"
+    )
+
+
+def _evaluations(config: RunConfig) -> str:
+    evaluation = config.evaluation
+    parts = [
+        f"{what} every {every} steps" if every else f"no {what}"
+        for what, every in (("validation", evaluation.validate_every), ("sample", evaluation.sample_every))
+    ]
+    return ", ".join(parts + ([f"HellaSwag from {evaluation.hellaswag}"] if evaluation.hellaswag else []))
+
+
+def _checkpoints(config: RunConfig) -> str:
+    run = config.run
+    every = f"every {run.checkpoint_every} steps and after the last" if run.checkpoint_every else "after the last step"
+    major = f" and every {run.major_checkpoint_every}th step's" if run.major_checkpoint_every else ""
+    return every + (f", of which the newest {run.keep_checkpoints}{major} are kept" if run.keep_checkpoints else "")

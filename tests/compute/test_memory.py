@@ -1,0 +1,168 @@
+"""What a step needs of memory: the estimate by hand, the compiler's count, the measured peak."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax import jax_compat
+from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
+from gpt2_jax.buffer.layout import ParameterLayout, model_config_from_descriptor
+from gpt2_jax.compute import memory
+from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.models.gpt2 import RECOMPUTED
+from tests.conftest import TINY
+
+
+def test_the_estimate_counts_every_tensor():
+    layout = ParameterLayout(TINY)  # 2 layers, 4 heads, 32 channels, vocabulary padded to 256
+    B, T, s = 3, 16, 4
+    a_layer = (
+        2 * 32 * s  # residuals, before attention and before the MLP
+        + 2 * 32 * s  # LayerNorms' outputs
+        + 3 * 32 * s  # q, k, v
+        + 4 * T * s  # the softmax of four heads
+        + 32 * s  # attention's output
+        + 2 * 4 * 32 * s  # before and after GELU
+    )
+    estimate = memory.estimate(layout, B, T, "float32")
+    assert estimate.activations == B * T * (2 * a_layer + 2 * 32 * s + 256 * (4 + s))
+    assert estimate.parameters == estimate.gradients == estimate.moments // 2 == 4 * layout.num_parameters
+    assert estimate.total == estimate.activations + 4 * 4 * layout.num_parameters
+
+
+def test_what_is_computed_anew_is_kept_of_one_layer_only():
+    layout, B, T, s = ParameterLayout(TINY), 3, 16, 4
+    kept = {level: memory.estimate(layout, B, T, "float32", recompute=level).activations for level in RECOMPUTED}
+    assert kept["none"] - kept["gelu"] == B * T * 4 * 32 * s
+    assert kept["none"] - kept["layernorm"] == B * T * 6 * 32 * s
+    assert kept["none"] - kept["block"] == B * T * (15 * 32 * s + 4 * T * s)
+
+
+@pytest.mark.skipif(not jax_compat.ffi_call_can_alias(), reason="this jax cannot alias a custom call's argument and result")
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [256, 4096])
+def test_the_step_in_place_needs_what_is_estimated(tokens, dtype, recompute):
+    """Of GPT-2 124M, by the compiler's count."""
+    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    schedule = learning_rate_schedule("constant", 1e-4, steps=1)
+    optimizer = adamw(schedule, layout, weight_decay=0.1, custom_call=True)
+    step = make_train_step(layout, optimizer, schedule, dtype=jnp.dtype(dtype), matmul="threaded", recompute=recompute)
+    params = np.broadcast_to(np.float32(0), layout.num_parameters)
+    state = jax.eval_shape(lambda: create_state(params, optimizer, matmul="threaded"))
+    batch = jax.ShapeDtypeStruct((1, tokens // 256, 256), jnp.int32)
+    needed = memory.compiled_bytes(step.lower(state, batch, batch).compile())
+    estimate = memory.estimate(layout, tokens // 256, 256, dtype, recompute=recompute, in_place=True)
+    assert needed <= 1.15 * estimate.total
+    assert needed >= 0.9 * estimate.total
+
+
+def test_without_donation_a_step_holds_the_old_state_and_the_new_one():
+    layout = ParameterLayout(TINY)
+    reused, kept = (memory.estimate(layout, 1, 16, "float32", donates=donates) for donates in (True, False))
+    assert kept.total - reused.total == 3 * 4 * layout.num_parameters
+    assert (kept.gradients, kept.activations) == (reused.gradients, reused.activations)
+
+
+def test_bfloat16_halves_the_activations_but_not_the_logits():
+    layout = ParameterLayout(TINY)
+    wide, narrow = (memory.estimate(layout, 1, 16, dtype) for dtype in ("float32", "bfloat16"))
+    logits = 16 * 256 * 4
+    assert wide.activations - logits == 2 * (narrow.activations - logits)
+    assert wide.parameters == narrow.parameters
+
+
+def test_the_estimate_of_gpt2_124m_in_words():
+    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    expected = "2.26 GB (0.50 parameters, 0.50 gradients, 1.00 moments, 0.27 activations)"
+    assert str(memory.estimate(layout, 4, 64, "float32")) == expected
+
+
+@pytest.mark.parametrize(("donated", "buffers"), [((), 2), ((0,), 1)])
+def test_a_compiled_functions_bytes_count_reused_memory_once(donated, buffers):
+    a = jnp.zeros(1000, jnp.float32)
+    compiled = jax.jit(lambda a: a + 1.0, donate_argnums=donated).lower(a).compile()
+    assert memory.compiled_bytes(compiled) == buffers * 4000
+
+
+def test_a_backend_that_does_not_tell_gives_none():
+    class Silent:
+        def __init__(self, answer):
+            self.answer = answer
+
+        def memory_analysis(self):
+            if self.answer is not None:
+                raise self.answer
+
+    for answer in (None, NotImplementedError(), RuntimeError()):
+        assert memory.compiled_bytes(Silent(answer)) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept_for_the_next_step():
+    """In a process of its own: the 100 MB that a step needs stay resident, and the next steps touch no new page."""
+    program = """
+import os, resource
+from gpt2_jax.compute import memory
+assert memory.keep_freed_memory()
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.broadcast_to(x, (5000, 5000)) + x).sum())
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(jnp.arange(5000, dtype=jnp.float32)).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = resident()
+print(*(new_pages() for _ in range(12)), resident() - before)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    *new_pages, kept = [int(number) for number in ended.stdout.split()]
+    assert kept >= 90_000_000, (kept, ended.stderr)
+    assert min(new_pages[2:]) < 1_000, new_pages  # with the machine busy some blocks may lie badly at first
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="this kernel has no huge pages")
+def test_large_blocks_are_asked_for_in_huge_pages():
+    """In a process of its own: of the mapping that a block of 100 MB lies in, the kernel notes the advice (hg)."""
+    program = """
+import ctypes
+from gpt2_jax.compute import memory
+assert memory.keep_freed_memory()
+block = bytearray(100_000_000)
+address = ctypes.addressof(ctypes.c_char.from_buffer(block)) + len(block) // 2
+for line in open("/proc/self/smaps"):
+    words = line.split()
+    if words[0] == "VmFlags:":
+        if inside:
+            print(*words)
+    elif not words[0].endswith(":"):
+        first, last = (int(bound, 16) for bound in words[0].split("-"))
+        inside = first <= address < last
+"""
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 45, 1 << 45))"
+    for before, asked in (("", True), (limited, False)):  # where addresses are limited none are taken in advance
+        command = [sys.executable, "-c", before + program]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert ("hg" in ended.stdout.split()) == asked, ended.stdout
+
+
+def test_the_peak_of_the_process_rises_with_what_it_holds():
+    before = memory.process_peak()
+    held = np.ones(before // 8 + 25_000_000)
+    assert memory.process_peak() >= before + 100_000_000 > 100_000_000
+    assert held[-1] == 1.0
+    peak, of = memory.measured_peak()
+    assert of == "of the process"
+    assert peak >= held.nbytes

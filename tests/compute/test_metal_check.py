@@ -1,0 +1,304 @@
+"""The proof without a Mac: what an Apple plugin would be given holds only what it knows, and computes the right numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
+
+from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, adamw, learning_rate_schedule
+from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.rounding import stochastically_rounded
+from gpt2_jax.compute import metal_check
+from gpt2_jax.compute.backend import metal_backend
+from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
+from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.config import RunConfig, format_config, load_config, model_config_from_settings
+from gpt2_jax.evaluate import make_loss_function
+from gpt2_jax.generate import next_token_logits
+from gpt2_jax.models.initialize import initialize_parameters
+from tests.conftest import REPOSITORY
+
+JAX_METAL = metal_backend(METAL_PLUGINS[-1], "test")
+PRESETS = sorted((REPOSITORY / "configs").glob("*.toml"))
+NAMES = ["training step", "validation loss", "losses of tokens", "next-token logits"]
+SMALL = ModelConfig(max_sequence_length=8, vocab_size=100, num_layers=2, num_heads=2, channels=16)
+
+
+def small_run(**compute):
+    """A run of SMALL with two micro-batches."""
+    base = RunConfig()
+    return RunConfig(
+        model=dataclasses.replace(base.model, init="d6", **dataclasses.asdict(SMALL)),
+        data=dataclasses.replace(base.data, batch_size=2, sequence_length=8, total_batch_size=32),
+        optimizer=dataclasses.replace(base.optimizer, weight_decay=0.1, warmup_steps=2),
+        compute=dataclasses.replace(base.compute, **compute),
+    )
+
+
+@pytest.mark.parametrize("plugin", METAL_PLUGINS, ids=lambda plugin: plugin.name)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_holds_only_what_jax_metal_knows(preset, plugin):
+    config = load_config(preset)
+    model = model_config_from_settings(config.model)
+    checked = list(metal_check.check_functions(config, model, metal_backend(plugin, "test")))
+    assert [function.name for function in checked] == NAMES
+    for function in checked:
+        assert function.violations == []
+        assert function.portable
+        # Every layer's four products are there, so this is the whole model.
+        assert function.operations["stablehlo.dot_general"] >= 6 * model.num_layers
+    step = checked[0].operations
+    assert step["stablehlo.scatter"] == 1  # the embedding's gradient
+    assert (step["stablehlo.while"] > 0) == (config.num_micro_batches > 1 and "loops" not in plugin.lacks)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"),
+    [
+        ("float32", {"schedule": "wsd"}),
+        ("bfloat16", {"schedule": "linear", "master_weights": False}),
+        ("bfloat16", {"schedule": "constant", "skip_loss_z": 5.0, "skip_gradient_z": 6.0}),
+    ],
+)
+def test_what_settings_bring_holds_only_what_jax_metal_knows(dtype, optimizer):
+    config = small_run(dtype=dtype)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **optimizer))
+    for function in metal_check.check_functions(config, SMALL, JAX_METAL):
+        assert function.violations == []
+        assert function.portable
+
+
+def bad_loop(x):
+    return lax.fori_loop(0, 3, lambda _, y: y * 2, x)
+
+
+def bad_branch(x):
+    return lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (bad_loop, "stablehlo.while at test_metal_check.py"),
+        (bad_branch, "stablehlo.case at test_metal_check.py"),
+        (lambda x: jnp.sort(x), "stablehlo.sort at test_metal_check.py"),
+        (lambda x: jnp.log1p(x), "stablehlo.log_plus_one at test_metal_check.py"),
+        (lambda x: jnp.argmax(x, axis=0), "stablehlo.reduce at test_metal_check.py"),
+        (lambda x: lax.population_count(x.astype(jnp.int32)), "stablehlo.popcnt at test_metal_check.py"),
+        (lambda x: lax.complex(x, x).real, "element type complex<f32>"),
+        (lambda x: x.astype(jnp.float8_e4m3fn), "element type f8E4M3FN"),
+        (lambda x: jnp.einsum("bij,bij->b", x[None], x[None]), "stablehlo.dot_general at test_metal_check.py"),
+    ],
+)
+def test_what_jax_metal_does_not_know_is_found_with_its_place(function, found):
+    module = metal_check.lower(jax.jit(function).trace(jax.ShapeDtypeStruct((4, 6), jnp.float32)), "METAL")
+    assert any(found in line for line in metal_check.violations(module, loops=False)), found
+
+
+def test_a_loop_is_a_violation_only_where_the_record_says_so():
+    traced = jax.jit(bad_loop).trace(jax.ShapeDtypeStruct((4, 6), jnp.float32))
+    assert metal_check.violations(metal_check.lower(traced, "METAL"), loops=True) == []
+
+
+GATHER = """
+func.func @main(%x: tensor<3x5xf32>, %i: tensor<{indices}xi32>) -> tensor<3xf32> {{
+  %0 = "stablehlo.gather"(%x, %i) <{{dimension_numbers = #stablehlo.gather<{numbers}>,
+    slice_sizes = array<i64: 1, 1>}}> : (tensor<3x5xf32>, tensor<{indices}xi32>) -> tensor<3xf32>
+  return %0 : tensor<3xf32>
+}}"""
+SCATTER = """
+func.func @main(%x: tensor<5x5xf32>, %i: tensor<3x1xi32>, %u: tensor<{update}xf32>) -> tensor<5x5xf32> {{
+  %0 = "stablehlo.scatter"(%x, %i, %u) <{{scatter_dimension_numbers = #stablehlo.scatter<{numbers}>}}> ({{
+    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+      %s = stablehlo.{body} %a, %b : tensor<f32>
+      stablehlo.return %s : tensor<f32>
+  }}) : (tensor<5x5xf32>, tensor<3x1xi32>, tensor<{update}xf32>) -> tensor<5x5xf32>
+  return %0 : tensor<5x5xf32>
+}}"""
+ROWS = "update_window_dims = [1], inserted_window_dims = [0], scatter_dims_to_operand_dims = [0], index_vector_dim = 1"
+COLUMNS = "update_window_dims = [0], inserted_window_dims = [1], scatter_dims_to_operand_dims = [1], index_vector_dim = 1"
+CUSTOM_CALL = """
+func.func @main(%x: tensor<3xf32>) -> tensor<3xf32> {{
+  %0 = stablehlo.custom_call @{target}(%x) : (tensor<3xf32>) -> tensor<3xf32>
+  return %0 : tensor<3xf32>
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "violates"),
+    [
+        (
+            GATHER.format(
+                indices="3x2", numbers="collapsed_slice_dims = [0, 1], start_index_map = [0, 1], index_vector_dim = 1"
+            ),
+            False,
+        ),
+        (
+            GATHER.format(
+                indices="2x3", numbers="collapsed_slice_dims = [0, 1], start_index_map = [0, 1], index_vector_dim = 0"
+            ),
+            True,
+        ),
+        (
+            GATHER.format(
+                indices="3x1",
+                numbers="collapsed_slice_dims = [1], operand_batching_dims = [0], start_indices_batching_dims = [0], "
+                "start_index_map = [1], index_vector_dim = 1",
+            ),
+            True,
+        ),
+        (SCATTER.format(update="3x5", numbers=ROWS, body="add"), False),
+        (SCATTER.format(update="5x3", numbers=COLUMNS, body="add"), True),
+        (SCATTER.format(update="3x5", numbers=ROWS, body="subtract"), True),
+        (CUSTOM_CALL.format(target="Sharding"), False),
+        (CUSTOM_CALL.format(target="gpt2_jax_matmul"), True),
+    ],
+)
+def test_limits_of_operations(text, violates):
+    module = metal_check.lower(jax.jit(lambda x: x).trace(jnp.float32(0)), "METAL")
+    module = ir.Module.parse(text, context=module.context)
+    assert bool(metal_check.violations(module, loops=False)) == violates
+
+
+def test_a_bad_step_fails_the_script(tmp_path):
+    """Status 0 for the real step; 1 when the activation sorts, which jax-metal does only in one form."""
+    path = tmp_path / "small.toml"
+    path.write_text(format_config(small_run()), encoding="utf-8")
+    script = [str(REPOSITORY / "scripts" / "check_metal.py"), "--config", str(path), "--plugin", "jax-metal"]
+    program = (
+        "import runpy, sys, gpt2_jax.models.gpt2 as model, jax.numpy as jnp; {patch}; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    for patch, status, words in (
+        ("model.gelu", 0, "0 violations"),
+        ("model.gelu = lambda x: jnp.sort(x)", 1, "    stablehlo.sort at "),
+    ):
+        command = [sys.executable, "-c", program.format(patch=patch), *script]
+        ended = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == status, ended.stdout + ended.stderr
+        assert words in ended.stdout
+
+
+def interpret(function, *arguments):
+    """The result of a function lowered for jax-metal, written in its StableHLO, read back, and run by StableHLO's
+    reference interpreter. Booleans come back as integers: in some versions of jaxlib they end the process."""
+    if not hasattr(stablehlo, "eval_module"):
+        pytest.skip("this jaxlib has no StableHLO interpreter")
+
+    def without_booleans(*arguments):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.int32) if leaf.dtype == bool else leaf, function(*arguments))
+
+    module = metal_check.lower(jax.jit(without_booleans).trace(*arguments), "METAL")
+    with module.context:
+        received = stablehlo.deserialize_portable_artifact(module.context, metal_check.portable_module(module))
+        inputs = [ir.DenseElementsAttr.get(np.array(leaf, order="C")) for leaf in jax.tree.leaves(arguments)]
+        outputs = [np.array(output) for output in stablehlo.eval_module(received, inputs)]
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *arguments)), outputs)
+
+
+def rounding_error(dtype):
+    """The expected error of a result relative to the largest of its kind. It has come through some 10 roundings a layer,
+    taken as independent; in float32 those are of sums of up to V = 128 terms each, in bfloat16 they outweigh the sums."""
+    num_roundings = 10 * SMALL.num_layers
+    if dtype == "float32":
+        return 2.0**-24 * np.sqrt(num_roundings * SMALL.padded_vocab_size)
+    return 2.0**-8 * np.sqrt(num_roundings)
+
+
+@pytest.fixture
+def small_params():
+    params = initialize_parameters(SMALL)
+    params += np.random.default_rng(0).normal(0, 0.02, params.shape).astype(np.float32)
+    params[slice(*ParameterLayout(SMALL).padding_span)] = 0
+    return params
+
+
+@pytest.mark.parametrize(("dtype", "num_steps"), [("float32", 3), ("bfloat16", 2)])
+def test_the_step_for_jax_metal_trains_as_xla_on_the_cpu(small_params, dtype, num_steps):
+    layout, weight_decay = ParameterLayout(SMALL), 0.1
+    schedule = learning_rate_schedule("cosine", 1e-3, steps=10, warmup_steps=2, final_fraction=0.1)
+    optimizer = adamw(schedule, layout, weight_decay=weight_decay)
+    step = make_train_step(layout, optimizer, schedule, dtype=jnp.dtype(dtype), matmul="xla", donate=False, loops=False)
+    here = create_state(small_params, optimizer)
+    there = jax.tree.map(np.asarray, here)
+    # The norm, by which every gradient is scaled, sums as many terms as there are parameters; a root halves the error.
+    error = rounding_error(dtype) + 2.0**-25 * np.sqrt(layout.num_parameters)
+    tokens = np.random.default_rng(1).integers(0, SMALL.vocab_size, (num_steps, 2, 2, 9)).astype(np.int32)
+    for number, batch in enumerate(tokens, start=1):
+        x_ABT, y_ABT = batch[..., :-1], batch[..., 1:]
+        before = there.params, np.asarray(here.params)
+        there, metrics_there = interpret(step, there, x_ABT, y_ABT)
+        here, metrics = step(here, x_ABT, y_ABT)
+        assert int(there.optimizer.step) == number
+        assert bool(metrics_there.verdict.applies)
+        for found, expected, factor in (
+            (metrics_there.loss, metrics.loss, 1),
+            (metrics_there.gradient_norm, metrics.gradient_norm, 1),
+            (metrics_there.learning_rate, metrics.learning_rate, 1),
+            (there.optimizer.m, here.optimizer.m, 1),
+            (there.optimizer.v, here.optimizer.v, 2),  # squares have twice the relative error
+            (metrics_there.squared_norms, metrics.squared_norms, 2),
+        ):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=factor * error * np.abs(expected).max())
+
+        # An element whose gradient is rounding noise moves by noise over noise. So the buffers may differ by what the
+        # moments, compared above, make of them, and beyond that by a few roundings of the element and of its change.
+        after = there.params, np.asarray(here.params)
+        rate = float(metrics.learning_rate)
+        changes = [rate * direction(state.optimizer, number) for state in (there, here)]
+        decay = 1 - rate * weight_decay * decays(layout)
+        expected = [old.astype(np.float64) * decay - change for old, change in zip(before, changes, strict=True)]
+        allowed = 2.0**-24 * (4 * np.abs(after[1]) + 16 * np.abs(changes[0]) + 16 * np.abs(changes[1]))
+        assert (np.abs((after[0] - after[1]) - (expected[0] - expected[1])) <= allowed).all()
+        assert (after[0][slice(*layout.padding_span)] == 0).all()
+
+
+def test_stochastic_rounding_for_jax_metal_gives_the_same_bits(small_params):
+    layout = ParameterLayout(SMALL)
+    seeds = np.random.default_rng(3).integers(0, 2**32, layout.NUM_TENSORS, dtype=np.uint32)
+
+    def rounded(params, seeds):
+        # The interpreter is handed signed integers.
+        return stochastically_rounded(params, layout, lax.bitcast_convert_type(seeds, jnp.uint32))
+
+    found = interpret(rounded, small_params, seeds.view(np.int32))
+    np.testing.assert_array_equal(found, jax.jit(rounded)(small_params, seeds.view(np.int32)))
+
+
+def direction(moments, updates_done):
+    """AdamW's direction from its moments, in float64."""
+    m_hat = np.asarray(moments.m, np.float64) / (1 - BETA1**updates_done)
+    v_hat = np.asarray(moments.v, np.float64) / (1 - BETA2**updates_done)
+    return m_hat / (np.sqrt(v_hat) + EPSILON)
+
+
+def decays(layout):
+    index = np.arange(layout.num_parameters)
+    return sum(((index >= start) & (index < stop)).astype(np.float64) for start, stop in layout.decay_spans)
+
+
+def test_validation_and_sampling_for_jax_metal_compute_as_xla_on_the_cpu(small_params):
+    layout, float32 = ParameterLayout(SMALL), jnp.dtype("float32")
+    tokens = np.random.default_rng(2).integers(0, SMALL.vocab_size, (2, 9)).astype(np.int32)
+    x_BT, y_BT = tokens[:, :-1], tokens[:, 1:]
+    loss = make_loss_function(layout, dtype=float32, matmul="xla")
+    found = interpret(loss, small_params, x_BT, y_BT)
+    expected = float(loss(small_params, x_BT, y_BT))
+    assert abs(float(found) - expected) <= rounding_error("float32") * expected
+
+    position = np.int32(5)
+    logits = partial(next_token_logits, layout=layout, dtype=float32, matmul="xla")
+    found = interpret(logits, small_params, x_BT[:1], position)
+    expected = np.asarray(logits(small_params, x_BT[:1], position))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rounding_error("float32") * np.abs(expected).max())

@@ -1,0 +1,382 @@
+"""Whole runs of a tiny model: what they leave behind, how they go on, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.config import load_config, saved_config_path
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
+from gpt2_jax.llmc.loader import Place, TokenLoader
+from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
+from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
+from gpt2_jax.llmc.token_shard import write_token_shard
+from gpt2_jax.models.initialize import initialize_parameters
+from gpt2_jax.ops.cpu import library as custom_calls
+from gpt2_jax.report.display import RunLog
+from gpt2_jax.training import checkpoint
+from gpt2_jax.training import run as trainer
+from gpt2_jax.training.run import _not_finite, train
+from gpt2_jax.training.run_record import read_run_record
+from tests.conftest import CPU, TINY, change
+
+
+def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
+    folder = train(config, "tiny", CPU)
+    assert {path.name for path in folder.iterdir()} == {
+        *("model_00000008.bin", "state_00000008_00000.bin", "run_00000008.json", "DONE_00000008"),
+        *("config.toml", "log.jsonl", "main.log", "loss.png"),
+    }
+    log = RunLog(folder / "log.jsonl")
+    losses = {event: [(row["step"], row["loss"]) for row in log.records(event)] for event in ("train", "validation")}
+    assert [step for step, _ in losses["train"]] == list(range(1, 9))
+    assert [step for step, _ in losses["validation"]] == [0, 4, 8]
+    assert [row["step"] for row in log.records("sample")] == [0, 4, 8]
+    assert losses["validation"][-1][1] < losses["validation"][0][1]
+    model, params = read_model_file(folder / "model_00000008.bin")
+    assert model == TINY
+    assert np.isfinite(params).all()
+
+    output = capsys.readouterr().out
+    steps = [line for line in output.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == [f"{step}/8" for step in range(1, 9)]
+    assert "unigram cross-entropy of the validation tokens" in output
+    assert "validating on 9 batches" in output
+    assert f"validation loss at step 8: {losses['validation'][-1][1]:.6f}" in output
+    assert re.search(r"  memory +0.00 GB \(0.00 parameters, .*\) expected in a step\n", output)
+    assert re.search(r"compiled in [\d.]+ s; the step has 0.00 GB of memory\n", output)
+    assert re.search(r"peak memory: \d+\.\d\d GB of the process\n", output)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path, dtype):
+    # Steps are given, so that the schedule is the same; the epoch ends at step 31 with two micro-batches a step.
+    config = change(
+        config,
+        data={"total_batch_size": 64},
+        run={"steps": 40, "checkpoint_every": 25},
+        evaluation={"sample_every": 10},
+        compute={"dtype": dtype},
+    )
+    straight = train(change(config, run={"out_dir": str(tmp_path / "straight")}), "tiny", CPU)
+    folder = train(config, "tiny", CPU)
+    for name in ("model_00000040.bin", "state_00000040_00000.bin", "DONE_00000040"):
+        (folder / name).unlink()
+    train(change(config, run={"resume": True}), "tiny", CPU)
+    for name in ("model_00000040.bin", "state_00000040_00000.bin"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    for event, keys in (("train", ("loss", "norm", "lr")), ("validation", ("loss",)), ("sample", ("text",))):
+        straight_rows, rows = (RunLog(path / "log.jsonl").records(event) for path in (straight, folder))
+        assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in straight_rows]
+    # The samples were those of models that had learned something, so they tell the models apart.
+    assert len({row["text"] for row in rows}) > 1
+
+
+@pytest.mark.parametrize("variant", ["outlier skip", "bfloat16", "no masters"])
+def test_a_run_resumed_twice_equals_a_straight_one_to_the_bit(config, variant, tmp_path):
+    """With shuffling, accumulation and the outlier skip on: after the window is full most updates are refused."""
+    config = change(
+        config,
+        data={"total_batch_size": 64},
+        optimizer={"skip_loss_z": 0.5, "skip_gradient_z": 0.5},
+        compute={"dtype": "float32" if variant == "outlier skip" else "bfloat16"},
+        run={"steps": 150, "checkpoint_every": 70},
+        evaluation={"sample_every": 0, "validate_every": 0},
+    )
+    config = change(config, optimizer={"master_weights": variant != "no masters"})
+    straight = train(change(config, run={"out_dir": str(tmp_path / "straight")}), "tiny", CPU)
+    folder = train(config, "tiny", CPU)
+    for step in (140, 150):
+        for path in folder.glob(f"*{step:08d}*"):
+            path.unlink()
+    for steps in (140, 150):
+        # The last checkpoint of the first part is the start of the second; the schedule is constant here.
+        train(change(config, run={"resume": True, "steps": steps}), "tiny", CPU)
+    for name in ("model_00000150.bin", "state_00000150_00000.bin"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    rows = [RunLog(path / "log.jsonl").records("train") for path in (straight, folder)]
+    for key in ("loss", "norm", "loss_z", "norm_z", "applied"):
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
+    assert not all(row["applied"] for row in rows[0])
+    windows = [read_run_record(path / "run_00000150.json").windows for path in (straight, folder)]
+    np.testing.assert_array_equal(windows[0]["loss"], windows[1]["loss"])
+    assert read_model_config(folder / "model_00000150.bin") == TINY
+
+
+def test_without_masters_the_parameters_are_bfloat16s_and_move_by_llmcs_noise(config):
+    config = change(config, compute={"dtype": "bfloat16"}, optimizer={"master_weights": False}, run={"steps": 3})
+    saved = checkpoint.load_checkpoint(train(config, "tiny", CPU), 3)
+    np.testing.assert_array_equal(saved.params, rounded_to_nearest(saved.params))
+    stream = RoundingStream()
+    for _ in range(3):
+        stream.step_done(1, applied=True)
+    assert saved.rounding == stream
+
+
+def test_a_bfloat16_run_begins_with_bfloat16s_values_as_llmcs_does(config):
+    config = change(config, optimizer={"learning_rate": 0.0, "weight_decay": 0.0}, run={"steps": 1})
+    saved = checkpoint.load_checkpoint(train(change(config, compute={"dtype": "bfloat16"}), "tiny", CPU), 1)
+    np.testing.assert_array_equal(saved.params, rounded_to_nearest(initialize_parameters(TINY)))
+
+
+def test_old_checkpoints_are_deleted(config):
+    config = change(config, run={"checkpoint_every": 2, "keep_checkpoints": 1, "major_checkpoint_every": 4})
+    assert checkpoint.complete_steps(train(config, "tiny", CPU)) == [4, 8]
+
+
+def test_a_full_disk_is_reported_and_the_run_goes_on(config, monkeypatch, capsys):
+    replace = os.replace
+    full = {"state_00000004_00000.bin"}
+
+    def sometimes_full(source, target):
+        if Path(target).name in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", sometimes_full)
+    config = change(config, run={"checkpoint_every": 2})
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert re.search(r"NO checkpoint of step 4: .*No space left on device.*\n.*the newest checkpoint is of step 2", output)
+    assert checkpoint.complete_steps(folder) == [2, 6, 8]
+
+    full.add("model_00000009.bin")
+    with pytest.raises(Gpt2JaxError, match=r"model_00000009.bin: .*No space left"):
+        train(change(config, run={"resume": True, "steps": 9}), "tiny", CPU)
+    assert checkpoint.newest_step(folder) == 8
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(config, monkeypatch, capsys):
+    def refuse(self, path, *_):
+        raise Gpt2JaxError(f"{self}: expected to append to the log, found: No space left on device")
+
+    monkeypatch.setattr(RunLog, "write", lambda self, *_, **__: refuse("log.jsonl", None))
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert output.count("log.jsonl: expected to append to the log, found: No space left on device") == 1
+    assert checkpoint.newest_step(folder) == 8
+
+
+def test_overfitting_takes_the_first_validation_batch_every_time(config, tiny_shards):
+    config = change(config, data={"overfit_one_batch": True}, run={"steps": 30}, evaluation={"sample_every": 0})
+    folder = train(config, "tiny", CPU)
+    losses = [row["loss"] for row in RunLog(folder / "log.jsonl").records("train")]
+    assert losses[-1] < losses[0] - 2
+    loader = TokenLoader(tiny_shards[1], 2, 16, vocab_size=203)
+    loader.next_batch()
+    assert checkpoint.load_checkpoint(folder, 30).loader == loader.state()
+
+
+def questions(count):
+    random = np.random.default_rng(3)
+    sizes = random.integers(1, 4, (count, 5))
+    parts = [[random.integers(0, 203, size).astype(np.uint16) for size in row] for row in sizes]
+    return [MultipleChoice(i % 4, row[0], tuple(row[1:])) for i, row in enumerate(parts)]
+
+
+def test_hellaswag_is_scored_at_every_validation_but_the_first(config, tmp_path, capsys):
+    write_eval_file(tmp_path / "hellaswag.bin", questions(11))
+    config = change(config, evaluation={"hellaswag": str(tmp_path / "hellaswag.bin"), "sample_every": 0})
+    folder = train(config, "tiny", CPU)
+    rows = RunLog(folder / "log.jsonl").records("hellaswag")
+    assert [(row["step"], row["total"]) for row in rows] == [(4, 11), (8, 11)]
+    lines = (folder / "main.log").read_text().splitlines()
+    assert [line.split()[0] + " " + line.split()[1].split(":")[0] for line in lines] == [
+        *["s:0 tel", "s:0 trl", "s:1 trl", "s:2 trl", "s:3 trl", "s:4 tel", "s:4 eval"],
+        *["s:4 trl", "s:5 trl", "s:6 trl", "s:7 trl", "s:8 tel", "s:8 eval"],
+    ]
+    assert f"s:8 eval:{rows[-1]['right'] / 11:.4f}" in lines
+    assert f"HellaSwag at step 8: {rows[-1]['right']}/11 = " in capsys.readouterr().out
+
+
+def test_questions_longer_than_a_sequence_are_refused(config, tmp_path):
+    write_eval_file(tmp_path / "hellaswag.bin", questions(11))
+    config = change(config, evaluation={"hellaswag": str(tmp_path / "hellaswag.bin")}, data={"sequence_length": 5})
+    with pytest.raises(Gpt2JaxError, match=r"hellaswag.bin: expected questions below 5 tokens"):
+        train(config, "tiny", CPU)
+
+
+def test_a_finished_run_has_nothing_to_resume(config, capsys):
+    folder = train(config, "tiny", CPU)
+    before = (folder / "model_00000008.bin").stat().st_mtime_ns
+    train(change(config, run={"resume": True}), "tiny", CPU)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (folder / "model_00000008.bin").stat().st_mtime_ns == before
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_untouched(config):
+    folder = train(config, "tiny", CPU)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(Gpt2JaxError, match=r"holds a run(.|\n)*--resume --out-dir"):
+        train(config, "tiny", CPU)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_saved_settings_are_the_runs(config):
+    folder = train(config, "tiny", CPU)
+    assert load_config(saved_config_path(folder)) == config
+
+
+def test_fine_tuning_starts_from_a_files_weights_and_a_fresh_optimizer(config, tiny_params, tmp_path):
+    path = tmp_path / "mine.bin"
+    write_model_file(path, TINY, tiny_params)
+    no_sizes = dict.fromkeys(dataclasses.asdict(TINY))
+    config = change(config, model={"init": str(path), **no_sizes}, optimizer={"learning_rate": 0.0}, run={"steps": 1})
+    folder = train(config, "tiny", CPU)
+    saved = checkpoint.load_checkpoint(folder, 1)
+    np.testing.assert_array_equal(saved.params, tiny_params)
+    assert (saved.m != 0).any()
+
+
+def test_a_missing_library_of_custom_calls_is_said_and_trains_through_xla(config, capsys, monkeypatch):
+    def missing():
+        raise NotImplementedError("it was not built")
+
+    monkeypatch.setattr(custom_calls, "description", missing)
+    train(change(config, run={"steps": 1}, evaluation={"validate_every": 0, "sample_every": 0}), "tiny", CPU)
+    assert re.search(r"not naive, blocked, simd, threaded.*: it was not built", capsys.readouterr().out)
+
+
+def test_an_epoch_is_the_default(config):
+    folder = train(change(config, run={"steps": 0}, evaluation={"validate_every": 0, "sample_every": 0}), "tiny", CPU)
+    assert checkpoint.newest_step(folder) == 2000 // 32
+
+
+def poisoned(config, tmp_path):
+    """A run from weights of which one in the second layer's fcw is infinite."""
+    params = initialize_parameters(TINY)
+    ParameterLayout(TINY).views(params)["lnfb"][3] = np.inf
+    write_model_file(tmp_path / "poisoned.bin", TINY, params)
+    no_sizes = dict.fromkeys(dataclasses.asdict(TINY))
+    evaluation = {"validate_every": 0, "sample_every": 0}
+    return change(
+        config, model={"init": str(tmp_path / "poisoned.bin"), **no_sizes}, evaluation=evaluation, data={"shuffle": False}
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(config, tmp_path, tiny_shards):
+    config = poisoned(config, tmp_path)
+    with pytest.raises(Gpt2JaxError) as raised:
+        train(config, "tiny", CPU)
+    message = str(raised.value)
+    assert "step 1: expected a finite loss and gradient, found a loss of nan" in message
+    assert "not finite in all tensors" in message
+    assert f"for the batch of {tiny_shards[0]} at token 0" in message
+    with pytest.raises(Gpt2JaxError, match="complete checkpoint"):
+        checkpoint.newest_step(config.run.out_dir)
+
+
+def test_with_skip_a_loss_that_is_not_finite_is_reported_and_never_reaches_the_parameters(config, tmp_path, capsys):
+    config = change(poisoned(config, tmp_path), optimizer={"nonfinite": "skip"}, run={"steps": 2})
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "update skipped: step 1: expected a finite loss" in output
+    assert "tiny_train.bin at token 32" in output
+    saved = checkpoint.load_checkpoint(folder, 2)
+    np.testing.assert_array_equal(saved.params, read_model_file(tmp_path / "poisoned.bin")[1])
+    assert (saved.m == 0).all()
+    assert [row["loss"] for row in RunLog(folder / "log.jsonl").records("train")] == [None, None]
+    # What llm.c would have drawn: the embedding's seed alone.
+    stream = RoundingStream()
+    for _ in range(2):
+        stream.step_done(1, applied=False)
+    assert saved.rounding == stream
+
+
+def test_a_validation_loss_that_is_not_finite_is_no_crash(config, tmp_path, capsys):
+    config = change(poisoned(config, tmp_path), optimizer={"nonfinite": "skip"}, evaluation={"validate_every": 2})
+    folder = train(config, "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "validation loss at step 8: nan" in output
+    assert f"run folder: {folder}" in output
+
+
+def test_a_log_that_became_a_folder_does_not_end_the_run(config, capsys):
+    folder = Path(config.run.out_dir)
+    (folder / "log.jsonl").mkdir(parents=True)
+    train(change(config, evaluation={"sample_every": 0}), "tiny", CPU)
+    output = capsys.readouterr().out
+    assert "log.jsonl: expected a log, found a folder\nthe run goes on without it" in output
+    assert f"run folder: {folder}" in output
+
+
+def test_the_message_names_the_tensors_whose_gradient_is_not_finite(tiny_layout):
+    squared = np.ones(16, np.float32)
+    squared[[4, 15]] = np.nan, np.inf
+    places = [Place("a.bin", 7), Place("b.bin", 0)]
+    message = _not_finite(12, 3.5, math.nan, squared, tiny_layout, places)
+    assert message.startswith("step 12: expected a finite loss and gradient, found a loss of 3.5 and a gradient norm of nan")
+    assert message.endswith("not finite in qkvw, lnfb, for the batch of a.bin at token 7; b.bin at token 0")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"sequence_length": 17}}, r"--sequence-length: expected at most the model's 16, found 17"),
+        ({"data": {"train": "nowhere.bin"}}, r"nowhere.bin: .*\n.*prepare_data.py"),
+        ({"run": {"out_dir": "x" * 300}}, r"x: expected to make the run folder, found: File name too long"),
+        ({"run": {"out_dir": "a\0b"}}, r"expected to make the run folder, found: .*null"),
+        ({"run": {"out_dir": "x" * 300, "resume": True}}, r"x: expected a run folder with a complete checkpoint"),
+        ({"data": {"batch_size": 200}}, r"expected at least 3201 tokens for one batch"),
+        ({"model": {"init": "nowhere.bin", **dict.fromkeys(dataclasses.asdict(TINY))}}, r"nowhere.bin: expected a model file"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_anything_is_written(config, sections, message, tmp_path):
+    with pytest.raises(Gpt2JaxError, match=message):
+        train(change(config, **sections), "tiny", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def allocate_too_much(*_, **__):
+    return jax.numpy.zeros((1 << 42,), "float32")
+
+
+@pytest.mark.parametrize("where", ["create_state", "make_train_step"])
+def test_memory_that_is_not_there_is_an_error_with_what_would_need_less(config, monkeypatch, where):
+    """A real failure of XLA's, before the first step or in it."""
+    too_much = allocate_too_much if where == "create_state" else lambda *_, **__: jax.jit(allocate_too_much)
+    monkeypatch.setattr(trainer, where, too_much)
+    config = change(config, data={"batch_size": 6, "total_batch_size": 192}, evaluation={"sample_every": 0})
+    with pytest.raises(Gpt2JaxError) as raised:
+        train(config, "tiny", CPU)
+    problem, hint = raised.value.problem, raised.value.hint
+    assert re.match(r"memory: expected room for 0\.00 GB \(.* activations\) in a step, found: RESOURCE_EXHAUSTED: ", problem)
+    assert hint.startswith("--batch-size 3 --total-batch-size 192   (as many tokens a step); or --recompute block; or ")
+    change(config, data={"batch_size": 3}).validate()
+
+
+def test_other_failures_of_xlas_keep_their_traceback(config, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("INTERNAL: not RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(trainer, "create_state", fail)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        train(config, "tiny", CPU)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("data", [{"train": "nowhere.bin"}, {"validation": "nowhere.bin"}])
+def test_a_mistyped_path_is_reported_before_weights_are_made_or_loaded(config, monkeypatch, resume, data):
+    if resume:
+        folder = train(change(config, run={"steps": 1}), "tiny", CPU)
+        saved_config_path(folder).unlink()  # as llm.c's, which does not say what the data were
+    monkeypatch.setattr(trainer, "load_weights", lambda *_: pytest.fail("made the weights"))
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_, **__: pytest.fail("loaded the checkpoint"))
+    with pytest.raises(Gpt2JaxError, match=r"nowhere\.bin"):
+        train(change(config, data=data, run={"resume": resume}), "tiny", CPU)
+
+
+def test_a_token_beyond_the_vocabulary_is_named(config, tiny_shards):
+    write_token_shard(tiny_shards[0], np.full(2000, TINY.vocab_size))
+    with pytest.raises(Gpt2JaxError, match=r"tiny_train.bin: expected token ids below 203, found 203 at token \d+"):
+        train(config, "tiny", CPU)
