@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt2_jax.buffer.layout import ModelConfig, is_descriptor, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor, is_descriptor
 from gpt2_jax.files import read_text_file
 from gpt2_jax.llmc.command_line import translate
 
@@ -200,12 +200,12 @@ class RunConfig:
         return self.compute.dtype == "bfloat16" and not self.optimizer.master_weights
 
 
-def model_config_from_settings(settings: ModelSettings) -> ModelConfig | None:
+def model_config_from_settings(settings: ModelSettings) -> GPT2Config | None:
     """The sizes that a descriptor and its overrides give; None when `init` names a file, whose own sizes hold."""
-    sizes = {name: getattr(settings, name) for name in ModelConfig.__dataclass_fields__}
+    sizes = {name: getattr(settings, name) for name in GPT2Config.__dataclass_fields__}
     overrides = {name: value for name, value in sizes.items() if value is not None}
     if is_descriptor(settings.init):
-        return dataclasses.replace(model_config_from_descriptor(settings.init), **overrides)
+        return dataclasses.replace(config_from_descriptor(settings.init), **overrides)
     if overrides:
         raise Gpt2JaxError(
             f"{_flag(next(iter(overrides)))}: expected a size only with a descriptor such as d12, "

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.buffer.views import views
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.random import XorShift
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops import classifier, in_place
@@ -89,7 +90,7 @@ def sample(logits_V: np.ndarray, coin: np.float32, *, temperature: float = 1.0, 
 
 
 def complete(
-    config: ModelConfig,
+    config: GPT2Config,
     params: np.ndarray,
     tokenizer: tiktoken.Encoding,
     prompt: str,
@@ -111,7 +112,7 @@ def complete(
         )
     tokens = generate(
         jnp.asarray(params),
-        ParameterLayout(config),
+        config.layout,
         prompt_tokens(prompt, tokenizer),
         max_tokens,
         dtype=jnp.dtype(jnp.float32),

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss, pytorch_training_losses
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops.cpu import library as custom_calls
@@ -36,7 +37,7 @@ class Comparison:
 
 
 def check_gradients(
-    config: ModelConfig,
+    config: GPT2Config,
     params: np.ndarray,
     x_BT: np.ndarray,
     y_BT: np.ndarray,
@@ -53,7 +54,7 @@ def check_gradients(
     e = 2^-8 sqrt(10 L) of the largest value in every tensor and in the logits. Every update then points wrongly by as
     much, and so does what the loss falls by in ten of them: e times that fall. The loss itself: llm.c's 0.05.
     """
-    layout = ParameterLayout(config)
+    layout = config.layout
     reference = make_pytorch_model(config, params)
     reference_logits, reference_loss = pytorch_loss(reference, x_BT, y_BT)
     reference_loss.backward()
@@ -85,7 +86,7 @@ def check_gradients(
 
 
 def compare_gradients(
-    grads: dict[str, np.ndarray], reference: dict[str, np.ndarray], config: ModelConfig, dtype: str
+    grads: dict[str, np.ndarray], reference: dict[str, np.ndarray], config: GPT2Config, dtype: str
 ) -> list[Comparison]:
     """The gradient of each of the 16 tensors against the reference's, with check_gradients' tolerances."""
 
@@ -97,19 +98,19 @@ def compare_gradients(
     return [_compare(f"grad {name}", grads[name], expected, tolerance(expected)) for name, expected in reference.items()]
 
 
-def compare_logits(logits: np.ndarray, reference: np.ndarray, config: ModelConfig, dtype: str) -> Comparison:
+def compare_logits(logits: np.ndarray, reference: np.ndarray, config: GPT2Config, dtype: str) -> Comparison:
     """Logits against the reference's, with check_gradients' tolerance."""
     tolerance = 1e-3 if dtype == "float32" else _bfloat16_error(config) * np.abs(reference).max()
     return _compare("logits", logits, reference, tolerance)
 
 
-def compare_losses(losses: list[float], reference: list[float], config: ModelConfig, dtype: str) -> Comparison:
+def compare_losses(losses: list[float], reference: list[float], config: GPT2Config, dtype: str) -> Comparison:
     """The losses of training steps against the reference's, with check_gradients' tolerance."""
     tolerance = 1e-4 if dtype == "float32" else _bfloat16_error(config) * (max(reference) - min(reference))
     return _compare(f"{len(losses)} steps' losses", np.array(losses), np.array(reference), tolerance)
 
 
-def _bfloat16_error(config: ModelConfig) -> float:
+def _bfloat16_error(config: GPT2Config) -> float:
     return 2.0**-8 * math.sqrt(10 * config.num_layers)
 
 

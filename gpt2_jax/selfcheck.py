@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import GPT2_VOCAB_SIZE, ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.step import create_state, loss_and_gradient, make_train_step
 from gpt2_jax.data.corpus import encode_documents, kjv_chapters
 from gpt2_jax.doctor import processor_name, system_name
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
 from gpt2_jax.generate import generate, next_token_logits
 from gpt2_jax.gradient_check import Comparison, compare_gradients, compare_logits, compare_losses
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
@@ -34,7 +35,7 @@ from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.linear import IMPLEMENTATIONS, choose_implementation
 
-SMALL_MODEL = ModelConfig(max_sequence_length=64, vocab_size=GPT2_VOCAB_SIZE, num_layers=4, num_heads=4, channels=128)
+SMALL_MODEL = GPT2Config(max_sequence_length=64, vocab_size=GPT2_VOCAB_SIZE, num_layers=4, num_heads=4, channels=128)
 BATCH_SIZE = 4
 STEPS = 20
 LEARNING_RATE = 3e-4
@@ -103,7 +104,7 @@ def built_in_tokens(count: int) -> np.ndarray:
 
 def check_systems(
     systems: list[System],
-    config: ModelConfig,
+    config: GPT2Config,
     tokens: np.ndarray,
     *,
     dtype: str,
@@ -114,7 +115,7 @@ def check_systems(
 
     `tokens` are steps * batch_size * max_sequence_length + 1. float32 products are full float32, not TF32.
     """
-    layout, params = ParameterLayout(config), initialize_parameters(config)
+    layout, params = config.layout, initialize_parameters(config)
     shape = (steps, batch_size, config.max_sequence_length)
     x_SBT, y_SBT = (tokens[start : start + math.prod(shape)].reshape(shape).astype(np.int32) for start in (0, 1))
     pytorch = _pytorch_gradients(config, params, x_SBT[0], y_SBT[0])
@@ -147,7 +148,7 @@ def rows_to_show(rows: list[Comparison]) -> list[tuple[str, Comparison]]:
     return shown
 
 
-def write_report(path: Path, checks: list[Check], config: ModelConfig, *, dtype: str, environment: dict[str, str]) -> None:
+def write_report(path: Path, checks: list[Check], config: GPT2Config, *, dtype: str, environment: dict[str, str]) -> None:
     """One JSON object for sharing: nothing in it names a person, a folder or a network."""
     packages = ("gpt2_jax", "jax", "jaxlib", "jax-mps", "metaljax", "jax-graft", "jax-metal", "numpy", "torch")
     report: dict[str, Any] = {
@@ -226,14 +227,14 @@ def _sample(
         return np.asarray(logits), list(tokens)
 
 
-def _pytorch_gradients(config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> dict[str, np.ndarray]:
+def _pytorch_gradients(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> dict[str, np.ndarray]:
     """The third witness; empty where PyTorch is not installed."""
     try:
         model = make_pytorch_model(config, params)
     except Gpt2JaxError:
         return {}
     pytorch_loss(model, x_BT, y_BT)[1].backward()
-    return ParameterLayout(config).views(pytorch_gradients(model, config))
+    return config.layout.views(pytorch_gradients(model, config))
 
 
 def _json_value(value: Any) -> Any:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.data.tokenizer import gpt2_tokenizer, token_bytes
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.debug_state import DebugState, write_debug_state
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.token_shard import open_token_shard
@@ -30,9 +30,9 @@ def first_batch(tokens_path: str, vocab_size: int, batch_size: int, sequence_len
     return tokens[:-1].reshape(shape), tokens[1:].reshape(shape)
 
 
-def debug_state(config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> DebugState:
+def debug_state(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> DebugState:
     """Logits, loss and gradients of one batch, computed in float32 at the highest precision."""
-    layout = ParameterLayout(config)
+    layout = config.layout
     x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
 
     def evaluate(params_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -46,7 +46,7 @@ def debug_state(config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT:
 
 
 def write_starter_pack(
-    folder: Path, name: str, config: ModelConfig, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray
+    folder: Path, name: str, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray
 ) -> list[Path]:
     """Write gpt2_NAME.bin, gpt2_NAME_bf16.bin, gpt2_NAME_debug_state.bin and gpt2_tokenizer.bin; returns their paths."""
     try:

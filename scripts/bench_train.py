@@ -53,9 +53,9 @@ def main() -> None:
 
     from gpt2_jax.benchmark.train import bench_train
     from gpt2_jax.benchmark.train_report import Workload
-    from gpt2_jax.buffer.layout import model_config_from_descriptor
+    from gpt2_jax.families.gpt2 import config_from_descriptor
 
-    config = model_config_from_descriptor(arguments.model)
+    config = config_from_descriptor(arguments.model)
     work = Workload(arguments.model, config, arguments.batch_size, arguments.sequence_length, arguments.backend)
     ended_well = bench_train(
         work,

@@ -16,11 +16,11 @@ from typing import Literal
 
 import tyro
 
-from gpt2_jax.buffer.layout import model_config_from_descriptor
 from gpt2_jax.compute.backend import metal_backend, select_backend
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.config import RunConfig, load_config, model_config_from_settings
 from gpt2_jax.errors import Gpt2JaxError, run_program
+from gpt2_jax.families.gpt2 import config_from_descriptor
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def main() -> None:
         raise Gpt2JaxError("expected --size or --config, found both")
     size = arguments.size or "d12"
     config = load_config(arguments.config) if arguments.config else two_micro_batches_of(size)
-    model = model_config_from_settings(config.model) if arguments.config else model_config_from_descriptor(size)
+    model = model_config_from_settings(config.model) if arguments.config else config_from_descriptor(size)
     if model is None:
         raise Gpt2JaxError(f"--config: expected a model by its descriptor, found the file {config.model.init}", "--size d12")
     dtypes: list[Literal["float32", "bfloat16"]]

@@ -30,10 +30,11 @@ import pytest
 from hypothesis import settings
 
 import gpt2_jax
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute import backend, metal_plugins
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.config import RunConfig
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.ops.linear import choose_implementation
@@ -54,7 +55,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 REPOSITORY = Path(gpt2_jax.__file__).parents[1]
 
 # Two layers and a vocabulary that is no multiple of 128, so that there are padding rows.
-TINY = ModelConfig(max_sequence_length=16, vocab_size=203, num_layers=2, num_heads=4, channels=32)
+TINY = GPT2Config(max_sequence_length=16, vocab_size=203, num_layers=2, num_heads=4, channels=32)
 CPU = Backend("cpu", "cpu", "test")
 
 
@@ -69,16 +70,16 @@ def available(implementations: Iterable[str]) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def tiny_layout() -> ParameterLayout:
-    return ParameterLayout(TINY)
+    return TINY.layout
 
 
 @pytest.fixture(scope="session")
 def tiny_params() -> np.ndarray:
     """llm.c's initialization, then every tensor moved a little, so that biases and LayerNorm gains matter too."""
     params = initialize_parameters(TINY)
-    layout = ParameterLayout(TINY)
+    layout = TINY.layout
     params += np.random.default_rng(0).normal(0, 0.02, params.shape).astype(np.float32)
-    params[slice(*layout.padding_span)] = 0
+    params[slice(*layout["wte"].padding_span)] = 0
     params.setflags(write=False)
     return params
 

@@ -7,7 +7,6 @@ import typing
 
 import pytest
 
-from gpt2_jax.buffer.layout import model_config_from_descriptor
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.config import (
     ComputeSettings,
@@ -20,6 +19,7 @@ from gpt2_jax.config import (
     saved_config_path,
 )
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.ops.linear import IMPLEMENTATIONS
 from tests.conftest import REPOSITORY
 
@@ -192,7 +192,7 @@ def test_accumulation_counts():
 
 def test_sizes_override_a_descriptor_but_not_a_file():
     settings = ModelSettings(init="d6", channels=24, num_heads=3)
-    expected = dataclasses.replace(model_config_from_descriptor("d6"), channels=24, num_heads=3)
+    expected = dataclasses.replace(config_from_descriptor("d6"), channels=24, num_heads=3)
     assert model_config_from_settings(settings) == expected
     assert model_config_from_settings(ModelSettings(init="model.bin")) is None
     with pytest.raises(Gpt2JaxError, match=r"--channels: expected a size only with a descriptor.*model.bin"):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.buffer.layout import ModelConfig
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import complete, generate, prompt_tokens, sample
 from gpt2_jax.llmc.random import XorShift
 from gpt2_jax.models import gpt2 as model
@@ -74,7 +74,7 @@ def test_generation_takes_each_next_token_from_the_whole_text(tiny_layout, tiny_
 
 @pytest.fixture(scope="module")
 def english_model():
-    config = ModelConfig(max_sequence_length=16, vocab_size=50257, num_layers=1, num_heads=1, channels=8)
+    config = GPT2Config(max_sequence_length=16, vocab_size=50257, num_layers=1, num_heads=1, channels=8)
     return config, initialize_parameters(config)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.step import create_state, make_train_step
 from gpt2_jax.llmc.debug_state import read_debug_state
 from gpt2_jax.llmc.model_file import read_model_file
@@ -28,7 +27,7 @@ LLMC_LOSSES = [5.270009, 4.060681, 3.320085, 2.717550, 2.181066, 1.653923, 1.168
 def check_debug_state_and_train(model_path, debug_state_path):
     """Check logits, loss and gradients against the debug state; the losses of ten steps of llm.c's test."""
     config, params = read_model_file(model_path)
-    layout = ParameterLayout(config)
+    layout = config.layout
     expected = read_debug_state(debug_state_path, config)
     found = debug_state(config, params, expected.x_BT, expected.y_BT)
     # llm.c's tolerances in float32.

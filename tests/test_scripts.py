@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.state_file import read_state_files
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
@@ -108,7 +108,7 @@ def test_prepare_data_makes_shards_of_a_text_file(tmp_path):
 def test_generate_continues_a_text_the_same_way_for_the_same_seed(tmp_path):
     from gpt2_jax.models.initialize import initialize_parameters
 
-    config = ModelConfig(max_sequence_length=16, vocab_size=50257, num_layers=1, num_heads=1, channels=8)
+    config = GPT2Config(max_sequence_length=16, vocab_size=50257, num_layers=1, num_heads=1, channels=8)
     path = tmp_path / "model.bin"
     write_model_file(path, config, initialize_parameters(config))
     flags = [path, "--prompt", "In the beginning", "--max-tokens", "5", "--top-k", "40"]
@@ -124,7 +124,7 @@ def test_the_starter_pack_has_llmcs_names_and_sizes(tiny_params, tiny_shards, tm
     write_model_file(tmp_path / "tiny.bin", TINY, tiny_params)
     flags = ["--init", tmp_path / "tiny.bin", "--batch-size", "2", "--sequence-length", "8", "--tokens", tiny_shards[1]]
     run("write_starter_pack.py", *flags, "--output-dir", tmp_path / "pack")
-    n = ParameterLayout(TINY).num_parameters
+    n = TINY.layout.num_parameters
     assert {path.name: path.stat().st_size for path in (tmp_path / "pack").iterdir()} == {
         "gpt2_tiny.bin": 1024 + 4 * n,
         "gpt2_tiny_bf16.bin": 1024 + 2 * n,
@@ -139,7 +139,7 @@ def test_the_starter_pack_has_llmcs_names_and_sizes(tiny_params, tiny_shards, tm
 def test_check_gradients_prints_every_tensor_and_its_status_can_be_trusted(tiny_params, tmp_path):
     write_model_file(tmp_path / "tiny.bin", TINY, tiny_params)
     output, _ = run("check_gradients.py", "--checkpoint", tmp_path / "tiny.bin", "--sequence-length", "16")
-    for tensor in ParameterLayout(TINY).tensors:
+    for tensor in TINY.layout.tensors:
         assert re.search(rf"^grad {tensor.name} .* ok$", output, re.MULTILINE)
     assert output.endswith("all within tolerance\n")
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_is_written_for_several_processes_and_merged_again(tiny_sha
     for name in ("params", "m", "v"):
         np.testing.assert_array_equal(getattr(original, name), getattr(merged, name), err_msg=name)
     # Two processes read two micro-batches at a time: after 6 steps of 4 each of them stands at its sample 12.
-    states = read_state_files(sorted((tmp_path / "two").glob("state_*")), ParameterLayout(original.model))
+    states = read_state_files(sorted((tmp_path / "two").glob("state_*")), original.model.layout)
     assert [process.loader.sample_index for process in states.processes] == [12, 12]
     assert states.processes[0].loader.generator.tobytes() != states.processes[1].loader.generator.tobytes()
     # Back to one process everything is as it was: no update was refused.

@@ -13,8 +13,8 @@ from gpt2_jax.benchmark.chart import Bar, check_writable, draw_bars
 from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_running
 from gpt2_jax.benchmark.matmul_timing import ERROR_ROWS, Run, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRODUCTS, dimensions, flops, linears_of
-from gpt2_jax.buffer.layout import ModelConfig, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 
 _QUICK_SECONDS = 41.0  # of the whole program, so that it ends within 50
 
@@ -23,7 +23,7 @@ def bench_matmul(
     tokens: int = 256,
     implementations: Sequence[str] = IMPLEMENTATIONS,
     *,
-    config: ModelConfig | None = None,
+    config: GPT2Config | None = None,
     rounds: int = 5,
     quick: bool = False,
     plot: str | None = None,
@@ -35,7 +35,7 @@ def bench_matmul(
         check_writable(plot)
     # A product then runs on the thread that asks for it: no hand-over to time.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    config = config or model_config_from_descriptor("d12")
+    config = config or config_from_descriptor("d12")
     machine = describe_machine()
     title, size = f"Matrix products of one GPT-2 training step, {tokens:,} tokens", _size_of_step(config, tokens)
     print(f"{title}; {size}\n{machine_line(machine)}", flush=True)
@@ -62,7 +62,7 @@ def bench_matmul(
     print(json.dumps(record))
 
 
-def _size_of_step(config: ModelConfig, tokens: int) -> str:
+def _size_of_step(config: GPT2Config, tokens: int) -> str:
     linears = linears_of(config)
     number = sum(linear.layers * len(PRODUCTS) for linear in linears)
     work = sum(linear.layers * flops(product, linear, tokens) for linear in linears for product in PRODUCTS)

@@ -33,9 +33,9 @@ from gpt2_jax.benchmark.products import (
     make_operands,
     rows_of,
 )
-from gpt2_jax.buffer.layout import ModelConfig
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.ops import linear as matmul
 
 ERROR_ROWS = 4  # rows of a result, evenly spread, that are compared with float64
@@ -112,7 +112,7 @@ class Refusal(NamedTuple):
 
 
 def measure(
-    config: ModelConfig,
+    config: GPT2Config,
     tokens: int,
     implementations: Sequence[str] = IMPLEMENTATIONS,
     *,

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from gpt2_jax.buffer.layout import ModelConfig
 from gpt2_jax.compute.backend import select_backend
+from gpt2_jax.families.gpt2 import GPT2Config
 
 _ACCELERATOR_SIZE = 8192  # of a square product that fills an accelerator
 _ACCELERATOR_PRODUCTS = 20
@@ -42,7 +42,7 @@ def measure_peak(request: Request) -> dict[str, Any]:
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     runs, _ = measure(
-        ModelConfig(**request.model),
+        GPT2Config(**request.model),
         request.tokens,
         request.implementations,
         rounds=request.rounds,

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.buffer.views import WeightView
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.ops import linear as matmul
 from gpt2_jax.ops.cpu import library as custom_calls
 
@@ -38,7 +38,7 @@ class Linear(NamedTuple):
     layers: int
 
 
-def linears_of(config: ModelConfig) -> list[Linear]:
+def linears_of(config: GPT2Config) -> list[Linear]:
     """The linear layers of a GPT-2 in forward order, by their tensors' names; the classifier last."""
     C, L = config.channels, config.num_layers
     return [
@@ -87,9 +87,9 @@ class Operands:
         return rows_of_a @ (b.T if product == "fwd" else b).astype(np.float64)
 
 
-def make_operands(config: ModelConfig, tokens: int, seed: int = 0) -> Operands:
+def make_operands(config: GPT2Config, tokens: int, seed: int = 0) -> Operands:
     """Random normal operands; weights with GPT-2's standard deviation of 0.02."""
-    linears, layout = linears_of(config), ParameterLayout(config)
+    linears, layout = linears_of(config), config.layout
     generator = np.random.default_rng(seed)
     # Blocks of normals, repeated: drawing them all takes seconds. The lengths are primes, so no row is another's twin.
     weight_block = 0.02 * generator.standard_normal(1_048_583, dtype=np.float32)

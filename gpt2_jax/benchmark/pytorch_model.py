@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.families.gpt2 import GPT2Config
 
 # This project's, of gpt2_jax/buffer/adamw.py, which would bring JAX into the process whose memory is measured.
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
@@ -18,7 +19,7 @@ GRADIENT_CLIP = 1.0
 
 
 class _Block(nn.Module):  # type: ignore[misc]
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: GPT2Config):
         super().__init__()
         C = config.channels
         self.num_heads = config.num_heads
@@ -38,7 +39,7 @@ class _Block(nn.Module):  # type: ignore[misc]
 class GPT2(nn.Module):  # type: ignore[misc]
     """(x, y) -> mean cross-entropy; float32 parameters."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: GPT2Config):
         super().__init__()
         self.wte = nn.Embedding(config.padded_vocab_size, config.channels)
         self.wpe = nn.Embedding(config.max_sequence_length, config.channels)

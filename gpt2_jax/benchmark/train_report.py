@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from gpt2_jax.benchmark.chart import Bar, draw_bars
 from gpt2_jax.benchmark.train_system import Result
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.memory import gigabytes
+from gpt2_jax.families.gpt2 import GPT2Config
 
 # How float32 is split for units that do not multiply it, for people to read.
 _SPLITS = {"BF16_BF16_F32_X3": "X3", "BF16_BF16_F32_X6": "X6", "S8_S8_S32_X6": "S8"}
@@ -30,7 +31,7 @@ class Workload:
     """What every system trains."""
 
     model_name: str
-    config: ModelConfig
+    config: GPT2Config
     batch_size: int
     sequence_length: int
     backend: str  # cpu, cuda or metal
@@ -41,7 +42,7 @@ class Workload:
 
     @property
     def layout(self) -> ParameterLayout:
-        return ParameterLayout(self.config)
+        return self.config.layout
 
 
 def llmc_flops_per_token(layout: ParameterLayout, sequence_length: int) -> int:

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import open_device, select_backend
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.ops.cpu import library as custom_calls
 
 SYSTEMS = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
@@ -41,7 +42,7 @@ class Request:
     dtype: str
     matmul_precision: str  # default, or a value of --matmul-precision
     backend: str
-    model: dict[str, int]  # the sizes of a ModelConfig
+    model: dict[str, int]  # the sizes of a GPT2Config
     batch_size: int
     sequence_length: int
     steps: int
@@ -75,7 +76,7 @@ def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lam
 
     NotImplementedError with the reason for a system that cannot be had.
     """
-    layout = ParameterLayout(ModelConfig(**request.model))
+    layout = GPT2Config(**request.model).layout
     shape = (2, request.batch_size, request.sequence_length)
     x_BT, y_BT = np.random.default_rng(0).integers(0, layout.config.vocab_size, shape).astype(np.int32)
     prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain}.get(request.name, _pytorch)
@@ -116,7 +117,7 @@ def random_parameters(layout: ParameterLayout) -> np.ndarray:
             tensor[...] = 0.0
         elif name in ("ln1w", "ln2w", "lnfw"):
             tensor[...] = 1.0
-    params[slice(*layout.padding_span)] = 0.0
+    params[slice(*layout["wte"].padding_span)] = 0.0
     return params
 
 

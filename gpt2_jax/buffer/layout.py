@@ -1,210 +1,125 @@
-"""Which tensors a GPT-2 has and where each one lies in the flat buffer. NumPy only.
+"""Where each tensor of a model lies in the flat buffer. NumPy only.
 
-Parameters, gradients and both AdamW moments are each ONE float32 array of `num_parameters` elements, in the
-order of llm.c's checkpoint files: 16 tensors back to back, row-major, every layer stacked on the leading axis,
-weights as (out, in). Nobody else in the project knows an offset.
+Parameters, gradients and both AdamW moments are each ONE float32 array of `num_parameters` elements: the tensors that the
+model's family declares, back to back in file order, row-major, every layer stacked on the leading axis, weights as
+(out, in). Offsets are computed here and nowhere else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 
-VOCAB_PADDING_MULTIPLE = 128
-GPT2_VOCAB_SIZE = 50257
 
-# depth -> (channels, heads); position table of 1024. llm.c train_gpt2.cu gpt2_set_hyperparameters.
-_GPT2_DEPTHS = {
-    6: (384, 6),
-    12: (768, 12),
-    24: (1024, 16),
-    36: (1280, 20),
-    48: (1600, 25),
-    60: (1920, 30),
-    72: (2880, 30),
-    84: (3456, 36),
-}
-# channels -> (layers, head size); position table of 2048. llm.c train_gpt2.cu gpt3_set_hyperparameters. llm.c's own
-# entry for 5140 channels (40 layers, head size 128) is left out: 128 does not divide 5140, so it always fails there.
-_GPT3_CHANNELS = {
-    384: (6, 64),
-    768: (12, 64),
-    1024: (24, 64),
-    1536: (24, 96),
-    2048: (24, 128),
-    2560: (32, 80),
-    4096: (32, 128),
-    12288: (96, 128),
-}
+@dataclass(frozen=True)
+class Normal:
+    """Random initialization: normally distributed around 0 with this standard deviation."""
+
+    std: float
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The sizes of a GPT-2; all that a model file's header holds.
-
-    Raises Gpt2JaxError when a size is not positive or the heads do not divide the channels.
-    """
-
-    max_sequence_length: int
-    vocab_size: int
-    num_layers: int
-    num_heads: int
-    channels: int
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequence_length", "vocab_size", "num_layers", "num_heads", "channels"):
-            if getattr(self, name) < 1:
-                raise Gpt2JaxError(f"model size {name}: expected at least 1, found {getattr(self, name)}")
-        if self.channels % self.num_heads:
-            raise Gpt2JaxError(
-                f"model sizes: expected channels to be a multiple of num_heads, "
-                f"found {self.channels} channels and {self.num_heads} heads"
-            )
-
-    @property
-    def head_size(self) -> int:
-        return self.channels // self.num_heads
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of wte: the vocabulary rounded up to a multiple of 128; the rows beyond it are always zero."""
-        return -(-self.vocab_size // VOCAB_PADDING_MULTIPLE) * VOCAB_PADDING_MULTIPLE
-
-
-def known_descriptors() -> list[str]:
-    """Every model descriptor that `model_config_from_descriptor` accepts in its short form."""
-    return [f"d{depth}" for depth in _GPT2_DEPTHS] + [f"gpt3:c{channels}" for channels in _GPT3_CHANNELS]
-
-
-_DESCRIPTOR = re.compile(r"(?:gpt2:)?d(?P<depth>\d{1,6})|gpt3:c(?P<channels>\d{1,6})")
-
-
-def is_descriptor(text: str) -> bool:
-    """True for text that has the form of a descriptor ('d12', 'gpt2:d48', 'gpt3:c768'), known or not."""
-    return _DESCRIPTOR.fullmatch(text) is not None
-
-
-def model_config_from_descriptor(descriptor: str) -> ModelConfig:
-    """Sizes of llm.c's descriptors: 'dN' or 'gpt2:dN' (N layers), 'gpt3:cN' (N channels).
-
-    Raises Gpt2JaxError, listing what is known, for anything else.
-    """
-    match = _DESCRIPTOR.fullmatch(descriptor)
-    if match and match["depth"] and (depth := int(match["depth"])) in _GPT2_DEPTHS:
-        channels, heads = _GPT2_DEPTHS[depth]
-        return ModelConfig(1024, GPT2_VOCAB_SIZE, depth, heads, channels)
-    if match and match["channels"] and (channels := int(match["channels"])) in _GPT3_CHANNELS:
-        layers, head_size = _GPT3_CHANNELS[channels]
-        return ModelConfig(2048, GPT2_VOCAB_SIZE, layers, channels // head_size, channels)
-    raise Gpt2JaxError(
-        f"model descriptor: expected one of {', '.join(known_descriptors())}, found {descriptor!r}",
-        "python scripts/train.py --init d12",
-    )
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One of the 16 tensors: its full shape (stacked over layers), its place in the buffer, whether it decays."""
+class Tensor:
+    """What a model family declares of one tensor."""
 
     name: str
-    shape: tuple[int, ...]
-    offset: int
-    decays: bool
-    stacked: bool
+    shape: tuple[int, ...]  # of one layer
+    layers: int | None = None  # number of layers that are stacked; None: the model has the tensor once
+    decays: bool = False  # whether weight decay applies
+    init: Normal | float = 0.0  # a float fills the tensor
+    valid_rows: int | None = None  # rows from here on are padding and hold zeros in every buffer; None: there is no padding
+    huggingface_name: str = ""  # of transformers' parameter; '{layer}' stands for the layer's number
+    huggingface_transposed: bool = False  # transformers stores (in, out)
+
+
+@dataclass(frozen=True)
+class PlacedTensor(Tensor):
+    """A declared tensor at its place in the buffer; sizes and offsets are in elements."""
+
+    offset: int = 0
+
+    @property
+    def stacked(self) -> bool:
+        return self.layers is not None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are stacked in the tensor; 1 for a tensor that the model has once."""
+        return 1 if self.layers is None else self.layers
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape with all layers."""
+        return self.shape if self.layers is None else (self.layers, *self.shape)
+
+    @property
+    def layer_size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)  # exact: a damaged header may ask for more than 64 bits hold
+        return self.num_layers * self.layer_size  # exact: a damaged header may ask for more than 64 bits hold
 
     @property
     def stop(self) -> int:
         return self.offset + self.size
 
-    @property
-    def num_layers(self) -> int:
-        """Layers that are stacked in the tensor; 1 for a tensor that is not stacked."""
-        return self.shape[0] if self.stacked else 1
-
-    @property
-    def layer_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's part; the whole shape for a tensor that is not stacked."""
-        return self.shape[1:] if self.stacked else self.shape
-
-    @property
-    def layer_size(self) -> int:
-        """Elements of one layer's part."""
-        return math.prod(self.layer_shape)
-
     def layer_offset(self, layer: int) -> int:
         """Offset of one layer's part in the buffer."""
-        return self.offset + layer * self.layer_size if self.stacked else self.offset
-
-
-class ParameterLayout:
-    """Names, shapes, offsets and decay of the 16 tensors of one model, in llm.c's checkpoint order."""
-
-    NUM_TENSORS = 16
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        V, T, L, C = config.padded_vocab_size, config.max_sequence_length, config.num_layers, config.channels
-        # name, shape, decays; the tensors from ln1w to fcprojb are stacked over the L layers.
-        declarations: list[tuple[str, tuple[int, ...], bool]] = [
-            ("wte", (V, C), True),
-            ("wpe", (T, C), True),
-            ("ln1w", (L, C), False),
-            ("ln1b", (L, C), False),
-            ("qkvw", (L, 3 * C, C), True),
-            ("qkvb", (L, 3 * C), False),
-            ("attprojw", (L, C, C), True),
-            ("attprojb", (L, C), False),
-            ("ln2w", (L, C), False),
-            ("ln2b", (L, C), False),
-            ("fcw", (L, 4 * C, C), True),
-            ("fcb", (L, 4 * C), False),
-            ("fcprojw", (L, C, 4 * C), True),
-            ("fcprojb", (L, C), False),
-            ("lnfw", (C,), False),
-            ("lnfb", (C,), False),
-        ]
-        tensors = []
-        offset = 0
-        for name, shape, decays in declarations:
-            tensor = TensorSpec(name, shape, offset, decays, stacked=name not in ("wte", "wpe", "lnfw", "lnfb"))
-            tensors.append(tensor)
-            offset = tensor.stop
-        self.tensors: tuple[TensorSpec, ...] = tuple(tensors)
-        self.num_parameters: int = offset
-
-    @cached_property
-    def _by_name(self) -> dict[str, TensorSpec]:
-        return {tensor.name: tensor for tensor in self.tensors}
-
-    def __getitem__(self, name: str) -> TensorSpec:
-        return self._by_name[name]
-
-    # A layout is determined by its sizes, so it can be a static argument of a compiled function.
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ParameterLayout) and self.config == other.config
-
-    def __hash__(self) -> int:
-        return hash(self.config)
-
-    @property
-    def num_true_parameters(self) -> int:
-        """Parameters without the padding rows of wte: the number usually quoted (124,439,808 for d12)."""
-        return self.num_parameters - (self.padding_span[1] - self.padding_span[0])
+        return self.offset + layer * self.layer_size
 
     @property
     def padding_span(self) -> tuple[int, int]:
-        """[start, stop) of the padding rows of wte, which hold exact zeros in every buffer."""
-        return self.config.vocab_size * self.config.channels, self["wte"].stop
+        """[start, stop) of the padding rows; empty without padding."""
+        rows = self.shape[0] if self.valid_rows is None else self.valid_rows
+        return self.offset + rows * math.prod(self.shape[1:]), self.stop
+
+
+class ParameterLayout:
+    """The places of declared tensors, in the order of their declaration. Two layouts of equal declarations are equal."""
+
+    def __init__(self, declarations: tuple[Tensor, ...]):
+        self._declarations = declarations
+        placed, offset = [], 0
+        for declaration in declarations:
+            fields = {field.name: getattr(declaration, field.name) for field in dataclasses.fields(Tensor)}
+            placed.append(PlacedTensor(**fields, offset=offset))
+            offset = placed[-1].stop
+        self.tensors: tuple[PlacedTensor, ...] = tuple(placed)
+        self.num_parameters: int = offset
+        self._hash = hash(declarations)
+        self.config: Any = None
+
+    @cached_property
+    def _by_name(self) -> dict[str, PlacedTensor]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    def __getitem__(self, name: str) -> PlacedTensor:
+        return self._by_name[name]
+
+    # A layout can be part of a static argument of a compiled function.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ParameterLayout) and self._declarations == other._declarations and self.config == other.config
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def num_true_parameters(self) -> int:
+        """Parameters without padding rows: the number usually quoted (124,439,808 for GPT-2 d12)."""
+        return self.num_parameters - sum(stop - start for start, stop in self.padding_spans)
+
+    @property
+    def padding_spans(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of all padding rows, which hold exact zeros in every buffer."""
+        return tuple(tensor.padding_span for tensor in self.tensors if tensor.valid_rows is not None)
 
     @property
     def decay_spans(self) -> tuple[tuple[int, int], ...]:
@@ -218,7 +133,27 @@ class ParameterLayout:
         return tuple(spans)
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """The 16 tensors as NumPy views into `buffer` (num_parameters,): writing to a view writes to the buffer."""
+        """The tensors as NumPy views into `buffer` (num_parameters,): writing to a view writes to the buffer."""
         if buffer.shape != (self.num_parameters,):
             raise Gpt2JaxError(f"flat buffer: expected shape ({self.num_parameters},), found {buffer.shape}")
-        return {tensor.name: buffer[tensor.offset : tensor.stop].reshape(tensor.shape) for tensor in self.tensors}
+        return {tensor.name: buffer[tensor.offset : tensor.stop].reshape(tensor.full_shape) for tensor in self.tensors}
+
+    def part(self, num_parts: int) -> ParameterLayout:
+        """The layout of one of `num_parts` equal parts of the buffer: llm.c's ZeRO-1 part.
+
+        Part r holds of every layer of every tensor the elements [r * s, (r + 1) * s), s being the layer's size over the
+        number of parts; so it is a flat buffer of the same tensors, each layer of s elements. Gpt2JaxError if a layer
+        cannot be divided so.
+        """
+        for tensor in self.tensors:
+            if tensor.layer_size % num_parts:
+                raise Gpt2JaxError(
+                    f"ZeRO-1: expected a number of parts that divides the {tensor.layer_size} elements of each layer of "
+                    f"{tensor.name}, found {num_parts}"
+                )
+        return ParameterLayout(
+            tuple(
+                dataclasses.replace(declaration, shape=(placed.layer_size // num_parts,), valid_rows=None)
+                for declaration, placed in zip(self._declarations, self.tensors, strict=True)
+            )
+        )

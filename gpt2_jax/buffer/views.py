@@ -33,7 +33,7 @@ class WeightView:
 
 def weight_view(buffer_N: jax.Array, layout: ParameterLayout, name: str, layer: int = 0) -> WeightView:
     """One tensor of a buffer, or one layer's part of a stacked one."""
-    return WeightView(buffer_N, layout[name].layer_offset(layer), layout[name].layer_shape)
+    return WeightView(buffer_N, layout[name].layer_offset(layer), layout[name].shape)
 
 
 class Layer(NamedTuple):

@@ -27,11 +27,11 @@ from jaxlib.mlir.dialects import stablehlo
 from jaxlib.mlir.passmanager import PassManager
 
 from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.step import create_state, make_train_step
 from gpt2_jax.config import RunConfig
 from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import next_token_logits
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.linear import choose_implementation
@@ -51,7 +51,7 @@ class CheckedFunction:
     violations: list[str]
 
 
-def check_functions(config: RunConfig, model: ModelConfig, backend: Backend) -> Iterator[CheckedFunction]:
+def check_functions(config: RunConfig, model: GPT2Config, backend: Backend) -> Iterator[CheckedFunction]:
     """Check the functions that a run with these settings compiles on `backend`, whose plugin need not be here."""
     for name, trace in _functions_of_a_run(config, model, backend).items():
         started = time.perf_counter()
@@ -114,9 +114,9 @@ def violations(module: ir.Module, *, loops: bool) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend) -> dict[str, Callable[[], jax.stages.Traced]]:
+def _functions_of_a_run(config: RunConfig, model: GPT2Config, backend: Backend) -> dict[str, Callable[[], jax.stages.Traced]]:
     """What the trainer compiles, made the way it makes it, to be traced on shapes alone."""
-    layout = ParameterLayout(model)
+    layout = model.layout
     dtype = jnp.dtype(config.compute.dtype)
     matmul = choose_implementation(config.compute.matmul, backend).name
     schedule = learning_rate_schedule(
@@ -148,7 +148,7 @@ def _functions_of_a_run(config: RunConfig, model: ModelConfig, backend: Backend)
     loss = make_loss_function(layout, dtype=dtype, matmul=matmul)
     token_losses = make_token_loss_function(layout, dtype=dtype, matmul=matmul)
     position = jax.ShapeDtypeStruct((), jnp.int32)
-    seeds = jax.ShapeDtypeStruct((layout.NUM_TENSORS,), jnp.uint32) if config.rounds_parameters else None
+    seeds = jax.ShapeDtypeStruct((len(layout.tensors),), jnp.uint32) if config.rounds_parameters else None
     return {
         "training step": lambda: step.trace(state, x_ABT, x_ABT, seeds),
         "validation loss": lambda: loss.trace(params, x_BT, x_BT),

@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from gpt2_jax import jax_compat
-from gpt2_jax.buffer.layout import TensorSpec
+from gpt2_jax.buffer.layout import PlacedTensor
 from gpt2_jax.ops.cpu import library as custom_calls
 
 WINDOW = 128
@@ -58,7 +58,7 @@ def judge(
     return Verdict(applies, is_finite, z_scores), jnp.where(is_finite, moved, windows)
 
 
-def squared_norms(grads_N: jax.Array, tensors: Sequence[TensorSpec], *, custom_call: bool = False) -> jax.Array:
+def squared_norms(grads_N: jax.Array, tensors: Sequence[PlacedTensor], *, custom_call: bool = False) -> jax.Array:
     """The sum of squares of each tensor's gradient, (S,) float32: not finite where the gradient is not.
 
     With `custom_call` (on the CPU) all threads add up, in float64.

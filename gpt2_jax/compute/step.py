@@ -16,6 +16,7 @@ from gpt2_jax.buffer.adamw import AdamWState, Optimizer, Schedule
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.buffer.rounding import stochastically_rounded
 from gpt2_jax.compute.stability import Verdict, empty_windows, judge, squared_norms
+from gpt2_jax.families.gpt2 import NUM_TENSORS
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops import in_place
 from gpt2_jax.ops.cpu import library as custom_calls
@@ -127,7 +128,7 @@ def _accumulated_in_place(
         )
         return (total[0] + loss, grads_N, squared_norms_S), None
 
-    nothing = (jnp.zeros((), jnp.float32), grads_N, jnp.zeros((ParameterLayout.NUM_TENSORS,), jnp.float32))
+    nothing = (jnp.zeros((), jnp.float32), grads_N, jnp.zeros((NUM_TENSORS,), jnp.float32))
     return lax.scan(add, nothing, (x_ABT, y_ABT))[0]
 
 

@@ -10,41 +10,26 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.files import read_text_file
 from gpt2_jax.llmc.header import file_size
 
 _MAX_CONFIG_BYTES = 1_000_000
 _HINT = "a folder that transformers' save_pretrained wrote for GPT2LMHeadModel"
-# Our tensor -> their name in a block. Their Conv1D weights are (in, out), ours (out, in).
-_BLOCK_NAMES = {
-    "ln1w": "ln_1.weight",
-    "ln1b": "ln_1.bias",
-    "qkvw": "attn.c_attn.weight",
-    "qkvb": "attn.c_attn.bias",
-    "attprojw": "attn.c_proj.weight",
-    "attprojb": "attn.c_proj.bias",
-    "ln2w": "ln_2.weight",
-    "ln2b": "ln_2.bias",
-    "fcw": "mlp.c_fc.weight",
-    "fcb": "mlp.c_fc.bias",
-    "fcprojw": "mlp.c_proj.weight",
-    "fcprojb": "mlp.c_proj.bias",
-}
-_OTHER_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
-TRANSPOSED = frozenset({"qkvw", "attprojw", "fcw", "fcprojw"})
 
 
 def huggingface_names(layout: ParameterLayout) -> dict[tuple[str, int], str]:
     """(our tensor, layer) -> their parameter's name without the prefix 'transformer.'; layer 0 where there is none."""
-    names = {(tensor, 0): name for tensor, name in _OTHER_NAMES.items()}
-    for layer in range(layout.config.num_layers):
-        names |= {(tensor, layer): f"h.{layer}.{name}" for tensor, name in _BLOCK_NAMES.items()}
-    return names
+    return {
+        (tensor.name, layer): tensor.huggingface_name.format(layer=layer)
+        for tensor in layout.tensors
+        for layer in range(tensor.num_layers)
+    }
 
 
-def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.ndarray]:
+def read_huggingface_folder(folder: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
     """Sizes and flat buffer (num_parameters,) float32; float16 and bfloat16 weights are widened.
 
     Raises Gpt2JaxError for a folder without the two files, for a model that is not a GPT-2 that this project can
@@ -52,7 +37,7 @@ def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.
     """
     folder = Path(folder)
     config = read_huggingface_config(folder / "config.json")
-    layout = ParameterLayout(config)
+    layout = config.layout
     path = folder / "model.safetensors"
     what = "GPT-2 weights in safetensors"
     size = file_size(path, what, _HINT)
@@ -70,8 +55,8 @@ def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.
                     raise Gpt2JaxError(f"{path}: expected the tensor {prefix + name}, found none", _HINT)
                 value = file.get_tensor(prefix + name)
                 out = tensors[tensor][layer] if layout[tensor].stacked else tensors[tensor]
-                out = out[: config.vocab_size] if tensor == "wte" else out
-                value = value.T if tensor in TRANSPOSED else value
+                out = out[: layout[tensor].valid_rows]
+                value = value.T if layout[tensor].huggingface_transposed else value
                 if value.shape != out.shape:
                     raise Gpt2JaxError(f"{path}: expected {prefix + name} of shape {out.shape}, found {value.shape}", _HINT)
                 out[...] = value
@@ -80,12 +65,12 @@ def read_huggingface_folder(folder: str | os.PathLike) -> tuple[ModelConfig, np.
     return config, params
 
 
-def read_huggingface_config(path: str | os.PathLike) -> ModelConfig:
+def read_huggingface_config(path: str | os.PathLike) -> GPT2Config:
     """The sizes in a config.json; Gpt2JaxError as `read_huggingface_folder`."""
     text = read_text_file(path, "a GPT-2 config", _HINT, max_bytes=_MAX_CONFIG_BYTES)
     try:
         config: dict[str, Any] = json.loads(text)
-        sizes = ModelConfig(
+        sizes = GPT2Config(
             max_sequence_length=int(config["n_positions"]),
             vocab_size=int(config["vocab_size"]),
             num_layers=int(config["n_layer"]),

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, GRADIENT_CLIP
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.interop.huggingface import TRANSPOSED, huggingface_names
+from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.interop.huggingface import huggingface_names
 
 if TYPE_CHECKING:
     import torch
 
 
-def make_pytorch_model(config: ModelConfig, params: np.ndarray) -> torch.nn.Module:
+def make_pytorch_model(config: GPT2Config, params: np.ndarray) -> torch.nn.Module:
     """transformers' GPT2LMHeadModel in float32 on the CPU, without dropout, with the weights of the flat buffer."""
     try:
         import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
+        import transformers
     except ImportError as error:
         raise Gpt2JaxError(
             f"PyTorch reference: expected the package {error.name}, found none", "pip install -e '.[test]'"
         ) from None
-    model = GPT2LMHeadModel(
-        GPT2Config(
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.max_sequence_length,
             n_embd=config.channels,
@@ -43,7 +43,7 @@ def make_pytorch_model(config: ModelConfig, params: np.ndarray) -> torch.nn.Modu
             attn_implementation="eager",
         )
     )
-    tensors = ParameterLayout(config).views(params)
+    tensors = config.layout.views(params)
     with torch.no_grad():
         for name, parameter, select in _correspondence(model, config):
             parameter.copy_(torch.from_numpy(np.array(select(tensors[name]))))
@@ -59,9 +59,9 @@ def pytorch_loss(model: torch.nn.Module, x_BT: np.ndarray, y_BT: np.ndarray) -> 
     return logits_BTV, torch.nn.functional.cross_entropy(logits_BTV.reshape(targets.numel(), -1), targets)
 
 
-def pytorch_gradients(model: torch.nn.Module, config: ModelConfig) -> np.ndarray:
+def pytorch_gradients(model: torch.nn.Module, config: GPT2Config) -> np.ndarray:
     """The gradients that backward() left, as a flat buffer (num_parameters,) float32 with zero padding rows."""
-    layout = ParameterLayout(config)
+    layout = config.layout
     grads = np.zeros(layout.num_parameters, dtype=np.float32)
     tensors = layout.views(grads)
     for name, parameter, select in _correspondence(model, config):
@@ -102,16 +102,16 @@ def pytorch_training_losses(
 
 
 def _correspondence(
-    model: torch.nn.Module, config: ModelConfig
+    model: torch.nn.Module, config: GPT2Config
 ) -> Iterator[tuple[str, torch.nn.Parameter, Callable[[np.ndarray], np.ndarray]]]:
     """Our tensor's name, their parameter, and how to view our tensor in the shape of theirs."""
     theirs = dict(model.transformer.named_parameters())
-    layout = ParameterLayout(config)
+    layout = config.layout
     for (name, layer), their_name in huggingface_names(layout).items():
 
         def select(tensor: np.ndarray, name: str = name, layer: int = layer) -> np.ndarray:
             part = tensor[layer] if layout[name].stacked else tensor
-            part = part[: config.vocab_size] if name == "wte" else part
-            return part.T if name in TRANSPOSED else part
+            part = part[: layout[name].valid_rows]
+            return part.T if layout[name].huggingface_transposed else part
 
         yield name, theirs[their_name], select

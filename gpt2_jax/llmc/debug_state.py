@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_DEBUG_STATE,
@@ -32,7 +32,7 @@ class DebugState(NamedTuple):
     grads: np.ndarray  # (num_parameters,) float32, in the layout's order
 
 
-def read_debug_state(path: str | os.PathLike, config: ModelConfig) -> DebugState:
+def read_debug_state(path: str | os.PathLike, config: GPT2Config) -> DebugState:
     """Read a debug state (version 2) of a model of these sizes; Gpt2JaxError if the file is not exactly that."""
     what = "a debug state file"
     header, size = read_header(path, what=what, magic=MAGIC_DEBUG_STATE, versions=(2,), hint=_HINT)
@@ -42,7 +42,7 @@ def read_debug_state(path: str | os.PathLike, config: ModelConfig) -> DebugState
             f"{path}: expected batch size >= 1 and sequence length 1 to {config.max_sequence_length}, found {B} and {T}",
             _HINT,
         )
-    V, N = config.vocab_size, ParameterLayout(config).num_parameters
+    V, N = config.vocab_size, config.layout.num_parameters
     expected = HEADER_BYTES + 4 * (2 * B * T + B * T * V + 1 + N)
     check_size(path, what=f"{what} for this model", size=size, expected=expected, hint=_HINT)
 

@@ -12,8 +12,9 @@ import os
 import ml_dtypes
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_MODEL,
@@ -29,7 +30,7 @@ _VERSION_OF_DTYPE = {"float32": 3, "bfloat16": 5}
 _LAYERNORM_TENSORS = ("ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 
 
-def read_model_config(path: str | os.PathLike) -> ModelConfig:
+def read_model_config(path: str | os.PathLike) -> GPT2Config:
     """The sizes in a model file's header; the whole header and the file's size are checked, the body is not read."""
     return _read_checked_header(path)[0]
 
@@ -39,21 +40,21 @@ def read_model_dtype(path: str | os.PathLike) -> str:
     return "float32" if _read_checked_header(path)[1] in (1, 3) else "bfloat16"
 
 
-def read_model_file(path: str | os.PathLike) -> tuple[ModelConfig, np.ndarray]:
+def read_model_file(path: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
     """The sizes and the parameters (num_parameters,) float32 of a model file, in one read for version 3.
 
     Raises Gpt2JaxError for a wrong magic, version, size in the header, or length of the file, before allocating,
     and for padding rows of wte that are not zero.
     """
     config, version = _read_checked_header(path)
-    layout = ParameterLayout(config)
+    layout = config.layout
     if version == 3:
         params = read_array(path, "<f4", layout.num_parameters, HEADER_BYTES).astype(np.float32, copy=False)
     elif version == 5:
         params = read_array(path, ml_dtypes.bfloat16, layout.num_parameters, HEADER_BYTES).astype(np.float32)
     else:
         params = _read_old_body(path, version, layout)
-    padding_start, padding_stop = layout.padding_span
+    padding_start, padding_stop = layout["wte"].padding_span
     if np.count_nonzero(params[padding_start:padding_stop]):  # np.any warns about signalling NaNs
         raise Gpt2JaxError(
             f"{path}: expected zeros in the padding rows {config.vocab_size} to {config.padded_vocab_size - 1} of wte, "
@@ -63,9 +64,9 @@ def read_model_file(path: str | os.PathLike) -> tuple[ModelConfig, np.ndarray]:
     return config, params
 
 
-def write_model_file(path: str | os.PathLike, config: ModelConfig, params: np.ndarray, dtype: str = "float32") -> None:
+def write_model_file(path: str | os.PathLike, config: GPT2Config, params: np.ndarray, dtype: str = "float32") -> None:
     """Write `params` (num_parameters,) float32 as version 3 ('float32') or 5 ('bfloat16', rounded to nearest even)."""
-    layout = ParameterLayout(config)
+    layout = config.layout
     if params.shape != (layout.num_parameters,) or params.dtype != np.float32:
         raise Gpt2JaxError(
             f"{path}: expected parameters of shape ({layout.num_parameters},) float32, found {params.shape} {params.dtype}"
@@ -88,13 +89,13 @@ def write_model_file(path: str | os.PathLike, config: ModelConfig, params: np.nd
         file.write(np.ascontiguousarray(body).view(np.uint8).data)  # no copy: the whole buffer in one write
 
 
-def _read_checked_header(path: str | os.PathLike) -> tuple[ModelConfig, int]:
+def _read_checked_header(path: str | os.PathLike) -> tuple[GPT2Config, int]:
     """Sizes and version, after every check that needs no body."""
     what = "a model file"
     header, size = read_header(path, what=what, magic=MAGIC_MODEL, versions=(3, 5, 1, 4), hint=_HINT)
     version, max_sequence_length, vocab_size, num_layers, num_heads, channels, padded_vocab_size = map(int, header[1:8])
     try:
-        config = ModelConfig(max_sequence_length, vocab_size, num_layers, num_heads, channels)
+        config = GPT2Config(max_sequence_length, vocab_size, num_layers, num_heads, channels)
     except Gpt2JaxError as error:
         raise Gpt2JaxError(f"{path}: {error}", _HINT) from None
     if version != 1 and padded_vocab_size != config.padded_vocab_size:
@@ -103,7 +104,7 @@ def _read_checked_header(path: str | os.PathLike) -> tuple[ModelConfig, int]:
             f"found {padded_vocab_size}",
             _HINT,
         )
-    layout = ParameterLayout(config)
+    layout = config.layout
     if version == 1:
         expected = HEADER_BYTES + 4 * layout.num_true_parameters
     elif version == 3:
@@ -120,7 +121,7 @@ def _read_old_body(path: str | os.PathLike, version: int, layout: ParameterLayou
     params = np.zeros(layout.num_parameters, dtype=np.float32)
     offset = HEADER_BYTES
     for tensor in layout.tensors:
-        stop = layout.padding_span[0] if version == 1 and tensor.name == "wte" else tensor.stop
+        stop = layout["wte"].padding_span[0] if version == 1 and tensor.name == "wte" else tensor.stop
         dtype = np.dtype("<f4" if version == 1 or tensor.name in _LAYERNORM_TENSORS else ml_dtypes.bfloat16)
         params[tensor.offset : stop] = read_array(path, dtype, stop - tensor.offset, offset)
         offset += (stop - tensor.offset) * dtype.itemsize

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.families.gpt2 import NUM_TENSORS
 from gpt2_jax.llmc.random import XorShift
 
 Words: TypeAlias = Any  # an array of uint32, NumPy's or jax's
@@ -81,21 +82,22 @@ class RoundingStream:
 
     state: int = FIRST_STATE
     last_update_state: int = FIRST_STATE  # before the seeds of the last update were drawn
+    num_tensors: int = NUM_TENSORS
 
     def next_seeds(self, num_micro_batches: int) -> np.ndarray:
         """The seeds (16,) uint32 of the next update, if it will be applied. The stream stays where it is."""
-        return _tensor_seeds(_advanced(self.state, num_micro_batches))
+        return _tensor_seeds(_advanced(self.state, num_micro_batches), self.num_tensors)
 
     def last_seeds(self) -> np.ndarray:
         """The seeds (16,) uint32 of the last update that was applied."""
-        return _tensor_seeds(self.last_update_state)
+        return _tensor_seeds(self.last_update_state, self.num_tensors)
 
     def step_done(self, num_micro_batches: int, *, applied: bool) -> None:
         """Advance over one step."""
         self.state = _advanced(self.state, num_micro_batches)
         if applied:
             self.last_update_state = self.state
-            self.state = _advanced(self.state, ParameterLayout.NUM_TENSORS)
+            self.state = _advanced(self.state, self.num_tensors)
 
 
 def _advanced(state: int, draws: int) -> int:
@@ -105,6 +107,6 @@ def _advanced(state: int, draws: int) -> int:
     return generator.state
 
 
-def _tensor_seeds(state: int) -> np.ndarray:
+def _tensor_seeds(state: int, num_tensors: int) -> np.ndarray:
     generator = XorShift(state)
-    return np.array([generator.draw() for _ in range(ParameterLayout.NUM_TENSORS)], dtype=np.uint32)
+    return np.array([generator.draw() for _ in range(num_tensors)], dtype=np.uint32)

@@ -230,10 +230,5 @@ def _merge(parts: list[np.ndarray], layout: ParameterLayout) -> np.ndarray:
 
 def _layers_by_process(buffer: np.ndarray, layout: ParameterLayout, num_processes: int) -> list[np.ndarray]:
     """Of every tensor a view (layers, num_processes, elements of one process)."""
-    for tensor in layout.tensors:
-        if tensor.layer_size % num_processes:
-            raise Gpt2JaxError(
-                f"ZeRO-1 state: expected a number of processes that divides the {tensor.layer_size} elements of each layer "
-                f"of {tensor.name}, found {num_processes}"
-            )
+    layout.part(num_processes)  # refuses a number that does not divide every layer
     return [buffer[tensor.offset : tensor.stop].reshape(tensor.num_layers, num_processes, -1) for tensor in layout.tensors]

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.buffer.layout import Normal, ParameterLayout, PlacedTensor
+from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.llmc.random import Mt19937
 
 _SEED = 42
-_STD = 0.02
 
 
-def initialize_parameters(config: ModelConfig, seed: int = _SEED) -> np.ndarray:
-    """The flat buffer (num_parameters,) float32 of a fresh model.
+def initialize_parameters(config: FamilyConfig, seed: int = _SEED) -> np.ndarray:
+    """The flat buffer (num_parameters,) float32 of a fresh model, as its family declares the initialization.
 
-    Normal(0, 0.02) for wte (without its padding rows), wpe, qkvw and fcw; Normal(0, 0.02 / sqrt(2 L)) for the two
-    residual projections; LayerNorm gains 1; everything else 0. Drawn in module order: wte, wpe, then layer by layer
-    qkvw, attprojw, fcw, fcprojw (llm.c train_gpt2.cu, gpt_build_from_descriptor).
+    Normals are drawn in module order: the tensors that the model has once, then layer by layer those of a layer (for
+    GPT-2 as in llm.c's train_gpt2.cu, gpt_build_from_descriptor). Padding rows are zero, and no normal is drawn for them.
     """
-    layout = ParameterLayout(config)
+    layout = config.layout
     params = np.zeros(layout.num_parameters, dtype=np.float32)
-    tensors = layout.views(params)
-    for name in ("ln1w", "ln2w", "lnfw"):
-        tensors[name][:] = 1.0
+    for tensor in layout.tensors:
+        if not isinstance(tensor.init, Normal):
+            params[tensor.offset : tensor.stop] = tensor.init
     generator = Mt19937(seed)
-    generator.fill_normal(params[: layout.padding_span[0]], _STD)
-    generator.fill_normal(tensors["wpe"].reshape(-1), _STD)
-    residual_std = _STD / math.sqrt(2 * config.num_layers)
-    for layer in range(config.num_layers):
-        for name, std in (("qkvw", _STD), ("attprojw", residual_std), ("fcw", _STD), ("fcprojw", residual_std)):
-            generator.fill_normal(tensors[name][layer].reshape(-1), std)
+    for tensor, layer in _in_module_order(layout):
+        if isinstance(tensor.init, Normal):
+            start = tensor.layer_offset(layer)
+            stop = start + tensor.layer_size if tensor.valid_rows is None else tensor.padding_span[0]
+            generator.fill_normal(params[start:stop], tensor.init.std)
     return params
+
+
+def _in_module_order(layout: ParameterLayout) -> list[tuple[PlacedTensor, int]]:
+    once = [(tensor, 0) for tensor in layout.tensors if not tensor.stacked]
+    stacked = [tensor for tensor in layout.tensors if tensor.stacked]
+    num_layers = max((tensor.num_layers for tensor in stacked), default=0)
+    return once + [(tensor, layer) for layer in range(num_layers) for tensor in stacked]

@@ -6,14 +6,14 @@ import os
 
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig
 from gpt2_jax.config import ModelSettings, model_config_from_settings
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import initialize_parameters
 
 
-def load_weights(settings: ModelSettings) -> tuple[ModelConfig, np.ndarray]:
+def load_weights(settings: ModelSettings) -> tuple[GPT2Config, np.ndarray]:
     """Sizes and flat buffer (num_parameters,) float32 of what `settings.init` names: a descriptor (llm.c's random
     initialization), a llm.c model file, or a Hugging Face GPT-2 folder. Gpt2JaxError for anything else."""
     config = model_config_from_settings(settings)
@@ -24,7 +24,7 @@ def load_weights(settings: ModelSettings) -> tuple[ModelConfig, np.ndarray]:
     return read_model_file(settings.init)
 
 
-def read_sizes(settings: ModelSettings) -> ModelConfig:
+def read_sizes(settings: ModelSettings) -> GPT2Config:
     """The sizes alone of what `load_weights` would load."""
     config = model_config_from_settings(settings)
     if config is not None:

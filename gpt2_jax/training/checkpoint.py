@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.header import atomic_write
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
@@ -31,7 +31,7 @@ from gpt2_jax.training.run_record import RunRecord, read_run_record, write_run_r
 class Checkpoint:
     """Everything of a run at one step; buffers are (num_parameters,) float32 on the host."""
 
-    model: ModelConfig
+    model: GPT2Config
     params: np.ndarray
     m: np.ndarray
     v: np.ndarray
@@ -49,7 +49,7 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     A bfloat16 model file holds llm.c's own rounding of the parameters, and the state then the float32 ones as master
     weights. Gpt2JaxError when a file cannot be written; what was written of the set is removed then.
     """
-    step, layout = checkpoint.step, ParameterLayout(checkpoint.model)
+    step, layout = checkpoint.step, checkpoint.model.layout
     model_path, state_path, record_path, done_path = _paths(folder, step)
     params, master = checkpoint.params, None
     if checkpoint.dtype == "bfloat16" and checkpoint.master_weights:
@@ -85,7 +85,7 @@ def reshard_checkpoint(
     what was written is removed then.
     """
     model_path, state_path, _, _ = _paths(folder, step)
-    layout = ParameterLayout(read_model_config(model_path))
+    layout = read_model_config(model_path).layout
     state = read_state_files(_state_paths(folder, step, num_processes_of(state_path)), layout)
     processes = []
     for rank, loader in enumerate(loaders):
@@ -133,7 +133,7 @@ def complete_steps(folder: str | os.PathLike) -> list[int]:
     return [step for step in steps if _is_complete(folder, step)]
 
 
-def read_sizes(folder: str | os.PathLike, step: int) -> ModelConfig:
+def read_sizes(folder: str | os.PathLike, step: int) -> GPT2Config:
     """The sizes of a complete set's model."""
     return read_model_config(_paths(folder, step)[0])
 
@@ -147,12 +147,12 @@ def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: boo
     model_path, state_path, record_path, _ = _paths(folder, step)
     model = read_model_config(model_path)
     state_paths = _state_paths(folder, step, num_processes_of(state_path))
-    state = read_state_files(state_paths, ParameterLayout(model))
+    state = read_state_files(state_paths, model.layout)
     if state.step != step:
         raise Gpt2JaxError(f"{state_path}: expected the state of step {step}, found step {state.step} in its header")
     if state.master is not None and master_weights:
         params = state.master
-        if np.count_nonzero(params[slice(*ParameterLayout(model).padding_span)]):
+        if np.count_nonzero(params[slice(*model.layout["wte"].padding_span)]):
             raise Gpt2JaxError(f"{state_path}: expected zeros in the padding rows of wte's master weights, found other values")
     else:
         params = read_model_file(model_path)[1]

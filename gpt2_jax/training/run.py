@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, is_descriptor
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import Backend, open_device
 from gpt2_jax.compute.flops import flops_per_token, peak_flops
@@ -37,6 +37,7 @@ from gpt2_jax.evaluate import (
     unigram_cross_entropy,
     validation_loss,
 )
+from gpt2_jax.families.gpt2 import GPT2Config, is_descriptor
 from gpt2_jax.generate import generate, prompt_tokens
 from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file
 from gpt2_jax.llmc.header import atomic_write
@@ -73,7 +74,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
         if config.run.out_dir:
             _refuse_used_folder(Path(config.run.out_dir))
         model = read_sizes(config.model)
-    layout = ParameterLayout(model)
+    layout = model.layout
     needed = memory_needed(config, backend, matmul.name, layout)
     train_loader, validation_loader = _open_loaders(config, model)
     questions = _read_questions(config, model)
@@ -474,7 +475,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open_loaders(config: RunConfig, model: ModelConfig) -> tuple[TokenLoader, TokenLoader | None]:
+def _open_loaders(config: RunConfig, model: GPT2Config) -> tuple[TokenLoader, TokenLoader | None]:
     if config.data.sequence_length > model.max_sequence_length:
         raise Gpt2JaxError(
             f"--sequence-length: expected at most the model's {model.max_sequence_length}, found {config.data.sequence_length}",
@@ -493,7 +494,7 @@ def _open_loaders(config: RunConfig, model: ModelConfig) -> tuple[TokenLoader, T
     return train_loader, TokenLoader(config.data.validation, *sizes, vocab_size=model.vocab_size)
 
 
-def _read_questions(config: RunConfig, model: ModelConfig) -> list[MultipleChoice]:
+def _read_questions(config: RunConfig, model: GPT2Config) -> list[MultipleChoice]:
     path = config.evaluation.hellaswag
     if not path:
         return []

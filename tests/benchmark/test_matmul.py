@@ -15,11 +15,11 @@ from gpt2_jax.benchmark import matmul as bench
 from gpt2_jax.benchmark import matmul_timing
 from gpt2_jax.benchmark.matmul_timing import Refusal, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRECISIONS, PRODUCTS, linears_of, make_operands
-from gpt2_jax.buffer.layout import ModelConfig, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.ops import linear as matmul
 
-CONFIG = ModelConfig(max_sequence_length=16, vocab_size=256, num_layers=2, num_heads=2, channels=32)
+CONFIG = GPT2Config(max_sequence_length=16, vocab_size=256, num_layers=2, num_heads=2, channels=32)
 TOKENS = 24
 
 
@@ -69,10 +69,10 @@ def test_the_rows_and_totals_are_a_steps(everything):
 
 def test_the_totals_of_gpt2_124m_are_llmcs_count_of_the_step():
     """6 operations for each weight of a linear layer and each token."""
-    linears = linears_of(model_config_from_descriptor("d12"))
+    linears = linears_of(config_from_descriptor("d12"))
     weights = sum(linear.layers * linear.outputs * linear.inputs for linear in linears)
     assert weights == 12 * 12 * 768 * 768 + 50304 * 768
-    assert bench._size_of_step(model_config_from_descriptor("d12"), 256).endswith(
+    assert bench._size_of_step(config_from_descriptor("d12"), 256).endswith(
         f"147 products, {6 * 256 * weights / 1e9:.1f} GFLOP"
     )
 
@@ -126,7 +126,7 @@ def test_a_round_is_a_step_in_its_order(everything):
 
 
 def test_operands_are_not_each_others_twins():
-    operands = make_operands(model_config_from_descriptor("d12"), 64)
+    operands = make_operands(config_from_descriptor("d12"), 64)
     for name, weights in operands.weights.items():
         assert weights[0].std() == pytest.approx(0.02, rel=0.05)
         assert abs(np.corrcoef(weights[0][0], weights[-1][1])[0, 1]) < 0.2

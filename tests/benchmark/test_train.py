@@ -14,12 +14,12 @@ from gpt2_jax.benchmark import machine, peak, train, train_report, train_system,
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
 from gpt2_jax.buffer import adamw as optimizer
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.ops.linear import IMPLEMENTATIONS
 
 # A vocabulary that is its own padding, so that the peers' softmax is over the same tokens.
-CONFIG = ModelConfig(max_sequence_length=16, vocab_size=256, num_layers=1, num_heads=2, channels=32)
+CONFIG = GPT2Config(max_sequence_length=16, vocab_size=256, num_layers=1, num_heads=2, channels=32)
 WORK = Workload("tiny", CONFIG, batch_size=3, sequence_length=16, backend="cpu")
 
 
@@ -50,8 +50,8 @@ def test_all_systems_compute_the_same(users_jax, dtype):
         assert result.losses == pytest.approx(ours, abs=tolerance * ours[0]), name
         assert len(result.seconds) == 3
         assert result.peak_memory_bytes > 50_000_000
-    assert results["gpt2_jax"].estimated_bytes > 4 * 4 * ParameterLayout(CONFIG).num_parameters
-    assert results["gpt2_jax"].compiled_bytes > 4 * 4 * ParameterLayout(CONFIG).num_parameters
+    assert results["gpt2_jax"].estimated_bytes > 4 * 4 * CONFIG.layout.num_parameters
+    assert results["gpt2_jax"].compiled_bytes > 4 * 4 * CONFIG.layout.num_parameters
 
 
 @pytest.mark.torch
@@ -92,7 +92,7 @@ def refuse_rungs(call):
 
 
 def test_flops_are_llmcs_and_nanogpts():
-    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    layout = config_from_descriptor("d12").layout
     assert layout.num_parameters == 124_475_904
     assert train_report.llmc_flops_per_token(layout, 1024) == 6 * 124_475_904 + 6 * 12 * 768 * 1024 == 803_478_528
     assert train_report.nanogpt_flops_per_token(layout, 1024) == 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024
@@ -190,7 +190,7 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         ("gpt2_jax", "threaded", "bfloat16"),
         ("pytorch", "pytorch", "float32"),
     ]
-    flops = 48 * train_report.llmc_flops_per_token(ParameterLayout(CONFIG), 16)
+    flops = 48 * train_report.llmc_flops_per_token(CONFIG.layout, 16)
     assert record["systems"][2] == {
         "name": "pytorch",
         "matmul": "pytorch",

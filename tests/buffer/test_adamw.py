@@ -26,7 +26,7 @@ def gradients(tiny_layout):
     scales = np.array([1e-4, 1e-1, 3.0, 1e-3, 1.0], dtype=np.float32)
     grads = np.random.default_rng(5).normal(size=(STEPS, tiny_layout.num_parameters)).astype(np.float32)
     grads *= (scales / np.linalg.norm(grads, axis=1))[:, None]
-    grads[:, slice(*tiny_layout.padding_span)] = 0
+    grads[:, slice(*tiny_layout["wte"].padding_span)] = 0
     return grads
 
 
@@ -84,8 +84,8 @@ def test_equals_pytorchs_adamw(tiny_layout, tiny_params, gradients, trained):
 def test_padding_rows_stay_exactly_zero(tiny_layout, trained):
     params, state = trained
     for buffer in (params, np.asarray(state.m), np.asarray(state.v)):
-        assert (buffer[slice(*tiny_layout.padding_span)] == 0).all()
-        assert (buffer[: tiny_layout.padding_span[0]] != 0).any()
+        assert (buffer[slice(*tiny_layout["wte"].padding_span)] == 0).all()
+        assert (buffer[: tiny_layout["wte"].padding_span[0]] != 0).any()
 
 
 def test_state_is_flat_and_counts(tiny_layout, trained):
@@ -155,9 +155,9 @@ def test_an_unknown_schedule_is_refused():
 
 def test_tiny_has_both_kinds_of_two_dimensional_tensors(tiny_layout):
     """Else the comparisons above could not tell a decay mask by tensor from one by dimensions."""
-    decays = {len(tensor.shape): set() for tensor in tiny_layout.tensors}
+    decays = {len(tensor.full_shape): set() for tensor in tiny_layout.tensors}
     for tensor in tiny_layout.tensors:
-        decays[len(tensor.shape)].add(tensor.decays)
+        decays[len(tensor.full_shape)].add(tensor.decays)
     assert decays[2] == {True, False}
     assert TINY.num_layers > 1
 
@@ -177,7 +177,7 @@ def test_the_custom_call_equals_the_reference(tiny_layout, tiny_params, gradient
         atol = STEPS * 8 * 2.0**-24 * float(jnp.abs(expected).max())
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
     assert int(state.step) == STEPS
-    start, stop = tiny_layout.padding_span
+    start, stop = tiny_layout["wte"].padding_span
     assert (np.asarray(params)[start:stop] == 0).all()
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, is_descriptor, known_descriptors, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor, is_descriptor, known_descriptors
 
 D12_OFFSETS = {
     "wte": 0,
@@ -30,15 +30,15 @@ D12_OFFSETS = {
 }
 
 
-def sizes() -> st.SearchStrategy[ModelConfig]:
+def sizes() -> st.SearchStrategy[GPT2Config]:
     return st.builds(
-        lambda positions, vocab, layers, heads, head_size: ModelConfig(positions, vocab, layers, heads, heads * head_size),
+        lambda positions, vocab, layers, heads, head_size: GPT2Config(positions, vocab, layers, heads, heads * head_size),
         *(st.integers(1, 300), st.integers(1, 500), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5)),
     )
 
 
 def test_d12_has_llmc_offsets_in_llmc_order():
-    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    layout = config_from_descriptor("d12").layout
     assert {tensor.name: tensor.offset for tensor in layout.tensors} == D12_OFFSETS
     assert [tensor.name for tensor in layout.tensors] == list(D12_OFFSETS)
     assert layout.num_parameters == 124_475_904
@@ -56,14 +56,14 @@ def test_d12_has_llmc_offsets_in_llmc_order():
     ],
 )
 def test_number_of_parameters(descriptor, padded, true):
-    layout = ParameterLayout(model_config_from_descriptor(descriptor))
+    layout = config_from_descriptor(descriptor).layout
     assert (layout.num_parameters, layout.num_true_parameters) == (padded, true)
 
 
 def test_d12_decay_goes_by_tensor_not_by_dimensions():
-    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    layout = config_from_descriptor("d12").layout
     decayed = sum(stop - start for start, stop in layout.decay_spans)
-    padding = layout.padding_span[1] - layout.padding_span[0]
+    padding = layout["wte"].padding_span[1] - layout["wte"].padding_span[0]
     assert decayed - padding == 124_318_464
     assert layout.num_parameters - decayed == 121_344
     assert [i for i, tensor in enumerate(layout.tensors) if tensor.decays] == [0, 1, 4, 6, 10, 12]
@@ -71,7 +71,7 @@ def test_d12_decay_goes_by_tensor_not_by_dimensions():
 
 @given(sizes())
 def test_tensors_fill_the_buffer_without_gaps(config):
-    layout = ParameterLayout(config)
+    layout = config.layout
     position = 0
     for tensor in layout.tensors:
         assert tensor.offset == position
@@ -83,7 +83,7 @@ def test_tensors_fill_the_buffer_without_gaps(config):
 
 @given(sizes())
 def test_decay_spans_cover_just_the_decayed_tensors(config):
-    layout = ParameterLayout(config)
+    layout = config.layout
     covered = np.zeros(layout.num_parameters, dtype=bool)
     for start, stop in layout.decay_spans:
         assert not covered[start:stop].any()
@@ -95,14 +95,14 @@ def test_decay_spans_cover_just_the_decayed_tensors(config):
 
 @given(sizes())
 def test_views_are_views_and_layers_lie_where_layer_offset_says(config):
-    layout = ParameterLayout(config)
+    layout = config.layout
     buffer = np.arange(layout.num_parameters, dtype=np.float32)
     for name, view in layout.views(buffer).items():
         assert np.shares_memory(view, buffer)
         tensor = layout[name]
         for layer in range(config.num_layers if tensor.stacked else 1):
             part = view[layer] if tensor.stacked else view
-            assert part.shape == tensor.layer_shape
+            assert part.shape == tensor.shape
             assert part.reshape(-1)[0] == tensor.layer_offset(layer)
 
 
@@ -114,13 +114,13 @@ def test_views_refuse_a_buffer_of_another_size(tiny_layout):
 @pytest.mark.parametrize("text", ["d13", "gpt3:c769", "gpt3:d12", "model.bin", "d12x", "d"])
 def test_unknown_descriptors_are_refused_with_the_known_ones(text):
     with pytest.raises(Gpt2JaxError, match=r"d12.*found"):
-        model_config_from_descriptor(text)
+        config_from_descriptor(text)
 
 
 def test_every_known_descriptor_is_one_and_a_file_name_is_none():
     for descriptor in known_descriptors():
         assert is_descriptor(descriptor)
-        assert model_config_from_descriptor(descriptor).head_size > 0
+        assert config_from_descriptor(descriptor).head_size > 0
     assert not is_descriptor("d12.bin")
     assert not is_descriptor("runs/d12")
 
@@ -128,4 +128,19 @@ def test_every_known_descriptor_is_one_and_a_file_name_is_none():
 @pytest.mark.parametrize("change", [{"num_heads": 5}, {"channels": 0}, {"vocab_size": -1}, {"num_layers": 0}])
 def test_impossible_sizes_are_refused(change):
     with pytest.raises(Gpt2JaxError, match="found"):
-        ModelConfig(**{"max_sequence_length": 8, "vocab_size": 9, "num_layers": 1, "num_heads": 2, "channels": 8, **change})
+        GPT2Config(**{"max_sequence_length": 8, "vocab_size": 9, "num_layers": 1, "num_heads": 2, "channels": 8, **change})
+
+
+@given(sizes(), st.integers(1, 4))
+def test_a_part_is_a_layout_of_the_same_tensors_divided(config, num_parts):
+    layout = config.layout
+    if any(tensor.layer_size % num_parts for tensor in layout.tensors):
+        with pytest.raises(Gpt2JaxError, match="divides"):
+            layout.part(num_parts)
+        return
+    part = layout.part(num_parts)
+    assert part.num_parameters * num_parts == layout.num_parameters
+    for whole, divided in zip(layout.tensors, part.tensors, strict=True):
+        assert (divided.name, divided.decays, divided.layers) == (whole.name, whole.decays, whole.layers)
+        assert divided.offset * num_parts == whole.offset
+        assert divided.layer_size * num_parts == whole.layer_size

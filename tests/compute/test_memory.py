@@ -14,15 +14,15 @@ import pytest
 
 from gpt2_jax import jax_compat
 from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ParameterLayout, model_config_from_descriptor
 from gpt2_jax.compute import memory
 from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.models.gpt2 import RECOMPUTED
 from tests.conftest import TINY
 
 
 def test_the_estimate_counts_every_tensor():
-    layout = ParameterLayout(TINY)  # 2 layers, 4 heads, 32 channels, vocabulary padded to 256
+    layout = TINY.layout  # 2 layers, 4 heads, 32 channels, vocabulary padded to 256
     B, T, s = 3, 16, 4
     a_layer = (
         2 * 32 * s  # residuals, before attention and before the MLP
@@ -39,7 +39,7 @@ def test_the_estimate_counts_every_tensor():
 
 
 def test_what_is_computed_anew_is_kept_of_one_layer_only():
-    layout, B, T, s = ParameterLayout(TINY), 3, 16, 4
+    layout, B, T, s = TINY.layout, 3, 16, 4
     kept = {level: memory.estimate(layout, B, T, "float32", recompute=level).activations for level in RECOMPUTED}
     assert kept["none"] - kept["gelu"] == B * T * 4 * 32 * s
     assert kept["none"] - kept["layernorm"] == B * T * 6 * 32 * s
@@ -52,7 +52,7 @@ def test_what_is_computed_anew_is_kept_of_one_layer_only():
 @pytest.mark.parametrize("tokens", [256, 4096])
 def test_the_step_in_place_needs_what_is_estimated(tokens, dtype, recompute):
     """Of GPT-2 124M, by the compiler's count."""
-    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    layout = config_from_descriptor("d12").layout
     schedule = learning_rate_schedule("constant", 1e-4, steps=1)
     optimizer = adamw(schedule, layout, weight_decay=0.1, custom_call=True)
     step = make_train_step(layout, optimizer, schedule, dtype=jnp.dtype(dtype), matmul="threaded", recompute=recompute)
@@ -66,14 +66,14 @@ def test_the_step_in_place_needs_what_is_estimated(tokens, dtype, recompute):
 
 
 def test_without_donation_a_step_holds_the_old_state_and_the_new_one():
-    layout = ParameterLayout(TINY)
+    layout = TINY.layout
     reused, kept = (memory.estimate(layout, 1, 16, "float32", donates=donates) for donates in (True, False))
     assert kept.total - reused.total == 3 * 4 * layout.num_parameters
     assert (kept.gradients, kept.activations) == (reused.gradients, reused.activations)
 
 
 def test_bfloat16_halves_the_activations_but_not_the_logits():
-    layout = ParameterLayout(TINY)
+    layout = TINY.layout
     wide, narrow = (memory.estimate(layout, 1, 16, dtype) for dtype in ("float32", "bfloat16"))
     logits = 16 * 256 * 4
     assert wide.activations - logits == 2 * (narrow.activations - logits)
@@ -81,7 +81,7 @@ def test_bfloat16_halves_the_activations_but_not_the_logits():
 
 
 def test_the_estimate_of_gpt2_124m_in_words():
-    layout = ParameterLayout(model_config_from_descriptor("d12"))
+    layout = config_from_descriptor("d12").layout
     expected = "2.26 GB (0.50 parameters, 0.50 gradients, 1.00 moments, 0.27 activations)"
     assert str(memory.estimate(layout, 4, 64, "float32")) == expected
 

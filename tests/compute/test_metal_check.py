@@ -17,7 +17,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.buffer.rounding import stochastically_rounded
 from gpt2_jax.compute import metal_check
 from gpt2_jax.compute.backend import metal_backend
@@ -25,6 +24,7 @@ from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.compute.step import create_state, make_train_step
 from gpt2_jax.config import RunConfig, format_config, load_config, model_config_from_settings
 from gpt2_jax.evaluate import make_loss_function
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import next_token_logits
 from gpt2_jax.models.initialize import initialize_parameters
 from tests.conftest import REPOSITORY
@@ -32,7 +32,7 @@ from tests.conftest import REPOSITORY
 JAX_METAL = metal_backend(METAL_PLUGINS[-1], "test")
 PRESETS = sorted((REPOSITORY / "configs").glob("*.toml"))
 NAMES = ["training step", "validation loss", "losses of tokens", "next-token logits"]
-SMALL = ModelConfig(max_sequence_length=8, vocab_size=100, num_layers=2, num_heads=2, channels=16)
+SMALL = GPT2Config(max_sequence_length=8, vocab_size=100, num_layers=2, num_heads=2, channels=16)
 
 
 def small_run(**compute):
@@ -220,13 +220,13 @@ def rounding_error(dtype):
 def small_params():
     params = initialize_parameters(SMALL)
     params += np.random.default_rng(0).normal(0, 0.02, params.shape).astype(np.float32)
-    params[slice(*ParameterLayout(SMALL).padding_span)] = 0
+    params[slice(*SMALL.layout["wte"].padding_span)] = 0
     return params
 
 
 @pytest.mark.parametrize(("dtype", "num_steps"), [("float32", 3), ("bfloat16", 2)])
 def test_the_step_for_jax_metal_trains_as_xla_on_the_cpu(small_params, dtype, num_steps):
-    layout, weight_decay = ParameterLayout(SMALL), 0.1
+    layout, weight_decay = SMALL.layout, 0.1
     schedule = learning_rate_schedule("cosine", 1e-3, steps=10, warmup_steps=2, final_fraction=0.1)
     optimizer = adamw(schedule, layout, weight_decay=weight_decay)
     step = make_train_step(layout, optimizer, schedule, dtype=jnp.dtype(dtype), matmul="xla", donate=False, loops=False)
@@ -261,12 +261,12 @@ def test_the_step_for_jax_metal_trains_as_xla_on_the_cpu(small_params, dtype, nu
         expected = [old.astype(np.float64) * decay - change for old, change in zip(before, changes, strict=True)]
         allowed = 2.0**-24 * (4 * np.abs(after[1]) + 16 * np.abs(changes[0]) + 16 * np.abs(changes[1]))
         assert (np.abs((after[0] - after[1]) - (expected[0] - expected[1])) <= allowed).all()
-        assert (after[0][slice(*layout.padding_span)] == 0).all()
+        assert (after[0][slice(*layout["wte"].padding_span)] == 0).all()
 
 
 def test_stochastic_rounding_for_jax_metal_gives_the_same_bits(small_params):
-    layout = ParameterLayout(SMALL)
-    seeds = np.random.default_rng(3).integers(0, 2**32, layout.NUM_TENSORS, dtype=np.uint32)
+    layout = SMALL.layout
+    seeds = np.random.default_rng(3).integers(0, 2**32, len(layout.tensors), dtype=np.uint32)
 
     def rounded(params, seeds):
         # The interpreter is handed signed integers.
@@ -289,7 +289,7 @@ def decays(layout):
 
 
 def test_validation_and_sampling_for_jax_metal_compute_as_xla_on_the_cpu(small_params):
-    layout, float32 = ParameterLayout(SMALL), jnp.dtype("float32")
+    layout, float32 = SMALL.layout, jnp.dtype("float32")
     tokens = np.random.default_rng(2).integers(0, SMALL.vocab_size, (2, 9)).astype(np.int32)
     x_BT, y_BT = tokens[:, :-1], tokens[:, 1:]
     loss = make_loss_function(layout, dtype=float32, matmul="xla")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.compute.backend import Backend, select_backend
 from gpt2_jax.compute.run_memory import memory_needed, needing_less
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops.in_place import writes_in_place
 from tests.conftest import change
@@ -51,8 +51,8 @@ def test_what_would_need_less_memory_is_said_where_it_would(config, sections, la
 
 def test_the_cpus_record_is_right_about_barriers():
     """Were it otherwise, the CPU's record would be wrong."""
-    model_config = ModelConfig(max_sequence_length=64, vocab_size=203, num_layers=2, num_heads=2, channels=64)
-    layout = ParameterLayout(model_config)
+    model_config = GPT2Config(max_sequence_length=64, vocab_size=203, num_layers=2, num_heads=2, channels=64)
+    layout = model_config.layout
 
     def temporaries(recompute: str) -> int:
         def loss(params_N, x_BT):

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.config import RunConfig, format_config, load_config
 from gpt2_jax.data.corpus import hellaswag, text_file
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_config
 from gpt2_jax.llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file, write_eval_file
@@ -32,8 +32,8 @@ from gpt2_jax.report.display import RunLog
 from gpt2_jax.training.run_record import Averages, RunRecord, read_run_record, write_run_record
 from tests.contract.guard import no_hang
 
-SMALL = ModelConfig(max_sequence_length=8, vocab_size=10, num_layers=1, num_heads=1, channels=8)
-LAYOUT = ParameterLayout(SMALL)
+SMALL = GPT2Config(max_sequence_length=8, vocab_size=10, num_layers=1, num_heads=1, channels=8)
+LAYOUT = SMALL.layout
 N = LAYOUT.num_parameters
 ALLOWED_BYTES = 8_000_000
 
@@ -86,7 +86,7 @@ def valid(folder: Path) -> Callable[[str], bytes]:
     """For the name of a reader the content of a file that it reads."""
     random = np.random.default_rng(0)
     params = random.normal(size=N).astype(np.float32)
-    params[slice(*ParameterLayout(SMALL).padding_span)] = 0
+    params[slice(*SMALL.layout["wte"].padding_span)] = 0
     tokens = random.integers(0, SMALL.vocab_size, 41)
     shard = folder / "tokens.bin"
     write_token_shard(shard, tokens)

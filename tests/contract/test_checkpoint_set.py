@@ -17,8 +17,8 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.loader import LoaderState, TokenLoader
 from gpt2_jax.llmc.model_file import read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
@@ -35,7 +35,7 @@ from gpt2_jax.training.checkpoint import (
 from gpt2_jax.training.run_record import Averages, RunRecord
 from tests.conftest import TINY
 
-MODEL_BYTES = 1024 + 4 * ParameterLayout(TINY).num_parameters
+MODEL_BYTES = 1024 + 4 * TINY.layout.num_parameters
 
 
 def open_loader(path: str, *, shuffle: bool = True) -> TokenLoader:
@@ -44,9 +44,9 @@ def open_loader(path: str, *, shuffle: bool = True) -> TokenLoader:
 
 def checkpoint_of(step: int, loader: LoaderState | None = None) -> Checkpoint:
     """Other arrays for every step."""
-    layout = ParameterLayout(TINY)
+    layout = TINY.layout
     params, m, v = np.random.default_rng(step).normal(size=(3, layout.num_parameters)).astype(np.float32)
-    params[slice(*layout.padding_span)] = 0
+    params[slice(*layout["wte"].padding_span)] = 0
     windows = {name: np.full(128, np.nan, np.float32) for name in ("loss", "gradient_norm")}
     windows["loss"][-3:] = params[:3]
     record = RunRecord(2, 16, "float32", "a test", windows, Averages(step, 0.25 * step, 100.0), {"run": {"steps": 40}})
@@ -251,8 +251,8 @@ def test_state_with_another_step_than_its_name_is_refused(tmp_path):
 
 def test_state_of_another_model_is_refused(tmp_path):
     save_checkpoint(tmp_path, checkpoint_of(5))
-    other = ModelConfig(max_sequence_length=8, vocab_size=203, num_layers=2, num_heads=4, channels=32)
-    params = np.zeros(ParameterLayout(other).num_parameters, np.float32)
+    other = GPT2Config(max_sequence_length=8, vocab_size=203, num_layers=2, num_heads=4, channels=32)
+    params = np.zeros(other.layout.num_parameters, np.float32)
     write_model_file(tmp_path / "model_00000005.bin", other, params)
     with pytest.raises(Gpt2JaxError, match=r"state_00000005_00000\.bin: expected a training state file of .* \(grown\)"):
         load_checkpoint(tmp_path, 5)
@@ -408,7 +408,7 @@ def test_bfloat16_set_has_llmcs_rounding_of_the_parameters_and_the_parameters_as
     saved = dataclasses.replace(checkpoint_of(5), dtype="bfloat16", rounding=rounding_after(5))
     save_checkpoint(tmp_path, saved)
     _, model_params = read_model_file(tmp_path / "model_00000005.bin")
-    expected = stochastically_rounded(saved.params, ParameterLayout(TINY), saved.rounding.last_seeds())
+    expected = stochastically_rounded(saved.params, TINY.layout, saved.rounding.last_seeds())
     np.testing.assert_array_equal(model_params, expected)
     assert (model_params != rounded_to_nearest(saved.params)).any()
     assert_newest_is(tmp_path, saved)
@@ -433,7 +433,7 @@ def save_of_two_ranks(folder: Path, step: int, *, zero: bool) -> Checkpoint:
     processes = tuple(ProcessState(LoaderState(0, rank), 100 + rank, 200 + rank) for rank in range(2))
     write_model_file(folder / f"model_{step:08d}.bin", TINY, rounded_to_nearest(saved.params), "bfloat16")
     state = TrainingState(step, saved.m, saved.v, processes, saved.params)
-    write_state_files(states, state, ParameterLayout(TINY), zero=zero)
+    write_state_files(states, state, TINY.layout, zero=zero)
     (folder / f"DONE_{step:08d}").touch()
     return saved
 
@@ -466,7 +466,7 @@ def test_all_ranks_states_of_an_old_set_are_deleted(tmp_path):
 
 def test_master_weights_with_padding_that_is_not_zero_are_refused(tmp_path):
     saved = checkpoint_of(5)
-    saved.params[ParameterLayout(TINY).padding_span[0]] = 1
+    saved.params[TINY.layout["wte"].padding_span[0]] = 1
     save_checkpoint(tmp_path, dataclasses.replace(saved, dtype="bfloat16"))
     with pytest.raises(Gpt2JaxError, match="expected zeros in the padding rows of wte's master weights"):
         load_checkpoint(tmp_path, 5)

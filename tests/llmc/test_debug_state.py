@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ModelConfig, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from tests.conftest import TINY
 from tests.llmc.twins import header
@@ -31,7 +31,7 @@ def state(tiny_layout) -> DebugState:
     return DebugState(tokens[:, :-1], tokens[:, 1:], logits, np.float32(5.25), grads)
 
 
-def refusal(path: Path, config: ModelConfig = TINY) -> str:
+def refusal(path: Path, config: GPT2Config = TINY) -> str:
     with pytest.raises(Gpt2JaxError) as raised:
         read_debug_state(path, config)
     assert str(raised.value).startswith(f"{path}: expected ")
@@ -70,7 +70,7 @@ def test_inputs_of_other_types_are_written_as_the_format_has_them(path, state):
 
 def test_published_size_of_the_124m_file(path):
     path.write_bytes(header(20240327, 2, 4, 64))
-    message = refusal(path, model_config_from_descriptor("d12"))
+    message = refusal(path, config_from_descriptor("d12"))
     assert "expected a debug state file for this model of 549369860 bytes by its header, found 1024 bytes" in message
 
 
@@ -95,7 +95,7 @@ def test_one_byte_too_few_or_too_many_is_refused(path, state, change, state_of_f
 
 def test_state_of_another_model_is_refused(path, state):
     write_debug_state(path, state)
-    deeper = ModelConfig(max_sequence_length=16, vocab_size=V, num_layers=3, num_heads=4, channels=32)
+    deeper = GPT2Config(max_sequence_length=16, vocab_size=V, num_layers=3, num_heads=4, channels=32)
     assert "expected a debug state file for this model of" in refusal(path, deeper)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from tests.conftest import TINY
 from tests.llmc.twins import header
@@ -182,8 +182,8 @@ def test_version_3_of_the_one_day_without_padding_is_refused(path):
     ],
 )
 def test_published_sizes_of_the_gpt2_models(path, descriptor, num_parameters, float32_bytes, bfloat16_bytes):
-    config = model_config_from_descriptor(descriptor)
-    assert ParameterLayout(config).num_parameters == num_parameters
+    config = config_from_descriptor(descriptor)
+    assert config.layout.num_parameters == num_parameters
     words = (1024, 50257, config.num_layers, config.num_heads, config.channels, 50304)
     path.write_bytes(header(20240326, 3, *words))
     assert f"expected a model file of version 3 of {float32_bytes} bytes by its header, found 1024" in refusal(path)
@@ -262,8 +262,8 @@ def test_sizes_are_read_without_the_body(path, tiny_params):
 
 
 def test_vocabulary_without_padding_rows(path):
-    config = ModelConfig(max_sequence_length=4, vocab_size=128, num_layers=1, num_heads=1, channels=8)
-    params = np.arange(ParameterLayout(config).num_parameters, dtype=np.float32)
+    config = GPT2Config(max_sequence_length=4, vocab_size=128, num_layers=1, num_heads=1, channels=8)
+    params = np.arange(config.layout.num_parameters, dtype=np.float32)
     write_model_file(path, config, params)
     np.testing.assert_array_equal(read_model_file(path)[1], params)
 

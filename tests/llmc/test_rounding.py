@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.rounding import RoundingStream, noise_position, rounded_bits, squirrel_noise, stochastically_rounded
 from tests.llmc.twins import MASK, XorShiftTwin, squirrel
 
 # qkvw has 3 * 24 * 24 = 1728 elements a layer: three whole blocks of 512 and a part of one; wte more than one chunk's.
-LAYOUT = ParameterLayout(ModelConfig(max_sequence_length=8, vocab_size=300, num_layers=2, num_heads=1, channels=24))
+LAYOUT = GPT2Config(max_sequence_length=8, vocab_size=300, num_layers=2, num_heads=1, channels=24).layout
 SEEDS = np.array([17 * i + 2**31 for i in range(16)], dtype=np.uint32)
 
 
@@ -64,7 +64,7 @@ def test_every_element_of_the_buffer_is_rounded_by_the_noise_of_its_place():
     rounded = stochastically_rounded(params, LAYOUT, SEEDS)
     np.testing.assert_array_equal(rounded, rounded.astype(ml_dtypes.bfloat16).astype(np.float32))
     for tensor, seed in zip(LAYOUT.tensors, SEEDS.tolist(), strict=True):
-        layers = tensor.shape[0] if tensor.stacked else 1
+        layers = tensor.num_layers
         size = tensor.size // layers
         for layer in range(layers):
             for index in {0, 1, 511 % size, 512 % size, 1023 % size, 1024 % size, size - 1}:

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout, model_config_from_descriptor
+from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.random import GENERATOR_STRUCT, Mt19937
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, num_processes_of, read_state_files, write_state_files
 from tests.llmc.twins import Mersenne, header
 
-LAYOUT = ParameterLayout(ModelConfig(max_sequence_length=4, vocab_size=5, num_layers=2, num_heads=1, channels=4))
+LAYOUT = GPT2Config(max_sequence_length=4, vocab_size=5, num_layers=2, num_heads=1, channels=4).layout
 N = LAYOUT.num_parameters
 SHARDS, SAMPLES = [2, 0, 1], [3, 1, 4, 0, 2]
 
@@ -120,7 +121,7 @@ def test_generator_takes_2520_bytes():
 def test_published_size_of_the_124m_file_with_master_weights(path):
     path.write_bytes(header(20240527, 1, 1, 0, 1))
     assert "expected a training state file of 1493711872 bytes by its header, found 1024" in refusal(
-        path, ParameterLayout(model_config_from_descriptor("d12"))
+        path, config_from_descriptor("d12").layout
     )
 
 
@@ -158,7 +159,7 @@ def test_other_version_is_refused(path):
 def test_state_of_a_model_of_another_size_is_refused(path, shuffled, master):
     write(path, training_state(shuffled=shuffled, master=master))
     for channels in (2, 3, 5, 12):
-        other = ParameterLayout(dataclasses.replace(LAYOUT.config, channels=channels))
+        other = dataclasses.replace(LAYOUT.config, channels=channels).layout
         assert "expected a training state file" in refusal(path, other)
 
 
@@ -233,7 +234,7 @@ def test_each_rank_keeps_its_part_of_every_layer_of_every_tensor(tmp_path):
     for rank, path in enumerate(paths):
         part = np.fromfile(path, "<f4", N // 4, offset=1024)
         for tensor in LAYOUT.tensors:
-            layers = tensor.shape[0] if tensor.stacked else 1
+            layers = tensor.num_layers
             s = tensor.size // layers // 4
             for layer in range(layers):
                 start = tensor.offset + layer * 4 * s + rank * s

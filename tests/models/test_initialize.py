@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.models.initialize import initialize_parameters
 from tests.conftest import TINY
 
 
 def test_first_values_are_llmcs():
     # The embedding is drawn first and row by row, so d12's first values need d12's width, not its size.
-    config = ModelConfig(max_sequence_length=16, vocab_size=100, num_layers=1, num_heads=12, channels=768)
-    wte = ParameterLayout(config).views(initialize_parameters(config))["wte"]
+    config = GPT2Config(max_sequence_length=16, vocab_size=100, num_layers=1, num_heads=12, channels=768)
+    wte = config.layout.views(initialize_parameters(config))["wte"]
     expected = np.array([0.0385383, 0.0297457, 0.0180143, -0.0421104], dtype=np.float32)
     np.testing.assert_allclose(wte[0, :4], expected, rtol=0, atol=5e-8)
 
@@ -39,8 +39,8 @@ def test_equals_pytorchs_stream_in_module_order():
     unit in the last place is 2^-21 from 4 to 2 pi; times the largest radius that 24-bit uniforms can give, 5.8."""
     import torch
 
-    config = ModelConfig(max_sequence_length=16, vocab_size=203, num_layers=2, num_heads=4, channels=32)
-    tensors = ParameterLayout(config).views(initialize_parameters(config))
+    config = GPT2Config(max_sequence_length=16, vocab_size=203, num_layers=2, num_heads=4, channels=32)
+    tensors = config.layout.views(initialize_parameters(config))
     generator = torch.Generator().manual_seed(42)
     residual_std = 0.02 / math.sqrt(2 * config.num_layers)
     drawn = [(tensors["wte"][: config.vocab_size], 0.02), (tensors["wpe"], 0.02)]

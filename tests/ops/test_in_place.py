@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gpt2_jax import jax_compat
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.compute.step import loss_and_gradient
 from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import next_token_logits
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.models.initialize import initialize_parameters
@@ -51,14 +51,14 @@ def test_overwrites_the_buffer_with_the_gradient(tiny_layout, tiny_params, tiny_
     )(params, garbage)
     assert_close(found, autodiff(params, x, y, tiny_layout, dtype), dtype)
     assert_squared_norms(found, tiny_layout)
-    start, stop = tiny_layout.padding_span
+    start, stop = tiny_layout["wte"].padding_span
     assert (np.asarray(found[1])[start:stop] == 0).all()
 
 
 @dtypes
 def test_sequences_longer_than_a_block_of_attentions_queries(dtype):
-    config = ModelConfig(max_sequence_length=160, vocab_size=70, num_layers=1, num_heads=2, channels=16)
-    layout, params = ParameterLayout(config), jnp.asarray(initialize_parameters(config))
+    config = GPT2Config(max_sequence_length=160, vocab_size=70, num_layers=1, num_heads=2, channels=16)
+    layout, params = config.layout, jnp.asarray(initialize_parameters(config))
     x, y = np.random.default_rng(0).integers(0, 70, (2, 2, 150)).astype(np.int32)
     options = {"dtype": jnp.dtype(dtype), "matmul": "threaded"}
     found = jax.jit(lambda p: in_place.loss_and_gradient(p, jnp.zeros_like(p), x, y, layout, **options))(params)
@@ -120,8 +120,8 @@ def temporary_bytes(layout, tokens, **options):
 can_alias = pytest.mark.skipif(
     not jax_compat.ffi_call_can_alias(), reason="this jax cannot alias a custom call's argument and result"
 )
-WIDE = ParameterLayout(ModelConfig(max_sequence_length=256, vocab_size=4000, num_layers=1, num_heads=2, channels=16))
-DEEP = ParameterLayout(ModelConfig(max_sequence_length=256, vocab_size=70, num_layers=8, num_heads=2, channels=64))
+WIDE = GPT2Config(max_sequence_length=256, vocab_size=4000, num_layers=1, num_heads=2, channels=16).layout
+DEEP = GPT2Config(max_sequence_length=256, vocab_size=70, num_layers=8, num_heads=2, channels=64).layout
 
 
 @can_alias

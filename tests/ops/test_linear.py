@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax.buffer.layout import ModelConfig, ParameterLayout
 from gpt2_jax.buffer.views import WeightView
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.ops import in_place
 from gpt2_jax.ops import linear as matmul
 from gpt2_jax.ops.cpu import library as custom_calls
@@ -183,7 +183,7 @@ def test_only_a_weights_gradient_is_split_less_by_default(setting, precision, of
     """In what XLA is given, by differentiation and in place, for a rung that multiplies float32 in parts alone."""
     parts = {"available": True, "reason": "", "precisions": ["BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "S8_S8_S32_X6"]}
     monkeypatch.setattr(custom_calls, "implementation", lambda rung: parts)
-    layout = ParameterLayout(ModelConfig(8, 50, 1, 1, 16))
+    layout = GPT2Config(8, 50, 1, 1, 16).layout
     params_N, tokens_BT = jnp.zeros(layout.num_parameters), jnp.zeros((2, 8), jnp.int32)
 
     def in_place_step(params_N, grads_N):

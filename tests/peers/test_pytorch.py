@@ -45,7 +45,7 @@ def test_a_wrong_decay_mask_is_found_in_the_ten_losses(tiny_params, tiny_batch, 
 
     def decays_by_dimensions(layout):
         index = np.arange(layout.num_parameters)
-        return jnp.asarray(sum((index >= t.offset) & (index < t.stop) for t in layout.tensors if len(t.shape) >= 2) > 0)
+        return jnp.asarray(sum((index >= t.offset) & (index < t.stop) for t in layout.tensors if len(t.full_shape) >= 2) > 0)
 
     monkeypatch.setattr(optimizer, "_decays", decays_by_dimensions)
     failed = [row.name for row in check_gradients(TINY, tiny_params, *tiny_batch, dtype="float32") if not row.passed]

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.config import saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.loader import TokenLoader
@@ -51,10 +50,10 @@ def test_a_record_of_another_sequence_length_is_refused(config):
 
 def test_a_bfloat16_run_of_llmcs_without_masters_goes_on_with_llmcs_own_bits(config, tiny_shards):
     """Those of the model file, which are not the master weights rounded to the nearest."""
-    layout, folder = ParameterLayout(TINY), Path(config.run.out_dir)
+    layout, folder = TINY.layout, Path(config.run.out_dir)
     folder.mkdir()
     params, m, v = np.abs(np.random.default_rng(0).normal(0, 0.02, (3, layout.num_parameters))).astype(np.float32)
-    params[slice(*layout.padding_span)] = 0
+    params[slice(*layout["wte"].padding_span)] = 0
     bits = stochastically_rounded(params, layout, np.arange(16, dtype=np.uint32))
     assert (bits != rounded_to_nearest(params)).any()
     write_model_file(folder / "model_00000005.bin", TINY, bits, "bfloat16")
@@ -68,10 +67,10 @@ def test_a_bfloat16_run_of_llmcs_without_masters_goes_on_with_llmcs_own_bits(con
 
 def test_a_folder_of_llmcs_resumes(config, tiny_shards, capsys):
     """Of two processes with ZeRO: two states, no config.toml, no record."""
-    layout, folder = ParameterLayout(TINY), Path(config.run.out_dir)
+    layout, folder = TINY.layout, Path(config.run.out_dir)
     folder.mkdir()
     params, m, v = np.abs(np.random.default_rng(0).normal(0, 0.02, (3, layout.num_parameters))).astype(np.float32)
-    params[slice(*layout.padding_span)] = 0
+    params[slice(*layout["wte"].padding_span)] = 0
     write_model_file(folder / "model_00000005.bin", TINY, rounded_to_nearest(params), "bfloat16")
     processes = tuple(
         ProcessState(TokenLoader(tiny_shards[0], 2, 16, vocab_size=203, shuffle=True, process_rank=r, num_processes=2).state())

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.config import load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
@@ -255,7 +254,7 @@ def test_an_epoch_is_the_default(config):
 def poisoned(config, tmp_path):
     """A run from weights of which one in the second layer's fcw is infinite."""
     params = initialize_parameters(TINY)
-    ParameterLayout(TINY).views(params)["lnfb"][3] = np.inf
+    TINY.layout.views(params)["lnfb"][3] = np.inf
     write_model_file(tmp_path / "poisoned.bin", TINY, params)
     no_sizes = dict.fromkeys(dataclasses.asdict(TINY))
     evaluation = {"validate_every": 0, "sample_every": 0}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.memory import MemoryEstimate
 from gpt2_jax.config import RunConfig
@@ -25,7 +24,7 @@ def lines(config: RunConfig, backend=CPU, choice=CHOICE) -> list[str]:
     data = config.data
     sizes = {"batch_size": data.batch_size, "sequence_length": data.sequence_length, "vocab_size": TINY.vocab_size}
     loaders = TokenLoader(data.train, **sizes), TokenLoader(data.validation, **sizes)
-    rows = start_table(config, backend, "a CPU", choice, ParameterLayout(TINY), 60, NEEDED, *loaders, Path("runs/x"))
+    rows = start_table(config, backend, "a CPU", choice, TINY.layout, 60, NEEDED, *loaders, Path("runs/x"))
     return [f"{name}: {value}" for name, value in rows]
 
 
