@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from gpt2_jax.compute import metal_plugins
 from gpt2_jax.compute.backend import Backend, has_nvidia_driver, select_backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import YNNPACK_FLAG, unmet_requirements, version_text
+from gpt2_jax.machine import processor_name, system_name
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "torch")
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -55,24 +55,6 @@ def examine() -> Iterator[Finding]:
     """Everything there is to say, one by one as it is found."""
     for examination in (_machine, _packages, _environment, _plugins, _matrix_products, _devices):
         yield from examination()
-
-
-def processor_name() -> str:
-    """The CPU as its maker calls it."""
-    if sys.platform == "darwin":
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def system_name() -> str:
-    """The operating system and its version."""
-    return f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else f"{platform.system()} {platform.release()}"
 
 
 def _machine() -> Iterator[Finding]:

@@ -23,14 +23,14 @@ from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.step import create_state, loss_and_gradient, make_train_step
 from gpt2_jax.data.corpus import encode_documents, kjv_chapters
-from gpt2_jax.doctor import processor_name, system_name
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
+from gpt2_jax.files import atomic_write
 from gpt2_jax.generate import generate, next_token_logits
 from gpt2_jax.gradient_check import Comparison, compare_gradients, compare_logits, compare_losses
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
 from gpt2_jax.jax_compat import version_text
-from gpt2_jax.llmc.header import atomic_write
+from gpt2_jax.machine import processor_name, system_name
 from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.linear import IMPLEMENTATIONS, choose_implementation

@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 
 from gpt2_jax.compute.backend import select_backend
-from gpt2_jax.compute.memory import keep_freed_memory
 from gpt2_jax.config import format_config, parse_command_line
 from gpt2_jax.errors import run_program
+from gpt2_jax.machine import keep_freed_memory
 
 
 def main() -> None:

@@ -1,13 +1,22 @@
-"""Reading text; what is no file of text at all is in contract/test_bad_files.py."""
+"""Files: text is read, and a file is written whole or not at all; what is no file of text at all is in
+contract/test_bad_files.py."""
 
 from __future__ import annotations
+
+import errno
+import glob
+import os
+import resource
+import stat
+from pathlib import Path
 
 import pytest
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import read_text_file
+from gpt2_jax.files import atomic_write, read_text_file
 
 TEXT = "Gruß\r\nzwei\n"
+needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 
 
 @pytest.fixture
@@ -33,3 +42,164 @@ def test_the_size_is_checked_before_anything_is_read(path):
     assert read_text_file(path, "a text", max_bytes=size) == TEXT
     with pytest.raises(Gpt2JaxError, match=rf"expected a text of at most {size - 1} bytes, found {size} bytes"):
         read_text_file(path, "a text", max_bytes=size - 1)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(path: str | os.PathLike, content: bytes = b"new") -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_half(path: Path, error: BaseException) -> None:
+    with atomic_write(path) as file:
+        file.write(b"x" * 100_000)
+        raise error
+
+
+def test_written_file_has_all_of_its_content_and_is_alone_in_its_folder(tmp_path):
+    pieces = [bytes([i]) * 5000 for i in range(20)]
+    with atomic_write(tmp_path / "file.bin") as file:
+        for piece in pieces:
+            file.write(piece)
+    assert (tmp_path / "file.bin").read_bytes() == b"".join(pieces)
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_longer_old_content_is_replaced_and_not_overwritten_in_place(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"much longer old content")
+    write(path)
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_readers_see_the_old_content_until_the_block_ends(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_no_pattern_of_names_finds_a_half_written_file(tmp_path):
+    with atomic_write(tmp_path / "DONE_00000001") as file:
+        file.write(b"half")
+        file.flush()
+        assert glob.glob(str(tmp_path / "*")) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
+def test_writer_that_raises_midway_leaves_the_old_content_and_no_temporary(tmp_path, error):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)) as raised:
+        write_half(path, error)
+    assert raised.value is error
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_writer_that_raises_midway_leaves_no_new_file(tmp_path):
+    with pytest.raises(ValueError, match="a bug"):
+        write_half(tmp_path / "file.bin", ValueError("a bug"))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("function", "code"), [("fsync", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EACCES)])
+def test_failing_disk_is_one_error_that_names_the_file_and_the_cause(tmp_path, monkeypatch, function, code):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def fail(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(Gpt2JaxError) as raised:
+        write(path)
+    for part in (str(path), "expected", f"found: {os.strerror(code)}", "nothing was changed"):
+        assert part in str(raised.value)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_file_that_outgrows_the_allowed_size_leaves_the_old_content(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(Gpt2JaxError, match=os.strerror(errno.EFBIG)):
+            write(path, b"x" * 20_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_missing_folder_is_an_error_of_ours(tmp_path):
+    with pytest.raises(Gpt2JaxError, match="expected to write it, found: No such file"):
+        write(tmp_path / "missing" / "file.bin")
+
+
+def test_folder_in_the_place_of_the_file_is_an_error_of_ours_and_stays(tmp_path):
+    (tmp_path / "file.bin").mkdir()
+    with pytest.raises(Gpt2JaxError, match=r"file\.bin: expected to write it, found"):
+        write(tmp_path / "file.bin")
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_file_in_the_place_of_the_folder_is_an_error_of_ours(tmp_path):
+    (tmp_path / "plain").write_bytes(b"old")
+    with pytest.raises(Gpt2JaxError, match="found: Not a directory"):
+        write(tmp_path / "plain" / "file.bin")
+
+
+def test_name_that_is_too_long_is_an_error_of_ours(tmp_path):
+    with pytest.raises(Gpt2JaxError, match="found: File name too long"):
+        write(tmp_path / ("x" * 300))
+
+
+@needs_permissions
+def test_folder_without_write_permission_is_an_error_of_ours(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(Gpt2JaxError, match="found: Permission denied"):
+        write(tmp_path / "file.bin")
+    assert names(tmp_path) == []
+
+
+def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def recording_fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        events.append("sync folder" if stat.S_ISDIR(status.st_mode) else f"sync {status.st_size} bytes")
+        fsync(descriptor)
+
+    def recording_replace(source: str, target: str) -> None:
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    write(tmp_path / "file.bin", b"12345")
+    assert events == ["sync 5 bytes", "rename", "sync folder"]
+
+
+def test_folder_that_cannot_be_synced_is_an_error_of_ours(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    with pytest.raises(Gpt2JaxError, match=f"found: {os.strerror(errno.EIO)}") as raised:
+        write(tmp_path / "file.bin")
+    assert "nothing was changed" not in str(raised.value)

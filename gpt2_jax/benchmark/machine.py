@@ -9,7 +9,7 @@ import platform
 import time
 from pathlib import Path
 
-from gpt2_jax.doctor import processor_name
+from gpt2_jax.machine import processor_name
 from gpt2_jax.ops.cpu import library as custom_calls
 
 _STARTED = time.monotonic()

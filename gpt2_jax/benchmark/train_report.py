@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from gpt2_jax.benchmark.chart import Bar, draw_bars
 from gpt2_jax.benchmark.train_system import Result
 from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.compute.memory import gigabytes
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.machine import gigabytes
 
 # How float32 is split for units that do not multiply it, for people to read.
 _SPLITS = {"BF16_BF16_F32_X3": "X3", "BF16_BF16_F32_X6": "X6", "S8_S8_S32_X6": "S8"}

@@ -27,6 +27,7 @@ from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import open_device, select_backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.machine import keep_freed_memory, process_peak
 from gpt2_jax.ops.cpu import library as custom_calls
 
 SYSTEMS = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
@@ -132,7 +133,7 @@ def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_B
 
     backend = select_backend(request.backend)
     if backend.platform == "cpu":
-        memory.keep_freed_memory()
+        keep_freed_memory()
     device = open_device(backend)
     try:
         matmul = choose_implementation(request.matmul, backend).name
@@ -260,11 +261,11 @@ def _peak(request: Request) -> int:
         return memory.measured_peak()[0]
     import torch
 
-    return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else memory.process_peak()
+    return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else process_peak()
 
 
 def _await_turn() -> Turn | None:
-    print(f"{TURN}{memory.process_peak()}", flush=True)
+    print(f"{TURN}{process_peak()}", flush=True)
     line = sys.stdin.readline().split()
     return Turn(int(line[0]), float(line[1])) if line else None
 

@@ -142,6 +142,9 @@ class _Process:
                 stream.close()
 
     def _kill(self) -> None:
+        if sys.platform == "win32":
+            self._process.kill()
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import resource
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.machine import gigabytes, process_peak
 
 if TYPE_CHECKING:
     import jax
@@ -19,8 +15,6 @@ if TYPE_CHECKING:
 # gradient as much again.
 CLASSIFIER_ROWS = 1024
 _BYTES = {"float32": 4, "bfloat16": 2}
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14  # sys/mman.h
 
 
 @dataclass(frozen=True)
@@ -113,53 +107,3 @@ def measured_peak() -> tuple[int, str]:
     if "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"]), "on the device"
     return process_peak(), "of the process"
-
-
-def process_peak() -> int:
-    """The most memory that this process has had resident, in bytes (its libraries included)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kibibytes on Linux
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next step, where it can (glibc); before XLA starts its threads.
-
-    XLA frees a step's temporary memory and takes it anew: without this every page of it is mapped and zeroed again in
-    every step. The pages may be huge ones. False where nothing was changed.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    mallopt = getattr(libc, "mallopt", None)
-    if libc is None or mallopt is None:
-        return False
-    # malloc.h's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD: one heap for all threads, also for large blocks, never cut.
-    if not all(mallopt(option, value) for option, value in ((-8, 1), (-4, 0), (-1, -1))):
-        return False
-    _ask_for_huge_pages(libc)
-    return True
-
-
-def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grow the heap by half of the machine's memory, of addresses alone, that the kernel may back by pages of 2 MiB.
-
-    A step reads and writes its buffers from end to end: with pages of 4 KiB it waits for their addresses. Where the
-    kernel has none to give, or counts addresses as if they were memory, all is as it was.
-    """
-    limits = [resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    try:
-        counts_addresses = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    except OSError:
-        counts_addresses = False
-    if counts_addresses or any(limit != resource.RLIM_INFINITY for limit in limits):
-        return
-    libc.malloc.restype = ctypes.c_void_p
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    block = libc.malloc(ctypes.c_size_t(size))
-    if block is None:
-        return
-    start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((block + size - start) // _HUGE_PAGE * _HUGE_PAGE), _MADV_HUGEPAGE)
-    libc.free(ctypes.c_void_p(block))
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

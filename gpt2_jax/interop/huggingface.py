@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.files import read_text_file
-from gpt2_jax.llmc.header import file_size
+from gpt2_jax.files import file_size, read_text_file
 
 _MAX_CONFIG_BYTES = 1_000_000
 _HINT = "a folder that transformers' save_pretrained wrote for GPT2LMHeadModel"

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_EVAL,
-    atomic_write,
     header_words,
     read_array,
     read_header,

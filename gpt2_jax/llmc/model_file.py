@@ -15,10 +15,10 @@ import numpy as np
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_MODEL,
-    atomic_write,
     check_size,
     header_words,
     read_array,

@@ -16,10 +16,10 @@ import numpy as np
 
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TRAINING_STATE,
-    atomic_write,
     check_size,
     header_words,
     read_array,

@@ -7,10 +7,10 @@ import os
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TOKEN_SHARD,
-    atomic_write,
     check_size,
     header_words,
     read_header,

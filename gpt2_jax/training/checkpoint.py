@@ -19,7 +19,7 @@ import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.llmc.header import atomic_write
+from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded

@@ -13,10 +13,10 @@ from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.stability import WATCHED, WINDOW, empty_windows
 from gpt2_jax.compute.step import TrainState
 from gpt2_jax.config import RunConfig, load_saved_config
-from gpt2_jax.doctor import processor_name
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import version_text
 from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.machine import processor_name
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.linear import precision_of
 from gpt2_jax.report.display import Display

@@ -38,11 +38,12 @@ from gpt2_jax.evaluate import (
     validation_loss,
 )
 from gpt2_jax.families.gpt2 import GPT2Config, is_descriptor
+from gpt2_jax.files import atomic_write
 from gpt2_jax.generate import generate, prompt_tokens
 from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file
-from gpt2_jax.llmc.header import atomic_write
 from gpt2_jax.llmc.loader import Place, TokenLoader
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
+from gpt2_jax.machine import gigabytes
 from gpt2_jax.models.weights import load_weights, read_sizes
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.linear import choose_implementation
@@ -200,7 +201,7 @@ class _Run:
         needed = memory.compiled_bytes(compiled)
         self.display.line(
             f"compiled in {time.perf_counter() - started:.1f} s"
-            + ("" if needed is None else f"; the step has {memory.gigabytes(needed)} of memory")
+            + ("" if needed is None else f"; the step has {gigabytes(needed)} of memory")
         )
         if request.signal is not None:
             self.stop(first_step - 1, request)
@@ -411,7 +412,7 @@ class _Run:
         seconds = self.clock.average_seconds
         self.display.line(f"average: {seconds * 1000:.2f} ms a step, {self.config.tokens_per_step / seconds:.0f} tok/s")
         peak, of = memory.measured_peak()
-        self.display.line(f"peak memory: {memory.gigabytes(peak)} {of}")
+        self.display.line(f"peak memory: {gigabytes(peak)} {of}")
         losses: list[float] = []
         self.attempt(lambda: losses.extend(self.log.finite_values("validation", "loss").values()))
         if self.baseline is not None and losses:

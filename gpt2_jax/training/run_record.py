@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import read_text_file
-from gpt2_jax.llmc.header import atomic_write
+from gpt2_jax.files import atomic_write, read_text_file
 
 _VERSION = 1
 _MAX_BYTES = 1_000_000
