@@ -6,13 +6,19 @@ The one way in which this project writes a file: to a temporary name beside it, 
 from __future__ import annotations
 
 import os
+import re
+import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from gpt2_jax.errors import Gpt2JaxError
+
+# Opens a file for writing under a path that it gets, complete, later: atomic_write, or what write_together gives.
+Writer = Callable[[str | os.PathLike], AbstractContextManager[BinaryIO]]
 
 
 def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
@@ -57,36 +63,112 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     The data go to a temporary name in the same folder, are flushed to disk, and the file is renamed. On an error
     the temporary file is removed and `path` is untouched; a failing disk is reported as a Gpt2JaxError.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    with write_together() as write, write(path) as file:
+        yield file
+
+
+@contextmanager
+def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
+    """Write several files that belong together: `with write_together() as write: with write(path) as file: ...`.
+
+    Every file goes to a temporary name and is flushed to disk; all get their names when the block has ended. On an error
+    before that, the temporary files are removed and no old file has changed.
+
+    `marker` is an empty file whose presence tells that the others are complete: an old one is removed before the first
+    file gets its name, and a new one appears after the last. If giving the names fails halfway, all files are removed, as
+    they would be some of the old and some of the new. A failing disk is reported as a Gpt2JaxError.
+    """
+    temporaries: dict[Path, Path] = {}  # by the final paths, in the order of writing
+
+    @contextmanager
+    def write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+        path = Path(path)
+        temporaries[path] = _temporary_name(path)
+        with _reported(path, "to write it", "nothing was changed"), open(temporaries[path], "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # it may never have been made: no such folder, a name too long, a read-only disk
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise Gpt2JaxError(
-                f"{path}: expected to write it, found: {error.strerror or error}; nothing was changed"
-            ) from error
-        raise
+
+    marker = None if marker is None else Path(marker)
     try:
-        _sync_folder(path.parent)
+        yield write
+        if marker is not None:
+            with write(marker):
+                pass
+        _give_names(temporaries, marker)
+    except BaseException:
+        # Some may never have been made (no such folder, a name too long, a read-only disk), others have their names.
+        _remove_all(temporaries.values())
+        raise
+
+
+def _give_names(temporaries: dict[Path, Path], marker: Path | None) -> None:
+    """Rename complete temporary files to the paths that they are listed by; the marker, if there is one, is the last."""
+    unchanged = "nothing was changed"
+    mixed = "those written before it are new" if marker is None else "all that were written with it are removed"
+    folders = {path.parent for path in temporaries}
+    named: list[Path] = []
+    had_marker = marker is not None and os.path.lexists(marker)
+    try:
+        if marker is not None and had_marker:
+            with _reported(marker, "to delete it", unchanged):
+                marker.unlink()
+            # A crash of the machine must not leave the old marker beside new files.
+            _sync_folders({marker.parent}, unchanged)
+        for path, temporary in temporaries.items():
+            if path == marker:
+                _sync_folders(folders, mixed)
+            with _reported(path, "to write it", mixed if named else unchanged):
+                os.replace(temporary, path)
+            named.append(path)
+        _sync_folders(folders, "what was written is complete but may not outlive a crash of the machine")
+    except BaseException:
+        if marker is not None and not os.path.lexists(marker):
+            if named:
+                _remove_all(temporaries)
+            elif had_marker:
+                with suppress(OSError):
+                    marker.touch()
+        raise
+
+
+def _remove_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def _reported(path: Path, expected: str, consequence: str) -> Iterator[None]:
+    """Make an OSError within a Gpt2JaxError that says what was expected to be done with `path`."""
+    try:
+        yield
     except OSError as error:
-        raise Gpt2JaxError(
-            f"{path}: expected to sync its folder, found: {error.strerror or error}; the file is complete but may not "
-            f"outlive a crash of the machine"
-        ) from error
+        raise Gpt2JaxError(f"{path}: expected {expected}, found: {error.strerror or error}; {consequence}") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; only POSIX systems can open a folder for that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other process takes: it has this host's name and this process's id.
+
+    Two hosts that share a folder may have processes of the same id.
+    """
+    return path.with_name(f".{path.name}.{_host_in_a_name(socket.gethostname())}.{os.getpid()}.tmp")
+
+
+def _host_in_a_name(host: str) -> str:
+    """A host's name, at most 32 letters, digits and hyphens; one that had to be changed ends in its checksum."""
+    safe = re.sub(r"[^A-Za-z0-9-]", "-", host)
+    return safe if safe == host and 0 < len(safe) <= 32 else f"{safe[:23]}-{zlib.crc32(host.encode(errors='replace')):08x}"
+
+
+def _sync_folders(folders: set[Path], consequence: str) -> None:
+    """Make renames and removals in these folders durable; only POSIX systems can open a folder for that."""
+    if os.name != "posix":
+        return
+    for folder in folders:
+        with _reported(folder, "to sync the folder", consequence):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

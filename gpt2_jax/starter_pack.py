@@ -11,6 +11,7 @@ import numpy as np
 from gpt2_jax.data.tokenizer import gpt2_tokenizer, token_bytes
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.files import write_together
 from gpt2_jax.llmc.debug_state import DebugState, write_debug_state
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.token_shard import open_token_shard
@@ -48,7 +49,8 @@ def debug_state(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: 
 def write_starter_pack(
     folder: Path, name: str, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray
 ) -> list[Path]:
-    """Write gpt2_NAME.bin, gpt2_NAME_bf16.bin, gpt2_NAME_debug_state.bin and gpt2_tokenizer.bin; returns their paths."""
+    """Write gpt2_NAME.bin, gpt2_NAME_bf16.bin, gpt2_NAME_debug_state.bin and gpt2_tokenizer.bin, all or on an error
+    none; returns their paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,9 +61,10 @@ def write_starter_pack(
         folder / f"gpt2_{name}_debug_state.bin",
         folder / "gpt2_tokenizer.bin",
     ]
-    write_model_file(paths[0], config, params)
-    write_model_file(paths[1], config, params, dtype="bfloat16")
-    write_debug_state(paths[2], debug_state(config, params, x_BT, y_BT))
     tokenizer = gpt2_tokenizer()
-    write_tokenizer_file(paths[3], token_bytes(tokenizer), tokenizer.eot_token)
+    with write_together() as write:
+        write_model_file(paths[0], config, params, write=write)
+        write_model_file(paths[1], config, params, dtype="bfloat16", write=write)
+        write_debug_state(paths[2], debug_state(config, params, x_BT, y_BT), write=write)
+        write_tokenizer_file(paths[3], token_bytes(tokenizer), tokenizer.eot_token, write=write)
     return paths

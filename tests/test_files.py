@@ -7,13 +7,14 @@ import errno
 import glob
 import os
 import resource
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import atomic_write, read_text_file
+from gpt2_jax.files import atomic_write, read_text_file, write_together
 
 TEXT = "Gruß\r\nzwei\n"
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
@@ -91,6 +92,24 @@ def test_no_pattern_of_names_finds_a_half_written_file(tmp_path):
         file.write(b"half")
         file.flush()
         assert glob.glob(str(tmp_path / "*")) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "part"),
+    [
+        ("node-17", "node-17"),
+        ("node.cluster/17", "node-cluster-17-fc978eb3"),
+        ("", "-00000000"),
+        ("n" * 60 + "1", "n" * 23 + "-8833ce97"),
+        ("n" * 60 + "2", "n" * 23 + "-113a9f2d"),
+    ],
+)
+def test_a_temporary_name_has_the_host_and_the_process(tmp_path, monkeypatch, host, part):
+    """Two hosts may share the folder and have a process of the same id."""
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    with atomic_write(tmp_path / "file.bin"):
+        assert names(tmp_path) == [f".file.bin.{part}.{os.getpid()}.tmp"]
+    assert names(tmp_path) == ["file.bin"]
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
@@ -203,3 +222,39 @@ def test_folder_that_cannot_be_synced_is_an_error_of_ours(tmp_path, monkeypatch)
     with pytest.raises(Gpt2JaxError, match=f"found: {os.strerror(errno.EIO)}") as raised:
         write(tmp_path / "file.bin")
     assert "nothing was changed" not in str(raised.value)
+
+
+def write_all(*paths: Path) -> None:
+    with write_together() as open_for_writing:
+        for path in paths:
+            with open_for_writing(path) as file:
+                file.write(b"new")
+
+
+def test_files_written_together_get_their_names_together(tmp_path):
+    first, second = tmp_path / "first.bin", tmp_path / "second.bin"
+    first.write_bytes(b"old")
+    with write_together() as open_for_writing:
+        for path in (first, second):
+            with open_for_writing(path) as file:
+                file.write(b"new")
+            assert first.read_bytes() == b"old"
+            assert not second.exists()
+    assert (first.read_bytes(), second.read_bytes()) == (b"new", b"new")
+    assert names(tmp_path) == ["first.bin", "second.bin"]
+
+
+def test_a_file_that_cannot_be_written_leaves_those_written_together_with_it_as_they_were(tmp_path):
+    first = tmp_path / "first.bin"
+    first.write_bytes(b"old")
+    with pytest.raises(Gpt2JaxError, match=r"second\.bin: expected to write it, found: No such file"):
+        write_all(first, tmp_path / "missing" / "second.bin")
+    assert first.read_bytes() == b"old"
+    assert names(tmp_path) == ["first.bin"]
+
+
+def test_a_rename_that_fails_halfway_says_that_others_are_new(tmp_path):
+    (tmp_path / "second.bin").mkdir()
+    with pytest.raises(Gpt2JaxError, match=r"second\.bin: expected to write it, .*; those written before it are new"):
+        write_all(tmp_path / "first.bin", tmp_path / "second.bin")
+    assert names(tmp_path) == ["first.bin", "second.bin"]

@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt2_jax.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import read_text_file
+from gpt2_jax.files import read_text_file, write_together
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice, write_eval_file
 from gpt2_jax.llmc.token_shard import write_token_shard
 
@@ -112,11 +112,12 @@ def encode_documents(documents: Sequence[str]) -> np.ndarray:
 
 
 def write_corpus(corpus: Corpus, name: str, output_dir: str | os.PathLike) -> tuple[Path, Path]:
-    """Write NAME_train.bin and NAME_val.bin and return their paths."""
+    """Write NAME_train.bin and NAME_val.bin, both or on an error neither, and return their paths."""
     folder = _output_folder(output_dir)
     paths = folder / f"{name}_train.bin", folder / f"{name}_val.bin"
-    for path, tokens in zip(paths, corpus, strict=True):
-        write_token_shard(path, tokens)
+    with write_together() as write:
+        for path, tokens in zip(paths, corpus, strict=True):
+            write_token_shard(path, tokens, write=write)
     return paths
 
 

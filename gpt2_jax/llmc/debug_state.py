@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import Writer, atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_DEBUG_STATE,
@@ -58,10 +58,10 @@ def read_debug_state(path: str | os.PathLike, config: GPT2Config) -> DebugState:
     return DebugState(x.reshape(B, T), y.reshape(B, T), logits.reshape(B, T, V), loss[0], grads)
 
 
-def write_debug_state(path: str | os.PathLike, state: DebugState) -> None:
+def write_debug_state(path: str | os.PathLike, state: DebugState, *, write: Writer = atomic_write) -> None:
     """Write version 2. Shapes as in DebugState."""
     B, T = state.x_BT.shape
-    with atomic_write(path) as file:
+    with write(path) as file:
         file.write(header_words({0: MAGIC_DEBUG_STATE, 1: 2, 2: B, 3: T}).tobytes())
         for array, dtype in (
             (state.x_BT, "<i4"),

@@ -15,7 +15,7 @@ import numpy as np
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import Writer, atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_MODEL,
@@ -64,7 +64,14 @@ def read_model_file(path: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
     return config, params
 
 
-def write_model_file(path: str | os.PathLike, config: GPT2Config, params: np.ndarray, dtype: str = "float32") -> None:
+def write_model_file(
+    path: str | os.PathLike,
+    config: GPT2Config,
+    params: np.ndarray,
+    dtype: str = "float32",
+    *,
+    write: Writer = atomic_write,
+) -> None:
     """Write `params` (num_parameters,) float32 as version 3 ('float32') or 5 ('bfloat16', rounded to nearest even)."""
     layout = config.layout
     if params.shape != (layout.num_parameters,) or params.dtype != np.float32:
@@ -84,7 +91,7 @@ def write_model_file(path: str | os.PathLike, config: GPT2Config, params: np.nda
         }
     )
     body = params if dtype == "float32" else params.astype(ml_dtypes.bfloat16)
-    with atomic_write(path) as file:
+    with write(path) as file:
         file.write(header.tobytes())
         file.write(np.ascontiguousarray(body).view(np.uint8).data)  # no copy: the whole buffer in one write
 

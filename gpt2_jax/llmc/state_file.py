@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import Writer, atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TRAINING_STATE,
@@ -55,7 +55,12 @@ class TrainingState:
 
 
 def write_state_files(
-    paths: Sequence[str | os.PathLike], state: TrainingState, layout: ParameterLayout, *, zero: bool = False
+    paths: Sequence[str | os.PathLike],
+    state: TrainingState,
+    layout: ParameterLayout,
+    *,
+    zero: bool = False,
+    write: Writer = atomic_write,
 ) -> None:
     """Write the file of every process, by rank, words that llm.c leaves uninitialised as zero. With `zero` each holds its
     ZeRO-1 part of the buffers, else all of them; Gpt2JaxError if the number of processes does not divide every layer."""
@@ -64,7 +69,7 @@ def write_state_files(
         buffers = [buffer for buffer in (state.m, state.v, state.master) if buffer is not None]
         if zero:
             buffers = [_part(buffer, layout, rank, num_processes) for buffer in buffers]
-        _write_process(path, state, process, rank, buffers)
+        _write_process(path, state, process, rank, buffers, write)
 
 
 def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout) -> TrainingState:
@@ -182,7 +187,12 @@ def _read_loader_at(path: str | os.PathLike, header: _Header, offset: int) -> Lo
 
 
 def _write_process(
-    path: str | os.PathLike, state: TrainingState, process: ProcessState, rank: int, buffers: list[np.ndarray]
+    path: str | os.PathLike,
+    state: TrainingState,
+    process: ProcessState,
+    rank: int,
+    buffers: list[np.ndarray],
+    write: Writer,
 ) -> None:
     loader = process.loader
     header = header_words(
@@ -198,7 +208,7 @@ def _write_process(
     )
     header[20:24] = np.array([process.rounding_state, process.last_rounding_state], dtype="<u8").view("<i4")
     header[30:34] = np.array([loader.shard_index, loader.sample_index], dtype="<u8").view("<i4")
-    with atomic_write(path) as file:
+    with write(path) as file:
         file.write(header.tobytes())
         for buffer in buffers:
             file.write(np.ascontiguousarray(buffer, dtype="<f4").data)

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import Writer, atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TOKEN_SHARD,
@@ -31,12 +31,12 @@ def open_token_shard(path: str | os.PathLike) -> np.memmap:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
 
 
-def write_token_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
+def write_token_shard(path: str | os.PathLike, tokens: np.ndarray, *, write: Writer = atomic_write) -> None:
     """Write tokens (num_tokens,), any integer dtype, each below 65536."""
     if tokens.ndim != 1 or not 1 <= tokens.size <= _MAX_TOKENS:
         raise Gpt2JaxError(f"{path}: expected a row of 1 to {_MAX_TOKENS} tokens, found shape {tokens.shape}")
     if tokens.min() < 0 or tokens.max() >= 2**16:
         raise Gpt2JaxError(f"{path}: expected token ids in [0, 65536), found {tokens.min()} to {tokens.max()}")
-    with atomic_write(path) as file:
+    with write(path) as file:
         file.write(header_words({0: MAGIC_TOKEN_SHARD, 1: 1, 2: tokens.size}).tobytes())
         file.write(np.ascontiguousarray(tokens, dtype="<u2").tobytes())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import Writer, atomic_write
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TOKENIZER,
@@ -65,7 +65,9 @@ def read_tokenizer_file(path: str | os.PathLike) -> TokenizerFile:
     return TokenizerFile(tokens, end_of_text)
 
 
-def write_tokenizer_file(path: str | os.PathLike, token_bytes: Sequence[bytes], end_of_text: int) -> None:
+def write_tokenizer_file(
+    path: str | os.PathLike, token_bytes: Sequence[bytes], end_of_text: int, *, write: Writer = atomic_write
+) -> None:
     """Write version 2. Every token must have 1 to 255 bytes, and `end_of_text` be one of at most 65536 tokens."""
     if not 0 <= end_of_text < len(token_bytes) <= _MAX_TOKENS:
         raise Gpt2JaxError(
@@ -75,6 +77,6 @@ def write_tokenizer_file(path: str | os.PathLike, token_bytes: Sequence[bytes], 
     for token_id, token in enumerate(token_bytes):
         if not 1 <= len(token) <= 255:
             raise Gpt2JaxError(f"{path}: expected 1 to 255 bytes for token {token_id}, found {len(token)}")
-    with atomic_write(path) as file:
+    with write(path) as file:
         file.write(header_words({0: MAGIC_TOKENIZER, 1: 2, 2: len(token_bytes), 3: end_of_text}).tobytes())
         file.write(b"".join(bytes([len(token)]) + token for token in token_bytes))

@@ -10,8 +10,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import write_together
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded
@@ -44,10 +43,11 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
-    """Write the set, each file atomically and DONE last; returns the model file's path.
+    """Write the set, all of its files under temporary names first and DONE last; returns the model file's path.
 
     A bfloat16 model file holds llm.c's own rounding of the parameters, and the state then the float32 ones as master
-    weights. Gpt2JaxError when a file cannot be written; what was written of the set is removed then.
+    weights. A set of this step that is there stays whole until all files of the new one are. Gpt2JaxError when a file
+    cannot be written; what was written of the set is removed then.
     """
     step, layout = checkpoint.step, checkpoint.model.layout
     model_path, state_path, record_path, done_path = _paths(folder, step)
@@ -57,14 +57,12 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     if checkpoint.loader is None:
         raise ValueError("save_checkpoint: expected the loader's state, found none")
     process = ProcessState(checkpoint.loader, checkpoint.rounding.state, checkpoint.rounding.last_update_state)
-    with _removed_unless_complete(done_path, model_path, state_path, record_path):
-        _remove(done_path)  # a set that is written again is incomplete meanwhile
-        write_model_file(model_path, checkpoint.model, params, checkpoint.dtype)
-        write_state_files([state_path], TrainingState(step, checkpoint.m, checkpoint.v, (process,), master), layout)
+    state = TrainingState(step, checkpoint.m, checkpoint.v, (process,), master)
+    with write_together(done_path) as write:
+        write_model_file(model_path, checkpoint.model, params, checkpoint.dtype, write=write)
+        write_state_files([state_path], state, layout, write=write)
         if checkpoint.record is not None:
-            write_run_record(record_path, checkpoint.record)
-        with atomic_write(done_path):
-            pass
+            write_run_record(record_path, checkpoint.record, write=write)
     return model_path
 
 
@@ -102,12 +100,10 @@ def reshard_checkpoint(
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         cause = getattr(error, "strerror", None) or error
         raise Gpt2JaxError(f"{output_folder}: expected to make the folder, found: {cause}") from None
-    with _removed_unless_complete(new_done_path, new_model_path, *new_paths):
-        with atomic_write(new_model_path) as target, open(model_path, "rb") as source:
+    with write_together(new_done_path) as write:
+        with write(new_model_path) as target, open(model_path, "rb") as source:
             shutil.copyfileobj(source, target)
-        write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero)
-        with atomic_write(new_done_path):
-            pass
+        write_state_files(new_paths, dataclasses.replace(state, processes=tuple(processes)), layout, zero=zero, write=write)
     return new_paths
 
 
@@ -213,19 +209,6 @@ def _is_complete(folder: str | os.PathLike, step: int) -> bool:
     except Gpt2JaxError:
         return True
     return all(os.path.exists(_state_path(folder, step, rank)) for rank in range(num_processes))
-
-
-@contextmanager
-def _removed_unless_complete(done_path: Path, *paths: Path) -> Iterator[None]:
-    """An incomplete set is of no use, and a full disk needs the room."""
-    try:
-        yield
-    except Gpt2JaxError:
-        if not os.path.exists(done_path):
-            for path in paths:
-                with suppress(OSError):
-                    path.unlink()
-        raise
 
 
 def _remove(path: Path) -> None:

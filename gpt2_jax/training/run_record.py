@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import atomic_write, read_text_file
+from gpt2_jax.files import Writer, atomic_write, read_text_file
 
 _VERSION = 1
 _MAX_BYTES = 1_000_000
@@ -50,7 +50,7 @@ class RunRecord:
     settings: dict[str, dict[str, Any]]  # the whole configuration, for people
 
 
-def write_run_record(path: str | os.PathLike, record: RunRecord) -> None:
+def write_run_record(path: str | os.PathLike, record: RunRecord, *, write: Writer = atomic_write) -> None:
     """Write as JSON; every float32 comes back as it was."""
     content = {
         "version": _VERSION,
@@ -64,7 +64,7 @@ def write_run_record(path: str | os.PathLike, record: RunRecord) -> None:
         "averages": asdict(record.averages),
         "settings": record.settings,
     }
-    with atomic_write(path) as file:
+    with write(path) as file:
         file.write(json.dumps(content, indent=1).encode("utf-8"))
 
 

@@ -141,3 +141,11 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
     path.write_text(json.dumps(QUESTION) + "\n" + line + "\n", encoding="utf-8")
     with pytest.raises(Gpt2JaxError, match="expected an object with ctx, 4 endings and the label of one on line 2"):
         corpus.hellaswag(path)
+
+
+def test_a_corpus_is_written_whole_or_not_at_all(tmp_path):
+    old, new = np.arange(5, dtype=np.uint16), np.arange(9, dtype=np.uint16)
+    paths = corpus.write_corpus(corpus.Corpus(old, old), "text", tmp_path)
+    with pytest.raises(Gpt2JaxError, match=r"text_val\.bin: expected a row of 1 to"):
+        corpus.write_corpus(corpus.Corpus(new, new[:0]), "text", tmp_path)
+    assert [open_token_shard(path).size for path in paths] == [5, 5]
