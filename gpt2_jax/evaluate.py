@@ -22,6 +22,7 @@ from gpt2_jax.ops.in_place import writes_in_place
 LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for shards of billions
+_COUNTED_AT_ONCE = 1_000_000  # np.bincount makes a copy of 8 bytes a token
 
 
 def make_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> jax.stages.Wrapped:
@@ -75,8 +76,9 @@ def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence
         total, left = np.zeros(vocab_size, dtype=np.int64), _MAX_UNIGRAM_TOKENS
         for path in paths:
             tokens = open_token_shard(path)[:left]
-            # A token id beyond the vocabulary is the loader's to report.
-            total += np.bincount(tokens, minlength=vocab_size)[:vocab_size]
+            for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+                # A token id beyond the vocabulary is the loader's to report.
+                total += np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=vocab_size)[:vocab_size]
             left -= len(tokens)
         return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,22 @@ def test_unigram_counts_all_shards(tmp_path):
     write_token_shard(paths[1], np.array([1]))
     expected = -(2 * math.log(3 / 5) + math.log(2 / 5)) / 3
     assert unigram_cross_entropy(paths, paths, 2) == pytest.approx(expected)
+
+
+def test_unigram_counts_many_tokens_in_little_memory(tmp_path):
+    """6 million tokens are 12 MB, mapped; as 8-byte integers they would be 48 MB."""
+    path = str(tmp_path / "train.bin")
+    tokens = np.random.default_rng(3).integers(0, 203, 6_000_001).astype(np.uint16)
+    write_token_shard(path, tokens)
+    counts = np.bincount(tokens, minlength=203)
+    expected = -float((counts * np.log((counts + 1) / (counts + 1).sum())).sum() / counts.sum())
+    tracemalloc.start()
+    try:
+        found = unigram_cross_entropy([path], [path], 203)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert found == expected
 
 
 def test_validation_goes_on_from_the_first_batch_at_the_end_of_the_data(tiny_layout, tiny_params, tiny_shards):
