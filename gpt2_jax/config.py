@@ -135,6 +135,8 @@ class ComputeSettings:
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """Of float32 products: default lets NVIDIA GPUs, and MLX on an M5, use TF32, and amx multiply integers of three
     bytes, weights' gradients as high: three bfloat16 products, error 1e-5; highest is full float32 (for comparing)."""
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make every announced fallback an error: a library that was not built, a jax that lacks what is needed."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,14 @@ def cpu_compiler_keeps_barriers() -> bool:
     return (installed_version("jaxlib") or ()) >= (0, 11)
 
 
+def default_matmul_precision() -> str | None:
+    """jax's own setting of the precision of products, by its names; None: not set."""
+    import jax
+
+    setting: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return setting
+
+
 def ffi_module() -> Any:
     """jax's module of the foreign function interface."""
     import jax

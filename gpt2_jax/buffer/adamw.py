@@ -1,7 +1,7 @@
 """AdamW over the flat buffer with llm.c's semantics, as an optax GradientTransformation, and as one pass over the
-buffers by a custom call; learning-rate schedules.
+buffers by a custom call.
 
-Both run inside the compiled step. Formulas: llm.c llmc/adamw.cuh, llmc/schedulers.h, train_gpt2.cu.
+Both run inside the compiled step. Formulas: llm.c llmc/adamw.cuh, train_gpt2.cu.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gpt2_jax import jax_compat
 from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.ops.cpu import library as custom_calls
+from gpt2_jax.buffer.schedules import Schedule
+from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.table import Implementation, always
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 GRADIENT_CLIP = 1.0
-
-Schedule = Callable[[jax.Array], jax.Array]
 
 
 class AdamWState(NamedTuple):
@@ -46,7 +45,7 @@ def global_norm(grads_N: jax.Array) -> jax.Array:
 
 
 def clip_scale(norm: jax.Array, max_norm: float = GRADIENT_CLIP) -> jax.Array:
-    """What gradients of this norm are multiplied with: 1 / norm if it is above `max_norm` = 1, else 1.
+    """Factor that clips a gradient of this norm: 1 / norm if it is above `max_norm` = 1, else 1.
 
     Unlike torch's clip_grad_norm_ there is no epsilon in the denominator.
     """
@@ -105,13 +104,12 @@ def adamw(
     def apply_by_custom_call(
         grads_N: jax.Array, norm: jax.Array, applies: jax.Array, state: AdamWState, params_N: jax.Array
     ) -> tuple[jax.Array, AdamWState]:
-        custom_calls.load()
         updates_done = (state.step + 1).astype(jnp.float32)
         corrections = [1.0 / (1.0 - jnp.power(beta, updates_done)) for beta in (beta1, beta2)]
         scalars = jnp.stack([clip_scale(norm, max_norm), schedule(state.step), *corrections, applies.astype(jnp.float32)])
         buffer = jax.ShapeDtypeStruct(params_N.shape, params_N.dtype)
-        params_N, m_N, v_N = jax_compat.ffi_call(
-            custom_calls.ADAMW,
+        params_N, m_N, v_N = library.call(
+            library.ADAMW,
             (buffer, buffer, buffer),
             grads_N,
             params_N,
@@ -124,7 +122,6 @@ def adamw(
             beta1=np.float32(beta1),
             beta2=np.float32(beta2),
             epsilon=np.float32(epsilon),
-            num_threads=np.int64(custom_calls.num_threads()),
         )
         return params_N, AdamWState(state.step + 1, m_N, v_N)
 
@@ -132,44 +129,21 @@ def adamw(
 
 
 def _decays(layout: ParameterLayout) -> jax.Array:
-    """(num_parameters,) bool, true where weight decay applies: comparisons that fuse into the update, not an array."""
-    index_N = lax.iota(jnp.uint32, layout.num_parameters)
-    decays_N = jnp.zeros((layout.num_parameters,), dtype=bool)
-    for start, stop in layout.decay_spans:
-        decays_N |= (index_N >= start) & (index_N < stop)
-    return decays_N
+    """(num_parameters,) bool, true where weight decay applies: comparisons that fuse into the update, not an array.
 
-
-def learning_rate_schedule(
-    kind: str, learning_rate: float, *, steps: int, warmup_steps: int = 0, final_fraction: float = 1.0
-) -> Schedule:
-    """Learning rate of the update with index `count` (0-based), float32, by llm.c's formulas.
-
-    All kinds but 'constant' rise as lr * (count + 1) / warmup_steps first. Then 'cosine' and 'linear' fall to
-    final_fraction * lr at `steps`; 'wsd' stays at lr up to int(0.8 * steps) and falls with 1 - sqrt.
+    Rows of equal length are counted rather than elements, whose number may exceed 32 bits.
     """
-    lowest = final_fraction * learning_rate
-    decay_start = int(0.8 * steps) if kind == "wsd" else warmup_steps
-    decays: dict[str, Schedule] = {
-        "cosine": lambda done: lowest + 0.5 * (1.0 + jnp.cos(math.pi * done)) * (learning_rate - lowest),
-        "linear": lambda done: learning_rate - done * (learning_rate - lowest),
-        "wsd": lambda done: lowest + (1.0 - jnp.sqrt(done)) * (learning_rate - lowest),
-    }
-    if kind != "constant" and kind not in decays:
-        raise ValueError(f"schedule: expected one of {SCHEDULES}, found {kind!r}")
-
-    def schedule(count: jax.Array) -> jax.Array:
-        step = count.astype(jnp.float32)
-        if kind == "constant":
-            return jnp.full_like(step, learning_rate)
-        # The fraction of the decay that is done; a run whose warmup fills it has no decay.
-        done = jnp.clip((step - decay_start) / max(steps - decay_start, 1), 0.0, 1.0)
-        decayed = decays[kind](done)
-        if not warmup_steps:
-            return decayed
-        return jnp.where(step < warmup_steps, learning_rate * (step + 1.0) / warmup_steps, decayed)
-
-    return schedule
+    bounds = [bound for span in layout.decay_spans for bound in span]
+    length = math.gcd(layout.num_parameters, *bounds)
+    shape = (layout.num_parameters // length, length)
+    row = lax.broadcasted_iota(jnp.uint32, shape, 0)
+    decays = jnp.zeros(shape, dtype=bool)
+    for start, stop in layout.decay_spans:
+        decays |= (row >= start // length) & (row < stop // length)
+    return decays.reshape(-1)
 
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+TABLE = (
+    Implementation("custom_call", library.refusal, "one pass over the four buffers"),
+    Implementation("xla", always, "the reference, on every device"),
+)

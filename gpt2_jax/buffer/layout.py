@@ -33,6 +33,7 @@ class Tensor:
     shape: tuple[int, ...]  # of one layer
     layers: int | None = None  # number of layers that are stacked; None: the model has the tensor once
     decays: bool = False  # whether weight decay applies
+    multiplies: bool = False  # whether it is the weight (out, in) of a matrix product
     init: Normal | float = 0.0  # a float fills the tensor
     valid_rows: int | None = None  # rows from here on are padding and hold zeros in every buffer; None: there is no padding
     huggingface_name: str = ""  # of transformers' parameter; '{layer}' stands for the layer's number
@@ -74,6 +75,10 @@ class PlacedTensor(Tensor):
     def layer_offset(self, layer: int) -> int:
         """Offset of one layer's part in the buffer."""
         return self.offset + layer * self.layer_size
+
+    def of_layer(self, layer: int) -> PlacedTensor:
+        """One layer's part as a tensor of its own."""
+        return dataclasses.replace(self, layers=None, offset=self.layer_offset(layer))
 
     @property
     def padding_span(self) -> tuple[int, int]:

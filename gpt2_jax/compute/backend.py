@@ -27,8 +27,17 @@ _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute. `lacks` names what code must do without: 'donation', 'custom_calls', 'loops' (compiled ones),
-    'barriers' (the compiler takes them out, and merges what is computed anew with what is kept)."""
+    """One way to compute. `lacks` names what code must do without:
+
+    | name | what is not there |
+    | --- | --- |
+    | donation | a compiled step cannot reuse the memory of the state that it is given |
+    | custom_calls | this project's library does not run there |
+    | loops | compiled loops |
+    | barriers | the compiler takes them out, and merges what is computed anew with what is kept |
+    | slice_updates | an update of a slice may copy the whole buffer |
+    | cuda_libraries | cuBLAS and cuDNN |
+    """
 
     name: str
     platform: str  # jax's name for it, as in JAX_PLATFORMS
@@ -36,6 +45,7 @@ class Backend:
     lacks: frozenset[str] = frozenset()
     plugin: str = ""  # of 'metal': the distribution
     environment: tuple[tuple[str, str], ...] = ()  # what it needs set before jax starts
+    fallback: str = ""  # why a device that is here is not used, where the user can mend it; --strict does not accept it
 
     @property
     def donates(self) -> bool:
@@ -92,9 +102,14 @@ def open_device(backend: Backend) -> str:
 _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
 
 
-def _cpu(reason: str = "asked for with --backend cpu") -> Backend:
-    lacks = frozenset() if jax_compat.cpu_compiler_keeps_barriers() else frozenset({"barriers"})
-    return Backend("cpu", "cpu", reason, lacks, environment=_kept_programs())
+def _cpu(reason: str = "asked for with --backend cpu", *, fallback: str = "") -> Backend:
+    return cpu_backend(reason, environment=_kept_programs(), fallback=fallback)
+
+
+def cpu_backend(reason: str, *, environment: tuple[tuple[str, str], ...] = (), fallback: str = "") -> Backend:
+    """The record of the CPU."""
+    lacks = {"cuda_libraries", "slice_updates"} | (set() if jax_compat.cpu_compiler_keeps_barriers() else {"barriers"})
+    return Backend("cpu", "cpu", reason, frozenset(lacks), environment=environment, fallback=fallback)
 
 
 def _cuda(reason: str = "asked for with --backend cuda") -> Backend:
@@ -146,7 +161,8 @@ def _metal(plugin_name: str, full_float32: bool) -> Backend:
 def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = False) -> Backend:
     """The record of a plugin for the Apple GPU, wherever this runs."""
     environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
-    return Backend("metal", plugin.platform, reason, plugin.lacks, plugin.name, environment)
+    lacks = plugin.lacks | {"cuda_libraries", "slice_updates"}
+    return Backend("metal", plugin.platform, reason, lacks, plugin.name, environment)
 
 
 def _automatic(full_float32: bool) -> Backend:
@@ -157,11 +173,13 @@ def _automatic(full_float32: bool) -> Backend:
         try:
             return _metal("auto", full_float32)
         except Gpt2JaxError as error:
-            return _cpu(f"the Apple GPU cannot be used, {error.problem.removeprefix('backend metal: ')}; {error.hint}")
+            reason = f"the Apple GPU cannot be used, {error.problem.removeprefix('backend metal: ')}; {error.hint}"
+            return _cpu(reason, fallback=reason if platform.machine() == "arm64" else "")
     if has_nvidia_driver():
         if _cuda_plugin_installed():
             return _cuda("an NVIDIA driver and jax's CUDA plugin are here")
-        return _cpu("an NVIDIA driver is here, but not jax's CUDA plugin; pip install -e '.[cuda]' would bring it")
+        reason = "an NVIDIA driver is here, but not jax's CUDA plugin; pip install -e '.[cuda]' would bring it"
+        return _cpu(reason, fallback=reason)
     return _cpu("no accelerator was found")
 
 

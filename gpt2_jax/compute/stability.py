@@ -7,17 +7,10 @@ from the window in float32, which no device lacks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
-
-from gpt2_jax import jax_compat
-from gpt2_jax.buffer.layout import PlacedTensor
-from gpt2_jax.ops.cpu import library as custom_calls
 
 WINDOW = 128
 WATCHED = ("loss", "gradient_norm")  # the rows of the windows
@@ -56,20 +49,3 @@ def judge(
     thresholds = np.array([threshold or np.inf for threshold in (max_loss_z, max_gradient_z)], dtype=np.float32)
     applies = is_finite & ~(z_scores > thresholds).any()
     return Verdict(applies, is_finite, z_scores), jnp.where(is_finite, moved, windows)
-
-
-def squared_norms(grads_N: jax.Array, tensors: Sequence[PlacedTensor], *, custom_call: bool = False) -> jax.Array:
-    """The sum of squares of each tensor's gradient, (S,) float32: not finite where the gradient is not.
-
-    With `custom_call` (on the CPU) all threads add up, in float64.
-    """
-    if custom_call:
-        custom_calls.load()
-        return jax_compat.ffi_call(
-            custom_calls.SUMS_OF_SQUARES,
-            jax.ShapeDtypeStruct((len(tensors),), jnp.float32),
-            grads_N,
-            spans=np.array([(tensor.offset, tensor.stop) for tensor in tensors], dtype=np.int64).reshape(-1),
-            num_threads=np.int64(custom_calls.num_threads()),
-        )
-    return jnp.stack([jnp.sum(jnp.square(lax.slice(grads_N, (tensor.offset,), (tensor.stop,)))) for tensor in tensors])

@@ -1,9 +1,7 @@
-"""The state of a training run and the one compiled function that advances it."""
+"""The one recipe of a training step, and the forward pass without one: pure functions of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,15 +10,17 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from gpt2_jax.buffer.adamw import AdamWState, Optimizer, Schedule
-from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.buffer.adamw import AdamWState, adamw
 from gpt2_jax.buffer.rounding import stochastically_rounded
-from gpt2_jax.compute.stability import Verdict, empty_windows, judge, squared_norms
-from gpt2_jax.families.gpt2 import NUM_TENSORS
+from gpt2_jax.buffer.schedules import Schedule, learning_rate_schedule
+from gpt2_jax.buffer.weights import Weights
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.stability import Verdict, empty_windows, judge
+from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.models import gpt2 as model
-from gpt2_jax.ops import in_place
-from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.in_place import writes_in_place
+from gpt2_jax.ops.classifier import classifier_of, logits
+from gpt2_jax.ops.threaded import Site
+from gpt2_jax.ops.writer import empty_slots, writer_of
 
 
 @struct.dataclass
@@ -42,135 +42,146 @@ class Metrics:
     loss: jax.Array  # mean cross-entropy before the update, nats per token
     gradient_norm: jax.Array  # before clipping
     learning_rate: jax.Array
-    squared_norms: jax.Array  # (16,), of every tensor's gradient
+    squared_norms: jax.Array  # (S,), of every tensor's gradient
     verdict: Verdict  # whether the update was applied, and why not
 
 
-def create_state(params_N: np.ndarray, optimizer: Optimizer, *, matmul: str = "xla") -> TrainState:
+def create_state(plan: Plan, params_N: np.ndarray | jax.Array) -> TrainState:
     """A fresh state on the default device from a buffer on the host, which is copied."""
     params = jnp.array(params_N)
-    grads = jnp.zeros_like(params) if writes_in_place(matmul) else None
-    return TrainState(params=params, optimizer=optimizer.init(params), windows=jnp.array(empty_windows()), grads=grads)
+    # Two arrays, not one twice: the state's buffers are donated to the step.
+    moments = AdamWState(jnp.zeros((), jnp.int32), jnp.zeros_like(params), jnp.zeros_like(params))
+    grads = jnp.zeros_like(params) if plan.writes_in_place else None
+    return TrainState(params=params, optimizer=moments, windows=jnp.array(empty_windows()), grads=grads)
+
+
+def state_shapes(plan: Plan) -> TrainState:
+    """The shapes of a state, from which a step can be compiled before there are weights."""
+    params = jax.ShapeDtypeStruct((plan.layout.num_parameters,), jnp.float32)
+    shapes: TrainState = jax.eval_shape(lambda params_N: create_state(plan, params_N), params)
+    return shapes
 
 
 def loss_and_gradient(
+    plan: Plan,
     params_N: jax.Array,
-    x_ABT: jax.Array,
-    y_ABT: jax.Array,
-    layout: ParameterLayout,
+    grads_N: jax.Array | None,
+    x_BT: jax.Array,
+    y_BT: jax.Array,
     *,
-    dtype: jnp.dtype,
-    matmul: str,
-    recompute: str = "none",
-    grads_N: jax.Array | None = None,
-    loops: bool = True,
+    scale: float = 1.0,
+    accumulate: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean loss, its gradient (num_parameters,) float32 over A micro-batches, summed in float32 in their order, and
-    squared_norms of the gradient.
+    """`scale` times the mean loss, float32; its gradient (num_parameters,) float32; and each tensor's sum of squares (S,).
 
-    By differentiating model.loss, or in place: into the memory of `grads_N`, where the caller has one to give. Without
-    `loops` the function holds the micro-batches one after another.
+    The gradient is written over `grads_N` where the plan's writer works in place, or with `accumulate` added to it. x and
+    y are (B, T) int32, ids below the true vocabulary.
     """
-    options: dict[str, Any] = {"layout": layout, "dtype": dtype, "matmul": matmul, "recompute": recompute}
-    if writes_in_place(matmul):
-        return _accumulated_in_place(partial(in_place.loss_and_gradient, **options), params_N, grads_N, x_ABT, y_ABT)
-    loss, grads_N = _differentiated(partial(model.loss, **options), params_N, x_ABT, y_ABT, loops=loops)
-    # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
-    grads_N = lax.optimization_barrier(grads_N)
-    return loss, grads_N, squared_norms(grads_N, layout.tensors, custom_call=custom_calls.serve(matmul))
+    if grads_N is None:
+        grads_N = jnp.zeros_like(params_N)
+
+    def forward(flat_N: jax.Array, slots: Any) -> tuple[jax.Array, jax.Array]:
+        weights = Weights(plan, flat_N, slots, accumulate=accumulate)
+        return model.hidden_states(weights, x_BT), weights.flat_N
+
+    with plan.precision():
+        (h_BTC, _), pull_back = jax.vjp(forward, params_N, empty_slots(plan))
+        with jax.named_scope("classifier"):
+            site = Site(plan, (model.CLASSIFIER,), accumulate=accumulate)
+            classify = classifier_of(plan).loss_and_gradient
+            loss, dh_BTC, grads_N, of_classifier = classify(site, h_BTC, y_BT, params_N, grads_N, scale)
+        grads_N, slots = pull_back((dh_BTC, grads_N))
+        # The token table has its gradient from both ends of the model.
+        slots |= {name: (slots[name][0] + slot,) for name, slot in of_classifier.items()}
+        with jax.named_scope("gradient"):
+            return loss, *writer_of(plan).finish(plan, grads_N, slots, accumulate)
 
 
-def _differentiated(
-    model_loss: Callable[..., jax.Array], params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array, *, loops: bool
-) -> tuple[jax.Array, jax.Array]:
+def accumulated_gradient(
+    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_ABT: jax.Array, y_ABT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """loss_and_gradient of the mean over A micro-batches, summed in float32 in their order.
+
+    Where the backend has no loops the function holds the micro-batches one after another.
+    """
     num_micro_batches = x_ABT.shape[0]
-
-    def micro_batch_loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-        return model_loss(params_N, x_BT, y_BT) / num_micro_batches
-
-    value_and_grad = jax.value_and_grad(micro_batch_loss)
     if num_micro_batches == 1:
-        return value_and_grad(params_N, x_ABT[0], y_ABT[0])
+        return loss_and_gradient(plan, params_N, grads_N, x_ABT[0], y_ABT[0])
+    total = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros_like(params_N),
+        jnp.zeros((len(plan.layout.tensors),), jnp.float32),
+    )
 
-    def accumulate(
-        total: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        loss, grads_N = value_and_grad(params_N, *batch)
-        return (total[0] + loss, total[1] + grads_N), None
+    def add(total: tuple[jax.Array, ...], batch: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+        scale = 1.0 / num_micro_batches
+        loss, grads_N, squares_S = loss_and_gradient(plan, params_N, total[1], *batch, scale=scale, accumulate=True)
+        return (total[0] + loss, grads_N, squares_S), None
 
-    total = (jnp.zeros((), jnp.float32), jnp.zeros_like(params_N))
-    if loops:
-        return lax.scan(accumulate, total, (x_ABT, y_ABT))[0]
-    accumulate_once = jax.jit(accumulate)  # traced once, called A times
+    if plan.backend.loops:
+        return lax.scan(add, total, (x_ABT, y_ABT))[0]
+    add_once = jax.jit(add)  # traced once, called A times
     for index in range(num_micro_batches):
-        total, _ = accumulate_once(total, (x_ABT[index], y_ABT[index]))
+        total, _ = add_once(total, (x_ABT[index], y_ABT[index]))
     return total
 
 
-def _accumulated_in_place(
-    one_micro_batch: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
-    params_N: jax.Array,
-    grads_N: jax.Array | None,
-    x_ABT: jax.Array,
-    y_ABT: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    num_micro_batches = x_ABT.shape[0]
-    if grads_N is None or num_micro_batches > 1:
-        grads_N = jnp.zeros_like(params_N)
-    if num_micro_batches == 1:
-        return one_micro_batch(params_N, grads_N, x_ABT[0], y_ABT[0])
-
-    def add(
-        total: tuple[jax.Array, jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        loss, grads_N, squared_norms_S = one_micro_batch(
-            params_N, total[1], *batch, scale=1.0 / num_micro_batches, accumulate=True
-        )
-        return (total[0] + loss, grads_N, squared_norms_S), None
-
-    nothing = (jnp.zeros((), jnp.float32), grads_N, jnp.zeros((NUM_TENSORS,), jnp.float32))
-    return lax.scan(add, nothing, (x_ABT, y_ABT))[0]
+def token_losses(plan: Plan, params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
+    """Cross-entropy of every target, (B, T) float32, in nats."""
+    with plan.precision():
+        weights = Weights(plan, params_N, empty_slots(plan))
+        h_BTC = model.hidden_states(weights, x_BT)
+        return classifier_of(plan).token_losses(Site(plan, (model.CLASSIFIER,)), h_BTC, y_BT, params_N)
 
 
-def make_train_step(
-    layout: ParameterLayout,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    *,
-    dtype: jnp.dtype,
-    matmul: str,
-    recompute: str = "none",
-    donate: bool = True,
-    loops: bool = True,
-    max_loss_z: float = 0.0,
-    max_gradient_z: float = 0.0,
-) -> jax.stages.Wrapped:
-    """The compiled step: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32; the old state is donated.
+def logits_at(plan: Plan, params_N: jax.Array, x_BT: jax.Array, position: jax.Array) -> jax.Array:
+    """Logits (B, vocab_size) float32 of the token after `position` (int32 scalar)."""
+    with plan.precision():
+        h_BTC = model.hidden_states(Weights(plan, params_N, empty_slots(plan)), x_BT)
+        h_BC = lax.dynamic_index_in_dim(h_BTC, position, axis=1, keepdims=False)
+        return logits(Site(plan, (model.CLASSIFIER,)), h_BC, params_N)[:, : plan.config.vocab_size]
 
-    `donate` and `loops` are what the backend's record says. An update that is not finite, or an outlier by these
-    z-scores, leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (16,) uint32, the
-    step rounds the new parameters to bfloat16's values.
+
+def all_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
+    """Logits (B, T, vocab_size) float32 of every position: for comparing, since they are large."""
+    with plan.precision():
+        h_BTC = model.hidden_states(Weights(plan, params_N, empty_slots(plan)), x_BT)
+        return logits(Site(plan, (model.CLASSIFIER,)), h_BTC, params_N)[..., : plan.config.vocab_size]
+
+
+def make_schedule(optimizer: OptimizerSettings, steps: int) -> Schedule:
+    """The learning rate of a run of so many steps."""
+    return learning_rate_schedule(
+        optimizer.schedule,
+        optimizer.learning_rate,
+        steps=steps,
+        warmup_steps=optimizer.warmup_steps,
+        final_fraction=optimizer.final_learning_rate_fraction,
+    )
+
+
+def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages.Wrapped:
+    """The step to compile: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32, for a run of so many steps.
+
+    The old state is donated where the backend can. An update that is not finite, or an outlier by the settings' z-scores,
+    leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
+    the new parameters to bfloat16's values.
     """
+    schedule = make_schedule(settings, steps)
+    optimizer = adamw(schedule, plan.layout, weight_decay=settings.weight_decay, custom_call=plan.adamw.name == "custom_call")
 
     def step(
         state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, tensor_seeds: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        loss, grads_N, squared_norms_S = loss_and_gradient(
-            state.params,
-            x_ABT,
-            y_ABT,
-            layout,
-            dtype=dtype,
-            matmul=matmul,
-            recompute=recompute,
-            grads_N=state.grads,
-            loops=loops,
-        )
+        loss, grads_N, squared_norms_S = accumulated_gradient(plan, state.params, state.grads, x_ABT, y_ABT)
         norm = jnp.sqrt(jnp.sum(squared_norms_S))
-        verdict, windows = judge(loss, norm, state.windows, max_loss_z=max_loss_z, max_gradient_z=max_gradient_z)
-        params_N, optimizer_state = optimizer.apply(grads_N, norm, verdict.applies, state.optimizer, state.params)
+        verdict, windows = judge(
+            loss, norm, state.windows, max_loss_z=settings.skip_loss_z, max_gradient_z=settings.skip_gradient_z
+        )
+        with jax.named_scope("adamw"):
+            params_N, moments = optimizer.apply(grads_N, norm, verdict.applies, state.optimizer, state.params)
         if tensor_seeds is not None:  # parameters that were not updated are rounded already, and stay
-            params_N = stochastically_rounded(params_N, layout, tensor_seeds)
+            params_N = stochastically_rounded(params_N, plan.layout, tensor_seeds)
         metrics = Metrics(
             loss=loss,
             gradient_norm=norm,
@@ -179,6 +190,16 @@ def make_train_step(
             verdict=verdict,
         )
         kept_N = None if state.grads is None else grads_N
-        return TrainState(params=params_N, optimizer=optimizer_state, windows=windows, grads=kept_N), metrics
+        return TrainState(params=params_N, optimizer=moments, windows=windows, grads=kept_N), metrics
 
-    return jax.jit(step, donate_argnums=(0,) if donate else ())
+    return jax.jit(step, donate_argnums=(0,) if plan.backend.donates else ())
+
+
+def compile_step(
+    plan: Plan, settings: OptimizerSettings, steps: int, shape: tuple[int, int, int], *, rounds: bool = False
+) -> jax.stages.Compiled:
+    """make_step compiled for micro-batches of shape (A, B, T), from shapes alone; `rounds`: with tensor seeds."""
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32)
+    seeds = (jax.ShapeDtypeStruct((len(plan.layout.tensors),), jnp.uint32),) if rounds else ()
+    lowered = make_step(plan, settings, steps).lower(state_shapes(plan), batch, batch, *seeds)
+    return lowered.compile(compiler_options=plan.compiler_options())

@@ -87,14 +87,27 @@ def _declarations(config: GPT2Config) -> tuple[Tensor, ...]:
     normal, residual = Normal(INIT_STD), Normal(INIT_STD / math.sqrt(2 * L))
 
     def matrix(name: str, rows: int, columns: int, init: Normal, theirs: str) -> Tensor:
-        theirs = f"h.{{layer}}.{theirs}.weight"
-        return Tensor(name, (rows, columns), L, decays=True, init=init, huggingface_name=theirs, huggingface_transposed=True)
+        return Tensor(
+            *(name, (rows, columns), L),
+            decays=True,
+            multiplies=True,
+            init=init,
+            huggingface_name=f"h.{{layer}}.{theirs}.weight",
+            huggingface_transposed=True,
+        )
 
     def vector(name: str, size: int, theirs: str, init: float = 0.0) -> Tensor:
         return Tensor(name, (size,), L, init=init, huggingface_name=f"h.{{layer}}.{theirs}")
 
     return (
-        Tensor("wte", (V, C), decays=True, init=normal, valid_rows=config.vocab_size, huggingface_name="wte.weight"),
+        Tensor(
+            *("wte", (V, C)),
+            decays=True,
+            multiplies=True,
+            init=normal,
+            valid_rows=config.vocab_size,
+            huggingface_name="wte.weight",
+        ),
         Tensor("wpe", (T, C), decays=True, init=normal, huggingface_name="wpe.weight"),
         vector("ln1w", C, "ln_1.weight", init=1.0),
         vector("ln1b", C, "ln_1.bias"),

@@ -1,11 +1,35 @@
-"""Causal self-attention of all heads."""
+"""Causal self-attention of all heads: a table of implementations.
+
+An implementation takes q, k and v as one array (B, T, 3 C) or as three (B, T, C), whichever it says, and returns (B, T, C)
+in their dtype.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
+from gpt2_jax.ops.table import Implementation, always
+
+if TYPE_CHECKING:
+    from gpt2_jax.compute.plan import Plan
+
+
+class Attention(NamedTuple):
+    compute: Callable[..., jax.Array]  # (plan, *qkv) -> (B, T, C)
+    parts: int  # arrays that hold q, k and v: 1 or 3
+
+
+def attention_of(plan: Plan) -> Attention:
+    return next(row.functions for row in TABLE if row.name == plan.attention.name)
 
 
 def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) -> jax.Array:
@@ -16,3 +40,63 @@ def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) ->
     scores_BHTS = jnp.where(causal_TS[None, None], scores_BHTS * (1.0 / math.sqrt(D)), -jnp.inf)
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(q_BTHD.dtype)
     return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BTHD)
+
+
+def _by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
+    H = plan.config.num_heads
+    return x_BTC.reshape(*x_BTC.shape[:-1], H, x_BTC.shape[-1] // H)
+
+
+def _reference(plan: Plan, qkv: jax.Array) -> jax.Array:
+    out_BTHD = causal_attention(*(_by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
+    return out_BTHD.reshape(*out_BTHD.shape[:-2], -1)
+
+
+def _cudnn(plan: Plan, q_BTC: jax.Array, k_BTC: jax.Array, v_BTC: jax.Array) -> jax.Array:
+    q, k, v = (_by_heads(plan, x) for x in (q_BTC, k_BTC, v_BTC))
+    # As an attribute of jax.nn, so that a plugin which replaces it is heeded.
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(q_BTC.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _custom_call(plan: Plan, qkv: jax.Array) -> jax.Array:
+    return _custom_call_forward(plan, qkv)[0]
+
+
+def _custom_call_forward(plan: Plan, qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    B, T, three_C = qkv.shape
+    log_sums_BHT = jax.ShapeDtypeStruct((B, plan.config.num_heads, T), jnp.float32)
+    results = (jax.ShapeDtypeStruct((B, T, three_C // 3), qkv.dtype), log_sums_BHT)
+    out_BTC, log_sums = library.call(library.ATTENTION, results, qkv, **_attributes(plan))
+    return out_BTC, (qkv, out_BTC, log_sums)
+
+
+def _custom_call_backward(plan: Plan, saved: tuple[jax.Array, ...], dout_BTC: jax.Array) -> tuple[jax.Array]:
+    dqkv = jax.ShapeDtypeStruct(saved[0].shape, saved[0].dtype)
+    return (library.call(library.ATTENTION_BACKWARD, dqkv, *saved, dout_BTC, **_attributes(plan)),)
+
+
+_custom_call.defvjp(_custom_call_forward, _custom_call_backward)
+
+
+def _attributes(plan: Plan) -> dict[str, np.int64 | str]:
+    names = {"implementation": plan.linear.name, "precision": plan.product_precision}
+    return {"num_heads": np.int64(plan.config.num_heads), **names}
+
+
+def _refuses_cudnn(plan: Plan) -> str | None:
+    if "cuda_libraries" in plan.backend.lacks:
+        return ON_NVIDIA_ONLY
+    if plan.dtype != "bfloat16":
+        return "in bfloat16 only"
+    head_size = plan.config.channels // plan.config.num_heads
+    if head_size % 8 or head_size > 128:
+        return f"cuDNN takes heads of a multiple of 8 up to 128 channels, not {head_size}"
+    return None
+
+
+TABLE = (
+    Implementation("custom_call", library.refusal, "keeps no scores", functions=Attention(_custom_call, parts=1)),
+    Implementation("cudnn", _refuses_cudnn, "keeps no scores", functions=Attention(_cudnn, parts=3)),
+    Implementation("xla", always, "the reference, on every device", functions=Attention(_reference, parts=1)),
+)

@@ -9,10 +9,16 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import gpt2_jax
 from gpt2_jax import jax_compat
+from gpt2_jax.ops.table import Fallback
+
+if TYPE_CHECKING:
+    from gpt2_jax.compute.plan import Plan
 
 # The library's XLA FFI handlers; custom_calls/src/custom_calls.h has their arguments.
 MATMUL = "gpt2_jax_matmul"
@@ -97,9 +103,22 @@ def implementation(rung: str) -> dict[str, Any]:
     return next(row for row in rows if row["name"] == rung)
 
 
-def serve(matmul: str) -> bool:
-    """Whether the library computes all else that a run with these matrix products leaves to custom calls."""
-    return matmul != "xla" and is_built()
+def refusal(plan: Plan) -> str | None:
+    """Why the library does not compute what lies between this plan's matrix products; None when it does."""
+    if "custom_calls" in plan.backend.lacks:
+        return f"custom calls run on the CPU, not on {plan.backend.name}"
+    if plan.linear.name == "xla":
+        return "XLA makes the matrix products"
+    try:
+        description()
+    except NotImplementedError as error:
+        return Fallback(str(error))
+    return None
+
+
+def serves(plan: Plan) -> bool:
+    """True when the library also runs attention, LayerNorm, GELU, the loss and AdamW."""
+    return refusal(plan) is None
 
 
 def is_built() -> bool:
@@ -139,6 +158,13 @@ def _register_ctypes_products(*targets: str) -> Any:
     for target in targets:
         ffi.register_ffi_target(target, ffi.pycapsule(handler), platform="cpu")
     return handler
+
+
+def call(target: str, result: Any, *operands: Any, aliases: dict[int, int] | None = None, **attributes: Any) -> Any:
+    """Call a handler of the library with all threads that it may use; `result` is its shape, or a tuple of shapes."""
+    load()
+    threads = np.int64(num_threads())
+    return jax_compat.ffi_call(target, result, *operands, aliases=aliases, num_threads=threads, **attributes)
 
 
 def num_threads() -> int:

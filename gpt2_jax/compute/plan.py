@@ -1,0 +1,176 @@
+"""The plan: one record of how a run computes, resolved once from settings and backend.
+
+A plan is frozen and hashable, and the static argument of every compiled function. Nobody else asks who computes what.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax import jax_compat
+from gpt2_jax.buffer import adamw
+from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.compute.backend import Backend
+from gpt2_jax.config import ComputeSettings
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.family import FamilyConfig
+from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
+from gpt2_jax.ops.table import Choice, Implementation, check_switched_off, choose
+
+# In the order in which they are chosen: `accepts` may ask what has been chosen before.
+SEAMS: dict[str, tuple[Implementation, ...]] = {
+    "linear": matmul.TABLE,
+    "norm_linear": norm.TABLE,
+    "attention": attention.TABLE,
+    "activation": activation.TABLE,
+    "writer": writer.TABLE,
+    "classifier": classifier.TABLE,
+    "embedding": embedding.TABLE,
+    "adamw": adamw.TABLE,
+    "barrier": recompute.TABLE,
+}
+_UNDECIDED = Choice("", "not chosen yet")
+# jax's switches that a run cannot heed, and why.
+_UNUSABLE_SWITCHES = {
+    "jax_disable_jit": "the training step is compiled ahead of time",
+    "jax_debug_nans": "the outlier windows hold nan until 128 steps are done; --nonfinite raise names the tensor and the batch",
+    "jax_enable_x64": "all buffers are float32",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How everything is computed: where, for which model, in which precision, and by which implementation of every seam."""
+
+    backend: Backend
+    config: FamilyConfig
+    dtype: str  # of products and activations: float32 or bfloat16
+    recompute: str  # of ops.recompute.RECOMPUTED
+    matmul_precision: str | None  # of float32 products, by jax's names; None is jax's default
+    linear: Choice = _UNDECIDED
+    norm_linear: Choice = _UNDECIDED
+    attention: Choice = _UNDECIDED
+    activation: Choice = _UNDECIDED
+    classifier: Choice = _UNDECIDED
+    embedding: Choice = _UNDECIDED
+    writer: Choice = _UNDECIDED
+    adamw: Choice = _UNDECIDED
+    barrier: Choice = _UNDECIDED
+    # By the names of jax.lax.DotAlgorithmPreset; None where XLA decides.
+    product_precision: str | None = None
+    weight_gradient_precision: str | None = None
+
+    @property
+    def layout(self) -> ParameterLayout:
+        return self.config.layout
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether a step fills the last step's gradient buffer, rather than making a new one."""
+        return self.writer.name != "concatenate"
+
+    def precision(self) -> AbstractContextManager[None]:
+        """In it jax traces products of the plan's precision."""
+        return jax.default_matmul_precision(self.matmul_precision)  # type: ignore[no-any-return]
+
+    def describe_precision(self) -> str:
+        """The precision of products, for people."""
+        if self.product_precision is None:
+            return f"XLA's {self.matmul_precision or 'default'}"
+        if self.product_precision == self.weight_gradient_precision:
+            return self.product_precision
+        return f"{self.product_precision}, weights' gradients {self.weight_gradient_precision}"
+
+    def choices(self) -> Iterator[tuple[str, Choice]]:
+        """Every seam with what was chosen for it."""
+        return ((seam, getattr(self, seam)) for seam in SEAMS)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values for people: what computes each seam and why, and who was refused, a line a reason."""
+        precision = self.matmul_precision or "default"
+        rows = [
+            ("compute", f"{self.dtype}, matmul precision {precision}, jax {jax.__version__}"),
+            ("matmul", f"{self.linear.name} in {self.describe_precision()}: {self.linear.reason}"),
+        ]
+        others: dict[tuple[str, str], list[str]] = {}
+        refused: dict[str, list[str]] = {}
+        for seam, choice in self.choices():
+            if seam != "linear":
+                others.setdefault((choice.name, choice.reason), []).append(seam)
+            for name, reason in choice.refusals:
+                # Nobody misses an implementation for another kind of device.
+                if reason != matmul.ON_NVIDIA_ONLY:
+                    refused.setdefault(reason, []).append(name if seam == "linear" else f"{seam}:{name}")
+        rows += [(" and ".join(seams), f"{name}: {reason}") for (name, reason), seams in others.items()]
+        return rows + [("", f"not {', '.join(names)}: {reason}") for reason, names in refused.items()]
+
+    def fallbacks(self) -> list[str]:
+        """What is computed otherwise than it could be, for a cause that the user can mend."""
+        found = [reason for _, choice in self.choices() for reason in choice.fallbacks]
+        if self.recompute != "none" and not recompute.saves_memory(self):
+            found.append(f"recompute: {self.saves_nothing()}")
+        return found
+
+    def saves_nothing(self) -> str:
+        """Why --recompute saves no memory where it does not."""
+        return f"XLA for {self.backend.name} keeps all the same what is to be computed anew, so little or no memory is saved"
+
+    def compiler_options(self) -> dict[str, str | bool | int]:
+        """XLA's options for this device; gpt2_jax/ops/cuda has the reason for each."""
+        if "cuda_libraries" in self.backend.lacks:
+            return {}
+        from gpt2_jax.ops.cuda.compiler_options import COMPILER_OPTIONS
+
+        return {name: value for name, value, _ in COMPILER_OPTIONS}
+
+
+def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) -> Plan:
+    """Resolve how a model of these sizes is computed on this backend.
+
+    Gpt2JaxError when an implementation that was named cannot serve, for an unknown name in GPT2_JAX_DISABLE, for a switch
+    of jax's that a run cannot heed, and with --strict for every fallback.
+    """
+    _check_switches()
+    check_switched_off([f"{seam}:{row.name}" for seam, table in SEAMS.items() for row in table])
+    plan = Plan(backend, config, compute.dtype, compute.recompute, _matmul_precision(compute))
+    for seam, table in SEAMS.items():
+        requested = compute.matmul if seam == "linear" else "auto"
+        plan = dataclasses.replace(plan, **{seam: choose(seam, table, plan, requested)})
+        if seam == "linear" and plan.linear.name in matmul.RUNGS:
+            plan = dataclasses.replace(plan, **_precisions(plan))
+    if compute.strict and (fallbacks := [*plan.fallbacks(), *([backend.fallback] if backend.fallback else [])]):
+        raise Gpt2JaxError(
+            f"--strict: expected no fallback, found {'; '.join(fallbacks)}", "what it names, or leave --strict out"
+        )
+    return plan
+
+
+def _matmul_precision(compute: ComputeSettings) -> str | None:
+    """The setting of the run, else jax's own (JAX_DEFAULT_MATMUL_PRECISION)."""
+    if compute.matmul_precision != "default":
+        return compute.matmul_precision
+    return jax_compat.default_matmul_precision()
+
+
+def _precisions(plan: Plan) -> dict[str, str]:
+    rung, dtype, setting = plan.linear.name, plan.compute_dtype, plan.matmul_precision
+    return {
+        "product_precision": matmul.rung_precision(rung, dtype, setting),
+        "weight_gradient_precision": matmul.rung_precision(rung, dtype, setting, weight_gradient=True),
+    }
+
+
+def _check_switches() -> None:
+    for name, why in _UNUSABLE_SWITCHES.items():
+        if getattr(jax.config, name):
+            raise Gpt2JaxError(f"{name.upper()}: expected it to be off, found it on, but {why}", f"unset {name.upper()}")

@@ -1,0 +1,176 @@
+"""LayerNorm, alone and joined with the linear layer behind it.
+
+The op of a norm also returns its input, the residual stream: its backward then adds the cotangent that reaches the stream
+around the norm in the same pass. A norm in front of a linear layer is one seam with it, since some devices do best when
+the gain is folded into the weight. The result comes in `site.parts` equal parts (q, k and v), where the consumer wants so.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.linear import linear
+from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, column_sums, weight_gradient
+from gpt2_jax.ops.plain import plain
+from gpt2_jax.ops.table import Implementation, always
+from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp, rounded, threaded
+from gpt2_jax.ops.writer import write_gradient
+
+if TYPE_CHECKING:
+    from gpt2_jax.compute.plan import Plan
+
+LAYERNORM_EPSILON = 1e-5
+_FLOAT32 = jnp.dtype(jnp.float32)
+Parts = tuple[jax.Array, ...]
+
+
+class Norms(NamedTuple):
+    """The two threaded ops of one implementation."""
+
+    norm: ThreadedOp  # names: gain, shift; x (..., C) -> (x, its norm)
+    norm_linear: ThreadedOp  # names: gain, shift, weight, bias; x (..., C) -> (x, the linear layer of its norm in parts)
+
+
+def norms_of(plan: Plan) -> Norms:
+    return next(row.functions for row in TABLE if row.name == plan.norm_linear.name)
+
+
+def layer_norm(x: jax.Array, gain_C: jax.Array, shift_C: jax.Array) -> jax.Array:
+    """(x - mean) / sqrt(variance + 1e-5) * gain + shift over the channels, in float32, returned in x's dtype."""
+    leading = (1,) * (x.ndim - 1)
+    normed, _ = _normed(x)
+    return (normed * gain_C.reshape(*leading, -1) + shift_C.reshape(*leading, -1)).astype(x.dtype)
+
+
+def _normed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x - mean) / deviation, and 1 / deviation, float32."""
+    x = x.astype(_FLOAT32)
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    rstd = lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + LAYERNORM_EPSILON)
+    return centered * rstd, rstd
+
+
+# The reference.
+
+
+def _residual_and_norm(site: Site, x: jax.Array, gain_C: jax.Array, shift_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, layer_norm(x, gain_C, shift_C)
+
+
+# By custom calls, on the CPU.
+
+
+def _call_forward(site: Site, x: jax.Array, flat_N: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    gain_C, shift_C = (site.view(flat_N, name).array() for name in site.names)
+    return (x, library.call(library.LAYER_NORM, _like(x), x, gain_C, shift_C)), x
+
+
+def _call_backward(
+    site: Site, x: jax.Array, flat_N: jax.Array, dy: tuple[jax.Array, jax.Array], gradient_N: jax.Array
+) -> tuple[jax.Array, jax.Array, Slots]:
+    dresidual, dh = dy
+    gain, shift = site.names
+    gain_C = site.view(flat_N, gain).array()
+    results = (_like(x), _like(gain_C), _like(gain_C))
+    dx, dgain_C, dshift_C = library.call(library.LAYER_NORM_BACKWARD, results, x, gain_C, dh, dresidual)
+    gradient_N, gain_slot = write_gradient(site, gradient_N, gain, dgain_C)
+    gradient_N, shift_slot = write_gradient(site, gradient_N, shift, dshift_C)
+    return dx, gradient_N, {gain: gain_slot, shift: shift_slot}
+
+
+def _followed_by_linear(
+    norm: ThreadedOp, site: Site, x: jax.Array, flat_N: jax.Array, slots: Slots
+) -> tuple[tuple[jax.Array, Parts], jax.Array]:
+    (x, h), flat_N = norm(site.over(*site.names[:2]), x, flat_N, {name: slots[name] for name in site.names[:2]})
+    y, flat_N = linear(site.over(*site.names[2:]), h, flat_N, {name: slots[name] for name in site.names[2:]})
+    return (x, tuple(jnp.split(y, site.parts, axis=-1)) if site.parts > 1 else (y,)), flat_N
+
+
+# On GPUs: the linear layer of gain * n + shift is that of n with the weight times gain, and the bias plus the weight times
+# shift. So the gradients of gain and shift come out of the weight's and need no sum over tokens; and the parts are
+# products of their own, so that nothing is split or joined.
+
+
+def _folded_forward(site: Site, x: jax.Array, flat_N: jax.Array) -> tuple[tuple[jax.Array, Parts], tuple[jax.Array, jax.Array]]:
+    normed, rstd = _normed(x)
+    # Without the barrier XLA computes the norm anew in the backward.
+    normed, rstd = lax.optimization_barrier((normed.astype(x.dtype), rstd))
+    n_MC = normed.reshape(-1, x.shape[-1])
+    gain_C, shift_C, w_OC, b_O = (site.view(flat_N, name).array() for name in site.names)
+    parts = []
+    for w_PC, b_P in zip(jnp.split(w_OC, site.parts), jnp.split(b_O, site.parts), strict=True):
+        bias_P = rounded(b_P + jnp.sum(w_PC * shift_C[None], axis=1), x.dtype)
+        folded_PC = rounded(w_PC * gain_C[None], x.dtype)
+        y_MP = lax.dot_general(n_MC, folded_PC, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype) + bias_P[None]
+        parts.append(y_MP.reshape(*x.shape[:-1], -1))
+    return (x, tuple(parts)), (normed, rstd)
+
+
+def _folded_backward(
+    site: Site,
+    saved: tuple[jax.Array, jax.Array],
+    flat_N: jax.Array,
+    dy: tuple[jax.Array, Parts],
+    gradient_N: jax.Array,
+) -> tuple[jax.Array, jax.Array, Slots]:
+    (normed, rstd), (dresidual, dparts) = saved, dy
+    dtype, C = normed.dtype, normed.shape[-1]
+    n_MC = normed.reshape(-1, C)
+    gain_C, shift_C, w_OC, _ = (site.view(flat_N, name).array() for name in site.names)
+    dn_MC = jnp.zeros((1, C), dtype)
+    dgain_C, dshift_C = jnp.zeros((C,), _FLOAT32), jnp.zeros((C,), _FLOAT32)
+    dws, dbs = [], []
+    for dpart, w_PC in zip(dparts, jnp.split(w_OC, site.parts), strict=True):
+        dpart_MP = dpart.reshape(-1, dpart.shape[-1])
+        dfolded_PC = weight_gradient(site.plan, dpart_MP, n_MC).astype(_FLOAT32)
+        db_P = column_sums(site.plan, dpart_MP)
+        dws.append(dfolded_PC * gain_C[None] + db_P[:, None] * shift_C[None])
+        dbs.append(db_P)
+        dgain_C += jnp.sum(dfolded_PC * w_PC, axis=0)
+        dshift_C += jnp.sum(db_P[:, None] * w_PC, axis=0)
+        folded_PC = rounded(w_PC * gain_C[None], dtype)
+        dn_MC += lax.dot_general(dpart_MP, folded_PC, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+    gradients = (dgain_C, dshift_C, jnp.concatenate(dws), jnp.concatenate(dbs))
+    slots = {}
+    for name, gradient in zip(site.names, gradients, strict=True):
+        gradient_N, slots[name] = write_gradient(site, gradient_N, name, gradient)
+    n, d = normed.astype(_FLOAT32), dn_MC.reshape(normed.shape).astype(_FLOAT32)
+    dx = (d - jnp.mean(d, axis=-1, keepdims=True) - n * jnp.mean(d * n, axis=-1, keepdims=True)) * rstd
+    return dresidual + dx.astype(dtype), gradient_N, slots
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _refuses_folded(plan: Plan) -> str | None:
+    return ON_NVIDIA_ONLY if "cuda_libraries" in plan.backend.lacks else None
+
+
+_reference, _custom_call = plain(_residual_and_norm), threaded(_call_forward, _call_backward)
+TABLE = (
+    Implementation(
+        "custom_call",
+        library.refusal,
+        "one pass over the rows",
+        functions=Norms(_custom_call, partial(_followed_by_linear, _custom_call)),
+    ),
+    Implementation(
+        "folded",
+        _refuses_folded,
+        "gain and shift become part of the weight",
+        functions=Norms(_reference, threaded(_folded_forward, _folded_backward)),
+    ),
+    Implementation(
+        "xla",
+        always,
+        "the reference, on every device",
+        functions=Norms(_reference, partial(_followed_by_linear, _reference)),
+    ),
+)

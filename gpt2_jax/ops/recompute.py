@@ -1,0 +1,82 @@
+"""What the backward pass computes anew rather than keep: one wrapper for every part of a model, and its barrier."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax import lax
+
+from gpt2_jax import jax_compat
+from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.table import Fallback, Implementation, always
+from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp
+
+if TYPE_CHECKING:
+    from gpt2_jax.compute.plan import Plan
+
+# For each choice of --recompute the parts of a block that the backward pass computes anew from their inputs. "gelu" and
+# "layer_norm" go up to the product behind them, which keeps its input otherwise and is itself not made twice.
+RECOMPUTED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "gelu": ("gelu",),
+    "layernorm": ("gelu", "layer_norm"),
+    "block": ("block",),
+}
+
+
+def recomputed_if_asked(part: str, op: ThreadedOp, site: Site) -> ThreadedOp:
+    """The op, or one that keeps only its input, if the plan computes this part anew."""
+    return partial(_recomputed, op) if part in RECOMPUTED[site.plan.recompute] else op
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recomputed(op: ThreadedOp, site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, jax.Array]:
+    return op(site, x, flat_N, slots)
+
+
+def _forward(op: ThreadedOp, site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, Any]:
+    return op(site, x, flat_N, slots), (x, flat_N, slots)
+
+
+def _backward(op: ThreadedOp, site: Site, saved: Any, cotangents: tuple[Any, jax.Array]) -> tuple[Any, jax.Array, Slots]:
+    x, flat_N, slots = saved
+    # Without a barrier XLA would find both computations equal, and keep the first one's values after all.
+    # What has been written of the gradient counts too, except where that is nothing yet.
+    awaited = cotangents if site.plan.writes_in_place else cotangents[0]
+    x = barrier(site.plan, x, awaited)
+    _, pull_back = jax.vjp(partial(op, site), x, flat_N, slots)
+    dx, gradient_N, dslots = pull_back(cotangents)
+    # The gradients in slots are made before the cotangent goes on, so that what they are made of can be freed.
+    return barrier(site.plan, dx, dslots), gradient_N, dslots
+
+
+_recomputed.defvjp(_forward, _backward)
+
+
+def barrier(plan: Plan, x: jax.Array, others: Any) -> jax.Array:
+    """Delay x until the other arrays (a pytree) exist, so that their inputs' memory can be reused."""
+    leaves = jax.tree_util.tree_leaves(others)
+    if plan.barrier.name == "custom_call":
+        library.load()
+        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax_compat.ffi_call(library.BARRIER, result, x, *leaves, aliases={0: 0})
+    return lax.optimization_barrier((x, *leaves))[0]
+
+
+def saves_memory(plan: Plan) -> bool:
+    """Whether what is computed anew is really not kept."""
+    return plan.barrier.name == "custom_call" or "barriers" not in plan.backend.lacks
+
+
+def _refuses_custom_call(plan: Plan) -> str | None:
+    if reason := library.refusal(plan):
+        return reason
+    return None if jax_compat.ffi_call_can_alias() else Fallback("this jax cannot alias a custom call's argument and result")
+
+
+TABLE = (
+    Implementation("custom_call", _refuses_custom_call, "XLA's compiler for the CPU keeps it"),
+    Implementation("xla", always, "the reference, on every device"),
+)

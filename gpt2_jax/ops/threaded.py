@@ -1,0 +1,106 @@
+"""Ops through which the flat parameter buffer is threaded, so that their backward passes write gradients where they belong.
+
+A threaded op is a function (x, flat, slots) -> (y, flat). Forward it reads its weights where they lie in `flat`
+(num_parameters,) and passes the buffer on untouched. Backward it takes the buffer's cotangent, which is the gradient
+buffer while it is being filled, writes its own gradient into it, and passes that on: no sum over whole buffers, no
+concatenation.
+
+`slots` are inputs without content: one array for each of the op's tensors, whose cotangent carries to the end of the
+backward pass what is not written at once. ops/writer.py says what a slot holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+if TYPE_CHECKING:
+    from gpt2_jax.compute.plan import Plan
+
+Slots = dict[str, jax.Array]  # by tensor
+
+
+@struct.dataclass
+class WeightView:
+    """A tensor by its place in a flat buffer: what a custom call needs to read or write it there, without a copy."""
+
+    buffer: jax.Array  # (N,)
+    offset: int = struct.field(pytree_node=False)  # elements
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def array(self) -> jax.Array:
+        """The tensor as an array of its own: outside a fusion of XLA's, a copy."""
+        return lax.slice(self.buffer, (self.offset,), (self.offset + math.prod(self.shape),)).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> WeightView:
+        """Rows [start, stop)."""
+        row = math.prod(self.shape[1:])
+        return WeightView(self.buffer, self.offset + start * row, (stop - start, *self.shape[1:]))
+
+
+class Site(NamedTuple):
+    """Where in a model an op stands, and what it is told: the static argument of every threaded op."""
+
+    plan: Plan
+    names: tuple[str, ...]  # of its tensors, in the op's own order
+    layer: int = 0
+    parts: int = 1  # equal parts that its result comes in, by the last axis
+    accumulate: bool = False  # gradients are added to what the gradient buffer holds, rather than written over it
+    added: tuple[str, ...] = ()  # of these tensors the buffer holds a part of this step's gradient already
+
+    def over(self, *names: str) -> Site:
+        """The same place for an op over other tensors."""
+        return self._replace(names=names)
+
+    def adds(self, name: str) -> bool:
+        """Whether a tensor's gradient is added to what the gradient buffer holds."""
+        return self.accumulate or name in self.added
+
+    def view(self, flat_N: jax.Array, name: str) -> WeightView:
+        tensor = self.plan.layout[name]
+        return WeightView(flat_N, tensor.layer_offset(self.layer), tensor.shape)
+
+
+def rounded(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A float32 weight in the dtype of products.
+
+    XLA would move a bare cast of a slice above the slice, and so cast the whole buffer; it does not move
+    reduce_precision.
+    """
+    if weight.dtype == dtype:
+        return weight
+    bits = jnp.finfo(dtype)
+    return lax.reduce_precision(weight, bits.nexp, bits.nmant).astype(dtype)
+
+
+# (site, x, flat_N) -> (y, saved)
+Forward = Callable[[Site, Any, jax.Array], tuple[Any, Any]]
+# (site, saved, flat_N, dy, gradient_N) -> (dx, gradient_N, the slots' cotangents)
+Backward = Callable[[Site, Any, jax.Array, Any, jax.Array], tuple[Any, jax.Array, Slots]]
+# (site, x, flat_N, slots) -> (y, flat_N)
+ThreadedOp = Callable[[Site, Any, jax.Array, Slots], tuple[Any, jax.Array]]
+
+
+def threaded(forward: Forward, backward: Backward) -> ThreadedOp:
+    """The threaded op of a forward and a backward function. x and y are pytrees of arrays."""
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def op(site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, jax.Array]:
+        return forward(site, x, flat_N)[0], flat_N
+
+    def op_forward(site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, Any]:
+        y, saved = forward(site, x, flat_N)
+        return (y, flat_N), (saved, flat_N)
+
+    def op_backward(site: Site, residuals: Any, cotangents: tuple[Any, jax.Array]) -> tuple[Any, jax.Array, Slots]:
+        return backward(site, *residuals, *cotangents)
+
+    op.defvjp(op_forward, op_backward)
+    return op
