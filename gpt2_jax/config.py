@@ -112,6 +112,8 @@ class RunSettings:
     """Run folder for checkpoints, log and plot; empty: runs/NAME-TIMESTAMP. One that holds a run needs --resume."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue from the newest complete checkpoint in --out-dir."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write nothing and train nothing: say what the run would need and how long it would take."""
     checkpoint_every: int = 0
     """Steps between checkpoints; one is always written after the last step. 0: only that one."""
     keep_checkpoints: int = 0

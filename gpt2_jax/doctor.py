@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gpt2_jax.compute import metal_plugins
-from gpt2_jax.compute.backend import Backend, has_nvidia_driver, select_backend
+from gpt2_jax.compute.backend import cpu_backend, has_nvidia_driver, select_backend
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.jax_compat import YNNPACK_FLAG, unmet_requirements, version_text
 from gpt2_jax.machine import processor_name, system_name
 
@@ -53,7 +54,7 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Everything there is to say, one by one as it is found."""
-    for examination in (_machine, _packages, _environment, _plugins, _matrix_products, _devices):
+    for examination in (_machine, _packages, _environment, _plugins, _plan, _devices):
         yield from examination()
 
 
@@ -108,17 +109,22 @@ def _plugins() -> Iterator[Finding]:
         yield Finding("NVIDIA GPU", "a driver, but not jax's CUDA plugin", "pip install -e '.[cuda]'")
 
 
-def _matrix_products() -> Iterator[Finding]:
+def _plan() -> Iterator[Finding]:
     try:
-        from gpt2_jax.ops import linear as matmul
+        from gpt2_jax.compute.plan import make_plan
+        from gpt2_jax.config import ComputeSettings
     except ImportError as error:
-        yield Finding("matmul", f"expected to import jax, found: {error}", "pip install -e .", broken=True)
+        yield Finding("plan", f"expected to import jax, found: {error}", "pip install -e .", broken=True)
         return
-    choice = matmul.choose_implementation("auto", Backend("cpu", "cpu", "to ask what it can"))
-    available = [name for name in matmul.IMPLEMENTATIONS if name not in choice.refusals]
-    yield Finding("matmul, CPU", f"{', '.join(available)}; auto takes {choice.name}: {choice.reason}")
-    for line in choice.refusals_by_reason():
-        yield Finding("", line)
+    try:
+        plan = make_plan(ComputeSettings(), cpu_backend("to ask what it can"), config_from_descriptor("d12"))
+    except Gpt2JaxError as error:
+        yield Finding("plan", error.problem, error.hint or "", broken=True)
+        return
+    for name, found in plan.rows():
+        yield Finding(f"{name}, CPU" if name else "", found)
+    for fallback in plan.fallbacks():
+        yield Finding("fallback", fallback)
 
 
 def _devices() -> Iterator[Finding]:

@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.buffer.views import views
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.step import token_losses
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
-from gpt2_jax.models import gpt2 as model
-from gpt2_jax.ops import classifier, in_place
-from gpt2_jax.ops.in_place import writes_in_place
 
 LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -25,32 +21,14 @@ _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for sh
 _COUNTED_AT_ONCE = 1_000_000  # np.bincount makes a copy of 8 bytes a token
 
 
-def make_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> jax.stages.Wrapped:
+def make_loss_function(plan: Plan) -> jax.stages.Wrapped:
     """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient."""
-    token_losses = _token_losses(layout, dtype, matmul)
-
-    def loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-        return jnp.mean(token_losses(params_N, x_BT, y_BT))
-
-    return jax.jit(loss)
+    return jax.jit(lambda params_N, x_BT, y_BT: jnp.mean(token_losses(plan, params_N, x_BT, y_BT)))
 
 
-def make_token_loss_function(layout: ParameterLayout, *, dtype: jnp.dtype, matmul: str) -> jax.stages.Wrapped:
+def make_token_loss_function(plan: Plan) -> jax.stages.Wrapped:
     """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target."""
-    return jax.jit(_token_losses(layout, dtype, matmul))
-
-
-def _token_losses(layout: ParameterLayout, dtype: jnp.dtype, matmul: str) -> LossFunction:
-    """As the training step computes them."""
-    if writes_in_place(matmul):
-        return partial(in_place.token_losses, layout=layout, dtype=dtype, matmul=matmul)
-
-    def token_losses(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-        tensors = views(params_N, layout)
-        h_BTC = model.hidden_states(tensors, x_BT, layout.config.num_heads, dtype=dtype, matmul=matmul)
-        return classifier.token_losses(h_BTC, tensors.wte, y_BT, layout.config.vocab_size, matmul=matmul)
-
-    return token_losses
+    return jax.jit(partial(token_losses, plan))
 
 
 def validation_loss(
@@ -85,18 +63,6 @@ def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence
     train, validation = counts(train_paths) + 1, counts(validation_paths)
     log_probability = np.log(train / train.sum())
     return float(-(validation * log_probability).sum() / validation.sum())
-
-
-def check_questions(examples: Sequence[MultipleChoice], path: str, *, vocab_size: int, sequence_length: int) -> None:
-    """Gpt2JaxError, naming the file, unless every question fits below `sequence_length` and has tokens of the vocabulary."""
-    longest = max(example.longest for example in examples)
-    largest = max(int(part.max()) for example in examples for part in (example.context, *example.completions))
-    if longest >= sequence_length or largest >= vocab_size:
-        raise Gpt2JaxError(
-            f"{path}: expected questions below {sequence_length} tokens, with token ids below {vocab_size}, "
-            f"found one of {longest} tokens and id {largest}",
-            "a larger --sequence-length, or --hellaswag '' to go without",
-        )
 
 
 def num_right_answers(

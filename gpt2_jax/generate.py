@@ -12,41 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
-from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.buffer.views import views
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.step import logits_at
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.random import XorShift
-from gpt2_jax.models import gpt2 as model
-from gpt2_jax.ops import classifier, in_place
-from gpt2_jax.ops.in_place import writes_in_place
 
 SEED = 1337  # llm.c's; every sample of a run starts from it, so that samples of different steps can be compared
 _SHORTEST_COMPILED_LENGTH = 64
 _LARGEST_EXPONENT = 80.0  # exp in float32 overflows from 88.7
 
 
-@partial(jax.jit, static_argnames=("layout", "dtype", "matmul"))
-def next_token_logits(
-    params_N: jax.Array, x_1T: jax.Array, position: jax.Array, *, layout: ParameterLayout, dtype: jnp.dtype, matmul: str
-) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def next_token_logits(plan: Plan, params_N: jax.Array, x_1T: jax.Array, position: jax.Array) -> jax.Array:
     """Logits (vocab_size,) float32 of the token after `position` (int32 scalar) of the one sequence x."""
-    if writes_in_place(matmul):
-        return in_place.logits_at(params_N, x_1T, position, layout, dtype=dtype, matmul=matmul)[0]
-    tensors = views(params_N, layout)
-    h_1TC = model.hidden_states(tensors, x_1T, layout.config.num_heads, dtype=dtype, matmul=matmul)
-    h_11C = jax.lax.dynamic_slice_in_dim(h_1TC, position, 1, axis=1)
-    return classifier.logits(h_11C, tensors.wte, layout.config.vocab_size, matmul=matmul)[0, 0, : layout.config.vocab_size]
+    return logits_at(plan, params_N, x_1T, position)[0]
 
 
 def generate(
+    plan: Plan,
     params_N: jax.Array,
-    layout: ParameterLayout,
     prompt: Sequence[int],
     num_tokens: int,
     *,
-    dtype: jnp.dtype,
-    matmul: str,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = SEED,
@@ -57,13 +44,13 @@ def generate(
     pass over the text so far, padded to a power of two so that few lengths are compiled.
     """
     tokens = list(prompt)
-    generator = XorShift(seed)
+    generator, longest = XorShift(seed), plan.config.max_sequence_length
     for _ in range(num_tokens):
-        context = tokens[-layout.config.max_sequence_length :]
-        length = min(max(_SHORTEST_COMPILED_LENGTH, 1 << (len(context) - 1).bit_length()), layout.config.max_sequence_length)
+        context = tokens[-longest:]
+        length = min(max(_SHORTEST_COMPILED_LENGTH, 1 << (len(context) - 1).bit_length()), longest)
         x_1T = np.zeros((1, length), dtype=np.int32)
         x_1T[0, : len(context)] = context
-        logits_V = next_token_logits(params_N, x_1T, np.int32(len(context) - 1), layout=layout, dtype=dtype, matmul=matmul)
+        logits_V = next_token_logits(plan, params_N, x_1T, np.int32(len(context) - 1))
         token = sample(np.asarray(logits_V), generator.uniform(), temperature=temperature, top_k=top_k)
         tokens.append(token)
         yield token
@@ -90,33 +77,30 @@ def sample(logits_V: np.ndarray, coin: np.float32, *, temperature: float = 1.0, 
 
 
 def complete(
-    config: GPT2Config,
+    plan: Plan,
     params: np.ndarray,
     tokenizer: tiktoken.Encoding,
     prompt: str,
     *,
     max_tokens: int,
-    matmul: str = "xla",
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = SEED,
 ) -> Iterator[str]:
-    """Yield pieces of text that continue `prompt` up to an end-of-text token or `max_tokens`, computed in float32.
+    """Yield pieces of text that continue `prompt` up to an end-of-text token or `max_tokens`.
 
     `params` is the flat buffer. Raises Gpt2JaxError when the tokenizer's vocabulary is not the model's.
     """
-    if tokenizer.n_vocab != config.vocab_size:
+    if tokenizer.n_vocab != plan.config.vocab_size:
         raise Gpt2JaxError(
-            f"tokenizer: expected the model's {config.vocab_size} tokens, found {tokenizer.n_vocab}",
+            f"tokenizer: expected the model's {plan.config.vocab_size} tokens, found {tokenizer.n_vocab}",
             "--tokenizer FILE.bin   (the tokenizer file that the model was trained with)",
         )
     tokens = generate(
+        plan,
         jnp.asarray(params),
-        config.layout,
         prompt_tokens(prompt, tokenizer),
         max_tokens,
-        dtype=jnp.dtype(jnp.float32),
-        matmul=matmul,
         temperature=temperature,
         top_k=top_k,
         seed=seed,

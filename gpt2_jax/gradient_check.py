@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.step import accumulated_gradient, all_logits, compile_step, create_state
+from gpt2_jax.config import OptimizerSettings
+from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss, pytorch_training_losses
-from gpt2_jax.models import gpt2 as model
-from gpt2_jax.ops.cpu import library as custom_calls
 
 STEPS = 10
 LEARNING_RATE = 1e-4
@@ -36,25 +36,17 @@ class Comparison:
         return self.used_tolerance <= 1.0  # false for NaN too
 
 
-def check_gradients(
-    config: GPT2Config,
-    params: np.ndarray,
-    x_BT: np.ndarray,
-    y_BT: np.ndarray,
-    *,
-    dtype: str,
-    matmul: str = "xla",
-    precision: str = "highest",
-) -> list[Comparison]:
-    """Compare with PyTorch in float32 on the CPU; one Comparison each for the loss, the logits, the gradient of every
-    one of the 16 tensors, and the losses of ten AdamW steps on the batch.
+def check_gradients(plan: Plan, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> list[Comparison]:
+    """Compare what the plan's training step computes with PyTorch in float32 on the CPU: one Comparison each for the loss,
+    the logits, the gradient of every tensor, and the losses of ten AdamW steps on the batch.
 
     float32 tolerances: loss 1e-5, logits 1e-3 (llm.c's), gradients 1e-6 + 1e-3 |ref|, ten-step losses 1e-4.
     bfloat16 has 8 bits and about 10 L roundings from a weight to its gradient, taken as independent: an error of
     e = 2^-8 sqrt(10 L) of the largest value in every tensor and in the logits. Every update then points wrongly by as
     much, and so does what the loss falls by in ten of them: e times that fall. The loss itself: llm.c's 0.05.
     """
-    layout = config.layout
+    config, layout, dtype = plan.config, plan.layout, plan.dtype
+    assert isinstance(config, GPT2Config)  # as PyTorch's model is
     reference = make_pytorch_model(config, params)
     reference_logits, reference_loss = pytorch_loss(reference, x_BT, y_BT)
     reference_loss.backward()
@@ -63,32 +55,25 @@ def check_gradients(
         reference, x_BT, y_BT, steps=STEPS, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY
     )
 
-    compute_dtype = jnp.dtype(dtype)
     x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
+    # Over garbage, which the gradient must replace.
+    garbage = jnp.full(layout.num_parameters, jnp.nan) if plan.writes_in_place else None
+    loss, grads_N, _ = jax.jit(partial(accumulated_gradient, plan))(jnp.asarray(params), garbage, x[None], y[None])
+    logits_BTV = jax.jit(partial(all_logits, plan))(jnp.asarray(params), x)
+    grads, losses = layout.views(np.asarray(grads_N)), _training_losses(plan, params, x, y)
 
-    def evaluate(params_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x, y, layout, dtype=compute_dtype, matmul=matmul)
-        return loss, model.logits(params_N, x, layout, dtype=compute_dtype, matmul=matmul), grads_N
-
-    # On NVIDIA GPUs float32 products would be TF32 otherwise.
-    with jax.default_matmul_precision(precision):
-        loss, logits_BTV, grads_N = jax.jit(evaluate)(jnp.asarray(params))
-        losses = _training_losses(layout, params, x, y, compute_dtype, matmul)
-    grads = layout.views(np.asarray(grads_N))
-
-    logits = np.asarray(logits_BTV)[..., : config.vocab_size]
     return [
         _compare("loss", np.asarray(loss), np.asarray(reference_loss.detach()), 1e-5 if dtype == "float32" else 0.05),
-        compare_logits(logits, reference_logits.detach().numpy(), config, dtype),
+        compare_logits(np.asarray(logits_BTV), reference_logits.detach().numpy(), config, dtype),
         *compare_gradients(grads, reference_grads, config, dtype),
         compare_losses(losses, reference_losses, config, dtype),
     ]
 
 
 def compare_gradients(
-    grads: dict[str, np.ndarray], reference: dict[str, np.ndarray], config: GPT2Config, dtype: str
+    grads: dict[str, np.ndarray], reference: dict[str, np.ndarray], config: FamilyConfig, dtype: str
 ) -> list[Comparison]:
-    """The gradient of each of the 16 tensors against the reference's, with check_gradients' tolerances."""
+    """The gradient of each tensor against the reference's, with check_gradients' tolerances."""
 
     def tolerance(expected: np.ndarray) -> np.ndarray:
         if dtype == "float32":
@@ -98,29 +83,26 @@ def compare_gradients(
     return [_compare(f"grad {name}", grads[name], expected, tolerance(expected)) for name, expected in reference.items()]
 
 
-def compare_logits(logits: np.ndarray, reference: np.ndarray, config: GPT2Config, dtype: str) -> Comparison:
+def compare_logits(logits: np.ndarray, reference: np.ndarray, config: FamilyConfig, dtype: str) -> Comparison:
     """Logits against the reference's, with check_gradients' tolerance."""
     tolerance = 1e-3 if dtype == "float32" else _bfloat16_error(config) * np.abs(reference).max()
     return _compare("logits", logits, reference, tolerance)
 
 
-def compare_losses(losses: list[float], reference: list[float], config: GPT2Config, dtype: str) -> Comparison:
+def compare_losses(losses: list[float], reference: list[float], config: FamilyConfig, dtype: str) -> Comparison:
     """The losses of training steps against the reference's, with check_gradients' tolerance."""
     tolerance = 1e-4 if dtype == "float32" else _bfloat16_error(config) * (max(reference) - min(reference))
     return _compare(f"{len(losses)} steps' losses", np.array(losses), np.array(reference), tolerance)
 
 
-def _bfloat16_error(config: GPT2Config) -> float:
+def _bfloat16_error(config: FamilyConfig) -> float:
     return 2.0**-8 * math.sqrt(10 * config.num_layers)
 
 
-def _training_losses(
-    layout: ParameterLayout, params: np.ndarray, x_BT: jax.Array, y_BT: jax.Array, dtype: jnp.dtype, matmul: str
-) -> list[float]:
-    schedule = learning_rate_schedule("constant", LEARNING_RATE, steps=STEPS)
-    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=custom_calls.serve(matmul))
-    step = make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul)
-    state = create_state(params, optimizer, matmul=matmul)
+def _training_losses(plan: Plan, params: np.ndarray, x_BT: jax.Array, y_BT: jax.Array) -> list[float]:
+    settings = OptimizerSettings(schedule="constant", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    step = compile_step(plan, settings, STEPS, (1, *x_BT.shape))
+    state = create_state(plan, params)
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, x_BT[None], y_BT[None])

@@ -69,6 +69,25 @@ def default_matmul_precision() -> str | None:
     return setting
 
 
+def is_ready(array: Any) -> bool:
+    """Whether an array has been computed; False too where jax or a plugin cannot tell."""
+    try:
+        return bool(array.is_ready())
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def on_host(array: Any) -> Any:
+    """A float32 jax array as a NumPy array, which must not outlive the next step.
+
+    On the CPU it shares the memory. np.asarray would too, but jax remembers its result, and memory with another owner is
+    not reused by a step that the array is donated to.
+    """
+    import numpy as np
+
+    return np.from_dlpack(array) if next(iter(array.devices())).platform == "cpu" else np.asarray(array)
+
+
 def ffi_module() -> Any:
     """jax's module of the foreign function interface."""
     import jax

@@ -12,16 +12,16 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.compute.backend import Backend
-from gpt2_jax.compute.step import create_state, loss_and_gradient, make_train_step
+from gpt2_jax.compute.backend import Backend, cpu_backend
+from gpt2_jax.compute.plan import Plan, make_plan
+from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_state
+from gpt2_jax.config import ComputeSettings, OptimizerSettings
 from gpt2_jax.data.corpus import encode_documents, kjv_chapters
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
@@ -32,8 +32,6 @@ from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pyto
 from gpt2_jax.jax_compat import version_text
 from gpt2_jax.machine import processor_name, system_name
 from gpt2_jax.models.initialize import initialize_parameters
-from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.linear import IMPLEMENTATIONS, choose_implementation
 
 SMALL_MODEL = GPT2Config(max_sequence_length=64, vocab_size=GPT2_VOCAB_SIZE, num_layers=4, num_heads=4, channels=128)
 BATCH_SIZE = 4
@@ -49,8 +47,7 @@ class System:
 
     name: str
     device: jax.Device
-    matmul: str
-    backend: Backend
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -83,18 +80,26 @@ class Check:
         return all(row.passed for row in (*self.against_reference, *self.against_pytorch))
 
 
-def systems_to_check(backend: Backend) -> list[System]:
-    """The reference, XLA on the CPU, then the backend's device, then the CPU with the custom calls that serve best."""
-    cpu_backend = Backend("cpu", "cpu", "the reference")
+def systems_to_check(backend: Backend, config: GPT2Config, dtype: Literal["float32", "bfloat16"]) -> list[System]:
+    """The reference, XLA on the CPU, then the backend's device, then the CPU with the custom calls that serve best.
+
+    float32 products are full float32, not TF32.
+    """
+    auto = ComputeSettings(dtype=dtype, matmul_precision="highest")
+    on_cpu = cpu_backend("the reference")
     cpu = jax.devices("cpu")[0]
-    systems = [System("cpu, xla", cpu, "xla", cpu_backend)]
+    systems = [System("cpu, xla", cpu, make_plan(dataclasses.replace(auto, matmul="xla"), on_cpu, config))]
     if backend.name != "cpu":
-        matmul = choose_implementation("auto", backend).name
-        systems.append(System(backend.plugin or backend.name, jax.devices()[0], matmul, backend))
-    choice = choose_implementation("auto", cpu_backend)
+        systems.append(System(backend.plugin or backend.name, jax.devices()[0], make_plan(auto, backend, config)))
+    choice = make_plan(auto, on_cpu, config).linear
+    refused = dict(choice.refusals)
     # Accelerate wherever it is there, as the report is to compare the CPU with and without it.
-    served = [name for name in IMPLEMENTATIONS if name not in choice.refusals and name in ("accelerate", choice.name)]
-    return [*systems, *(System(f"cpu, {name}", cpu, name, cpu_backend) for name in served if name != "xla")]
+    names: list[Literal["amx", "threaded", "accelerate"]] = ["amx", "threaded", "accelerate"]
+    for name in names:
+        if name not in refused and name in ("accelerate", choice.name):
+            plan = make_plan(dataclasses.replace(auto, matmul=name), on_cpu, config)
+            systems.append(System(f"cpu, {name}", cpu, plan))
+    return systems
 
 
 def built_in_tokens(count: int) -> np.ndarray:
@@ -103,26 +108,21 @@ def built_in_tokens(count: int) -> np.ndarray:
 
 
 def check_systems(
-    systems: list[System],
-    config: GPT2Config,
-    tokens: np.ndarray,
-    *,
-    dtype: str,
-    steps: int = STEPS,
-    batch_size: int = BATCH_SIZE,
+    systems: list[System], tokens: np.ndarray, *, steps: int = STEPS, batch_size: int = BATCH_SIZE
 ) -> list[Check]:
     """Train on every system from llm.c's initialization with the same batches, and compare with the first of them.
 
-    `tokens` are steps * batch_size * max_sequence_length + 1. float32 products are full float32, not TF32.
+    `tokens` are steps * batch_size * max_sequence_length + 1. All systems are of one model and one dtype.
     """
-    layout, params = config.layout, initialize_parameters(config)
+    config, dtype = systems[0].plan.config, systems[0].plan.dtype
+    assert isinstance(config, GPT2Config)  # PyTorch's model is one
+    params = initialize_parameters(config)
     shape = (steps, batch_size, config.max_sequence_length)
     x_SBT, y_SBT = (tokens[start : start + math.prod(shape)].reshape(shape).astype(np.int32) for start in (0, 1))
     pytorch = _pytorch_gradients(config, params, x_SBT[0], y_SBT[0])
-    with jax.default_matmul_precision("highest"):
-        outcomes = [_train(system, layout, params, x_SBT, y_SBT, dtype) for system in systems]
-        reference = outcomes[0]
-        results = [_sample(outcome.system, layout, reference.params, x_SBT[0, :1], dtype) for outcome in outcomes]
+    outcomes = [_train(system, params, x_SBT, y_SBT) for system in systems]
+    reference = outcomes[0]
+    results = [_sample(outcome.system, reference.params, x_SBT[0, :1]) for outcome in outcomes]
     return [
         Check(
             outcome,
@@ -178,53 +178,33 @@ def write_report(path: Path, checks: list[Check], config: GPT2Config, *, dtype: 
         file.write((json.dumps(_json_value(report), indent=1) + "\n").encode())
 
 
-def _train(
-    system: System, layout: ParameterLayout, params: np.ndarray, x_SBT: np.ndarray, y_SBT: np.ndarray, dtype: str
-) -> Outcome:
-    compute_dtype, matmul = jnp.dtype(dtype), system.matmul
-    schedule = learning_rate_schedule("cosine", LEARNING_RATE, steps=len(x_SBT))
-    optimizer = adamw(schedule, layout, weight_decay=WEIGHT_DECAY, custom_call=custom_calls.serve(matmul))
-    step = make_train_step(
-        layout,
-        optimizer,
-        schedule,
-        dtype=compute_dtype,
-        matmul=matmul,
-        donate=system.backend.donates,
-        loops=system.backend.loops,
-    )
-
-    def gradient(params_N: jax.Array, x_ABT: jax.Array, y_ABT: jax.Array) -> jax.Array:
-        return loss_and_gradient(params_N, x_ABT, y_ABT, layout, dtype=compute_dtype, matmul=matmul)[1]
-
+def _train(system: System, params: np.ndarray, x_SBT: np.ndarray, y_SBT: np.ndarray) -> Outcome:
+    plan = system.plan
+    settings = OptimizerSettings(schedule="cosine", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     with jax.default_device(system.device):
-        grads = layout.views(np.asarray(jax.jit(gradient)(params, x_SBT[:1], y_SBT[:1])))
-        state = create_state(params, optimizer, matmul=matmul)
+        gradient = jax.jit(lambda params_N, x_ABT, y_ABT: accumulated_gradient(plan, params_N, None, x_ABT, y_ABT)[1])
+        grads = plan.layout.views(np.asarray(gradient(params, x_SBT[:1], y_SBT[:1])))
         started = time.perf_counter()
-        compiled = step.lower(state, x_SBT[:1], y_SBT[:1]).compile()
+        step = compile_step(plan, settings, len(x_SBT), (1, *x_SBT.shape[1:]))
         compile_seconds = time.perf_counter() - started
+        state = create_state(plan, params)
         losses, seconds = [], []
         for x_BT, y_BT in zip(x_SBT, y_SBT, strict=True):
             started = time.perf_counter()
-            state, metrics = compiled(state, x_BT[None], y_BT[None])
+            state, metrics = step(state, x_BT[None], y_BT[None])
             # Some plugins do not wait in block_until_ready; a value on the host is there when the step is done.
             losses.append(float(np.asarray(metrics.loss)))
             seconds.append(time.perf_counter() - started)
         return Outcome(system, losses, grads, np.asarray(state.params), compile_seconds, seconds)
 
 
-def _sample(
-    system: System, layout: ParameterLayout, params: np.ndarray, x_1T: np.ndarray, dtype: str
-) -> tuple[np.ndarray, list[int]]:
+def _sample(system: System, params: np.ndarray, x_1T: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """The logits after a row of tokens, and what is generated after its first half, both with the same weights."""
-    compute_dtype = jnp.dtype(dtype)
     with jax.default_device(system.device):
         params_N = jnp.array(params)
-        last = np.int32(x_1T.shape[1] - 1)
-        logits = next_token_logits(params_N, x_1T, last, layout=layout, dtype=compute_dtype, matmul=system.matmul)
+        logits = next_token_logits(system.plan, params_N, x_1T, np.int32(x_1T.shape[1] - 1))
         prompt = [int(token) for token in x_1T[0, : x_1T.shape[1] // 2]]
-        tokens = generate(params_N, layout, prompt, SAMPLE_TOKENS, dtype=compute_dtype, matmul=system.matmul)
-        return np.asarray(logits), list(tokens)
+        return np.asarray(logits), list(generate(system.plan, params_N, prompt, SAMPLE_TOKENS))
 
 
 def _pytorch_gradients(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.step import accumulated_gradient, all_logits
 from gpt2_jax.data.tokenizer import gpt2_tokenizer, token_bytes
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
@@ -16,7 +19,6 @@ from gpt2_jax.llmc.debug_state import DebugState, write_debug_state
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.token_shard import open_token_shard
 from gpt2_jax.llmc.tokenizer_file import write_tokenizer_file
-from gpt2_jax.models import gpt2 as model
 
 
 def first_batch(tokens_path: str, vocab_size: int, batch_size: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,26 +33,20 @@ def first_batch(tokens_path: str, vocab_size: int, batch_size: int, sequence_len
     return tokens[:-1].reshape(shape), tokens[1:].reshape(shape)
 
 
-def debug_state(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> DebugState:
-    """Logits, loss and gradients of one batch, computed in float32 at the highest precision."""
-    layout = config.layout
-    x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
-
-    def evaluate(params_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        float32 = jnp.dtype(jnp.float32)
-        loss, grads_N = jax.value_and_grad(model.loss)(params_N, x, y, layout, dtype=float32)
-        return model.logits(params_N, x, layout, dtype=float32)[..., : config.vocab_size], loss, grads_N
-
-    with jax.default_matmul_precision("highest"):
-        logits_BTV, loss, grads_N = jax.jit(evaluate)(params)
+def debug_state(plan: Plan, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> DebugState:
+    """Logits, loss and gradients of one batch, as the plan computes them."""
+    x, y, params_N = jnp.asarray(x_BT), jnp.asarray(y_BT), jnp.asarray(params)
+    loss, grads_N, _ = jax.jit(partial(accumulated_gradient, plan))(params_N, None, x[None], y[None])
+    logits_BTV = jax.jit(partial(all_logits, plan))(params_N, x)
     return DebugState(x_BT, y_BT, np.asarray(logits_BTV), np.float32(loss), np.asarray(grads_N))
 
 
 def write_starter_pack(
-    folder: Path, name: str, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray
+    folder: Path, name: str, plan: Plan, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray
 ) -> list[Path]:
     """Write gpt2_NAME.bin, gpt2_NAME_bf16.bin, gpt2_NAME_debug_state.bin and gpt2_tokenizer.bin, all or on an error
     none; returns their paths."""
+    assert isinstance(plan.config, GPT2Config)  # llm.c's files are of GPT-2s
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,8 +59,8 @@ def write_starter_pack(
     ]
     tokenizer = gpt2_tokenizer()
     with write_together() as write:
-        write_model_file(paths[0], config, params, write=write)
-        write_model_file(paths[1], config, params, dtype="bfloat16", write=write)
-        write_debug_state(paths[2], debug_state(config, params, x_BT, y_BT), write=write)
+        write_model_file(paths[0], plan.config, params, write=write)
+        write_model_file(paths[1], plan.config, params, dtype="bfloat16", write=write)
+        write_debug_state(paths[2], debug_state(plan, params, x_BT, y_BT), write=write)
         write_tokenizer_file(paths[3], token_bytes(tokenizer), tokenizer.eot_token, write=write)
     return paths

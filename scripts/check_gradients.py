@@ -46,24 +46,27 @@ def main() -> None:
     backend = select_backend(arguments.backend, full_float32=True)  # before anything imports jax
 
     from gpt2_jax.compute.backend import open_device
+    from gpt2_jax.compute.plan import make_plan
+    from gpt2_jax.config import ComputeSettings
     from gpt2_jax.gradient_check import check_gradients
     from gpt2_jax.models.weights import load_weights
-    from gpt2_jax.ops.linear import choose_implementation
 
     device = open_device(backend)
-    matmul = choose_implementation(arguments.matmul, backend).name
     config, params = load_weights(ModelSettings(init=arguments.checkpoint or arguments.size))
     if arguments.batch_size < 1 or not 1 <= arguments.sequence_length <= config.max_sequence_length:
         raise Gpt2JaxError(
             f"expected --batch-size of at least 1 and --sequence-length 1 to {config.max_sequence_length}, "
             f"found {arguments.batch_size} and {arguments.sequence_length}"
         )
-    print(f"{backend.name} ({device}), {arguments.dtype}, matmul {matmul}, against PyTorch float32 on the CPU", flush=True)
+    compute = ComputeSettings(dtype=arguments.dtype, matmul=arguments.matmul, matmul_precision=arguments.matmul_precision)
+    plan = make_plan(compute, backend, config)
+    print(
+        f"{backend.name} ({device}), {arguments.dtype}, matmul {plan.linear.name}, against PyTorch float32 on the CPU",
+        flush=True,
+    )
     shape = (2, arguments.batch_size, arguments.sequence_length)
     x_BT, y_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
-    comparisons = check_gradients(
-        config, params, x_BT, y_BT, dtype=arguments.dtype, matmul=matmul, precision=arguments.matmul_precision
-    )
+    comparisons = check_gradients(plan, params, x_BT, y_BT)
 
     print(f"{'':<18}{'max |difference|':>18}{'of largest value':>18}{'of tolerance':>14}")
     for row in comparisons:

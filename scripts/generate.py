@@ -48,23 +48,23 @@ def main() -> None:
     backend = select_backend(arguments.backend)  # before anything imports jax
 
     from gpt2_jax.compute.backend import open_device
+    from gpt2_jax.compute.plan import make_plan
+    from gpt2_jax.config import ComputeSettings
     from gpt2_jax.data.tokenizer import gpt2_tokenizer, tokenizer_from_file
     from gpt2_jax.generate import complete
     from gpt2_jax.models.weights import load_weights
-    from gpt2_jax.ops.linear import choose_implementation
 
     tokenizer = gpt2_tokenizer() if arguments.tokenizer is None else tokenizer_from_file(arguments.tokenizer)
     config, params = load_weights(ModelSettings(init=arguments.checkpoint))
     open_device(backend)
-    matmul = choose_implementation("auto", backend).name
+    plan = make_plan(ComputeSettings(), backend, config)
     print(arguments.prompt, end="", flush=True)
     for text in complete(
-        config,
+        plan,
         params,
         tokenizer,
         arguments.prompt,
         max_tokens=arguments.max_tokens,
-        matmul=matmul,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,

@@ -43,10 +43,10 @@ def main() -> None:
     print(f"{backend.name} ({open_device(backend)}): {backend.reason}", flush=True)
     config = selfcheck.SMALL_MODEL
     tokens_per_step = selfcheck.BATCH_SIZE * config.max_sequence_length
-    systems = selfcheck.systems_to_check(backend)
+    systems = selfcheck.systems_to_check(backend, config, arguments.dtype)
     print(f"training {selfcheck.STEPS} steps on {'; '.join(system.name for system in systems)} ...", flush=True)
     tokens = selfcheck.built_in_tokens(selfcheck.STEPS * tokens_per_step + 1)
-    checks = selfcheck.check_systems(systems, config, tokens, dtype=arguments.dtype)
+    checks = selfcheck.check_systems(systems, tokens)
 
     print(f"\n{'':<22}{'last loss':>11}{'compiled in':>13}{'a step':>11}{'from':>10}{'to':>10}{'tok/s':>9}")
     for check in checks:

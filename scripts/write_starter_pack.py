@@ -37,16 +37,20 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    select_backend(arguments.backend)  # before anything imports jax
+    backend = select_backend(arguments.backend)  # before anything imports jax
 
+    from gpt2_jax.compute.plan import make_plan
+    from gpt2_jax.config import ComputeSettings
     from gpt2_jax.models.weights import load_weights
     from gpt2_jax.starter_pack import first_batch, write_starter_pack
 
     print(f"making {arguments.init} ...", flush=True)
     config, params = load_weights(ModelSettings(init=arguments.init))
+    # The reference, at the highest precision.
+    plan = make_plan(ComputeSettings(matmul="xla", matmul_precision="highest"), backend, config)
     batch = first_batch(arguments.tokens, config.vocab_size, arguments.batch_size, arguments.sequence_length)
     name = Path(arguments.init).stem.replace(":", "-").removeprefix("gpt2_")
-    for path in write_starter_pack(Path(arguments.output_dir), name, config, params, *batch):
+    for path in write_starter_pack(Path(arguments.output_dir), name, plan, params, *batch):
         print(f"{path}: {path.stat().st_size:,} bytes", flush=True)
 
 

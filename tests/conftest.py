@@ -32,12 +32,13 @@ from hypothesis import settings
 import gpt2_jax
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute import backend, metal_plugins
-from gpt2_jax.compute.backend import Backend
-from gpt2_jax.config import RunConfig
+from gpt2_jax.compute.backend import Backend, cpu_backend
+from gpt2_jax.compute.plan import Plan, make_plan
+from gpt2_jax.config import ComputeSettings, RunConfig
+from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.models.initialize import initialize_parameters
-from gpt2_jax.ops.linear import choose_implementation
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -56,12 +57,20 @@ REPOSITORY = Path(gpt2_jax.__file__).parents[1]
 
 # Two layers and a vocabulary that is no multiple of 128, so that there are padding rows.
 TINY = GPT2Config(max_sequence_length=16, vocab_size=203, num_layers=2, num_heads=4, channels=32)
-CPU = Backend("cpu", "cpu", "test")
+CPU = cpu_backend("test")
+
+
+def plan_of(
+    config: FamilyConfig = TINY, *, backend: Backend = CPU, matmul: str = "xla", dtype: str = "float32", **compute: Any
+) -> Plan:
+    """How a test computes: by XLA's products on the CPU unless it says otherwise."""
+    settings: dict[str, Any] = {"matmul": matmul, "dtype": dtype, **compute}
+    return make_plan(ComputeSettings(**settings), backend, config)
 
 
 def available(implementations: Iterable[str]) -> list[Any]:
     """Names of matrix products as a test's parameters; what this machine cannot run is skipped with the reason."""
-    refusals = choose_implementation("auto", CPU).refusals
+    refusals = dict(plan_of(matmul="auto").linear.refusals)
     return [
         pytest.param(name, marks=pytest.mark.skipif(name in refusals, reason=f"{name}: {refusals.get(name)}"))
         for name in implementations

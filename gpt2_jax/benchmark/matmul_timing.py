@@ -33,10 +33,11 @@ from gpt2_jax.benchmark.products import (
     make_operands,
     rows_of,
 )
-from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.backend import cpu_backend
+from gpt2_jax.compute.plan import make_plan
+from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.ops import linear as matmul
 
 ERROR_ROWS = 4  # rows of a result, evenly spread, that are compared with float64
 _PAUSE = 0.05  # seconds after a round: the threads of OpenMP and OpenBLAS spin for some 20 ms when their work is done
@@ -131,7 +132,7 @@ def measure(
     say("making the operands ...")
     operands = make_operands(config, tokens)
     workshop = Workshop(operands)
-    rates, refusals = _offered([name for name in IMPLEMENTATIONS if name in implementations], workshop)
+    rates, refusals = _offered([name for name in IMPLEMENTATIONS if name in implementations], workshop, config)
 
     quick = seconds is not None
     layers_a_round = 1 if quick else config.num_layers
@@ -181,9 +182,11 @@ def measure(
 _Rates = dict[str, float]  # by product, flop/s
 
 
-def _offered(implementations: Sequence[str], workshop: Workshop) -> tuple[dict[tuple[str, str], _Rates], list[Refusal]]:
+def _offered(
+    implementations: Sequence[str], workshop: Workshop, config: GPT2Config
+) -> tuple[dict[tuple[str, str], _Rates], list[Refusal]]:
     """The rates of every implementation and precision that can be had, and the refusals of the others."""
-    unavailable = matmul.choose_implementation("auto", Backend("cpu", "cpu", "a bench of the CPU")).refusals
+    unavailable = dict(make_plan(ComputeSettings(), cpu_backend("a bench of the CPU"), config).linear.refusals)
     rates: dict[tuple[str, str], _Rates] = {}
     refusals = []
     for implementation in implementations:

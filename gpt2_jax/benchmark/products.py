@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.buffer.views import WeightView
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.ops import linear as matmul
+from gpt2_jax.ops import matmul
 from gpt2_jax.ops.cpu import library as custom_calls
+from gpt2_jax.ops.threaded import WeightView
 
 # This project's own in the order of the ladder, then the peers.
 IMPLEMENTATIONS = (*matmul.RUNGS, "xla", "numpy", "pytorch")
@@ -253,7 +253,7 @@ def _compiled(implementation: str, precision: str, product: str, out_dtype: jnp.
 def _compiled_into(implementation: str, precision: str) -> jax.stages.Wrapped:
     def product_into(gradient: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
         target = WeightView(gradient, 0, (dy.shape[1], x.shape[1]))
-        return matmul.matmul_into(target, dy, x, transpose_a=True, implementation=implementation, precision=precision)[0]
+        return matmul.rung_into(target, dy, x, transpose_a=True, implementation=implementation, precision=precision)[0]
 
     return jax.jit(product_into, donate_argnums=(0,))
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.families.gpt2 import GPT2Config
 
 # This project's, of gpt2_jax/buffer/adamw.py, which would bring JAX into the process whose memory is measured.
@@ -54,10 +53,10 @@ class GPT2(nn.Module):  # type: ignore[misc]
         return functional.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten())
 
 
-def model_from_buffer(params_N: np.ndarray, layout: ParameterLayout) -> GPT2:
+def model_from_buffer(params_N: np.ndarray, config: GPT2Config) -> GPT2:
     """A model with the flat buffer's values; its weights are (outputs, inputs) too."""
-    model = GPT2(layout.config)
-    tensors = layout.views(params_N)
+    model = GPT2(config)
+    tensors = config.layout.views(params_N)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             *path, kind = name.split(".")

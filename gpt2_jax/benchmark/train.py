@@ -17,9 +17,11 @@ from gpt2_jax.benchmark.products import IMPLEMENTATIONS
 from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, record, table, title
 from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS
 from gpt2_jax.benchmark.train_turns import Patience, measure_in_turn
-from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.backend import cpu_backend
+from gpt2_jax.compute.plan import make_plan
+from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.ops import linear as matmul
+from gpt2_jax.ops import matmul
 from gpt2_jax.ops.cpu import library as custom_calls
 
 _QUICK_SECONDS = 165.0  # of the whole program, so that it ends within 3 minutes
@@ -121,8 +123,7 @@ def bench_train(
 
 def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
     """The best rate of products; with `quick` only this project's choices and PyTorch are asked for it."""
-    backend = Backend("cpu", "cpu", "a bench")
-    few = [matmul.choose_implementation("auto", backend).name, "pytorch"]
+    few = [make_plan(ComputeSettings(), cpu_backend("a bench"), work.config).linear.name, "pytorch"]
     request = peak_of.Request(
         backend=work.backend,
         model=dataclasses.asdict(work.config),

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import open_device, select_backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
@@ -61,6 +60,7 @@ class Result:
     weight_gradient_precision: str  # of those that are the gradient of a weight
     estimated_bytes: int | None = None  # of gpt2_jax only, as the next
     compiled_bytes: int | None = None
+    plan: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # who computes what, as the start table has it
 
 
 # A function that runs one step to its end and returns its loss, and what is known of the Result by then.
@@ -77,11 +77,11 @@ def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lam
 
     NotImplementedError with the reason for a system that cannot be had.
     """
-    layout = GPT2Config(**request.model).layout
+    config = GPT2Config(**request.model)
     shape = (2, request.batch_size, request.sequence_length)
-    x_BT, y_BT = np.random.default_rng(0).integers(0, layout.config.vocab_size, shape).astype(np.int32)
+    x_BT, y_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
     prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain}.get(request.name, _pytorch)
-    step, result = prepare(request, layout, random_parameters(layout), x_BT, y_BT)
+    step, result = prepare(request, config, random_parameters(config.layout), x_BT, y_BT)
     losses: list[float] = []
 
     def time_step() -> float:
@@ -122,73 +122,53 @@ def random_parameters(layout: ParameterLayout) -> np.ndarray:
     return params
 
 
-def _gpt2_jax(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+def _gpt2_jax(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
     import jax
     import jax.numpy as jnp
 
-    from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-    from gpt2_jax.compute.step import create_state, make_train_step
-    from gpt2_jax.ops.in_place import writes_in_place
-    from gpt2_jax.ops.linear import choose_implementation, rung_precision
+    from gpt2_jax.compute import memory
+    from gpt2_jax.compute.plan import make_plan
+    from gpt2_jax.compute.step import compile_step, create_state
+    from gpt2_jax.config import ComputeSettings, OptimizerSettings
 
     backend = select_backend(request.backend)
     if backend.platform == "cpu":
         keep_freed_memory()
     device = open_device(backend)
+    asked = {"dtype": request.dtype, "matmul": request.matmul, "matmul_precision": request.matmul_precision}
+    compute: dict[str, Any] = asked
     try:
-        matmul = choose_implementation(request.matmul, backend).name
+        plan = make_plan(ComputeSettings(**compute), backend, config)
     except Gpt2JaxError as error:
         raise NotImplementedError(str(error).splitlines()[0]) from None
-    if request.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", request.matmul_precision)
-    schedule = learning_rate_schedule("constant", _LEARNING_RATE, steps=request.steps)
-    optimizer = adamw(schedule, layout, weight_decay=_WEIGHT_DECAY, custom_call=custom_calls.serve(matmul))
-    state = create_state(params, optimizer, matmul=matmul)
-    train_step = make_train_step(
-        layout,
-        optimizer,
-        schedule,
-        dtype=jnp.dtype(request.dtype),
-        matmul=matmul,
-        donate=backend.donates,
-        loops=backend.loops,
-    )
+    settings = OptimizerSettings(schedule="constant", learning_rate=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     x_ABT, y_ABT = jnp.asarray(x_BT[None]), jnp.asarray(y_BT[None])
     started = time.perf_counter()
-    compiled = train_step.lower(state, x_ABT, y_ABT).compile()
+    compiled = compile_step(plan, settings, request.steps, x_ABT.shape)
     compile_seconds = time.perf_counter() - started
+    state = create_state(plan, params)
 
     def step() -> float:
         nonlocal state
         state, metrics = jax.block_until_ready(compiled(state, x_ABT, y_ABT))
         return float(metrics.loss)
 
-    estimate = memory.estimate(
-        layout,
-        request.batch_size,
-        request.sequence_length,
-        request.dtype,
-        donates=backend.donates,
-        in_place=writes_in_place(matmul),
-    )
     precision = {}
-    if matmul != "xla":
-        dtype = jnp.dtype(request.dtype)
-        precision = {
-            "precision": rung_precision(matmul, dtype),
-            "weight_gradient_precision": rung_precision(matmul, dtype, weight_gradient=True),
-        }
+    if plan.product_precision is not None:
+        precision = {"precision": plan.product_precision, "weight_gradient_precision": plan.weight_gradient_precision}
+    counted = memory.compiled_memory(plan, compiled)
     return step, {
         **precision,
-        "matmul": matmul,
+        "matmul": plan.linear.name,
+        "plan": plan.rows(),
         "compile_seconds": compile_seconds,
         "device": device,
-        "estimated_bytes": estimate.total,
-        "compiled_bytes": memory.compiled_bytes(compiled),
+        "estimated_bytes": memory.estimate(plan, request.batch_size, request.sequence_length).total,
+        "compiled_bytes": None if counted is None else counted.total,
     }
 
 
-def _jax_plain(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
     import jax
     import jax.numpy as jnp
 
@@ -196,12 +176,12 @@ def _jax_plain(request: Request, layout: ParameterLayout, params: np.ndarray, x_
 
     device = open_device(select_backend(request.backend))
     optimizer = plain_jax.make_optimizer(_LEARNING_RATE, _WEIGHT_DECAY)
-    tree = plain_jax.parameters_from_buffer(params, layout)
+    tree = plain_jax.parameters_from_buffer(params, config.layout)
     state = optimizer.init(tree)
     cudnn = request.backend == "cuda" and request.dtype == "bfloat16"
     train_step = plain_jax.make_train_step(
         optimizer,
-        num_heads=layout.config.num_heads,
+        num_heads=config.num_heads,
         dtype=jnp.dtype(request.dtype),
         attention="cudnn" if cudnn else None,
         unroll=request.backend == "cuda",
@@ -219,7 +199,7 @@ def _jax_plain(request: Request, layout: ParameterLayout, params: np.ndarray, x_
     return step, {"matmul": "xla", "compile_seconds": compile_seconds, "device": device}
 
 
-def _pytorch(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
     try:
         import torch
     except ImportError:
@@ -234,7 +214,7 @@ def _pytorch(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT
     torch.set_num_threads(custom_calls.num_threads())
     if request.backend == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default there
-    model = pytorch_model.model_from_buffer(params, layout).to(device)
+    model = pytorch_model.model_from_buffer(params, config).to(device)
     optimizer = pytorch_model.make_optimizer(model, _LEARNING_RATE, _WEIGHT_DECAY)
     forward = torch.compile(model) if request.name == "pytorch_compiled" else model
     x, y = (torch.from_numpy(tokens).long().to(device) for tokens in (x_BT, y_BT))
@@ -258,7 +238,9 @@ def _pytorch(request: Request, layout: ParameterLayout, params: np.ndarray, x_BT
 def _peak(request: Request) -> int:
     """Bytes: of the device's allocator on an accelerator, else of the process, whose libraries are counted too."""
     if not request.name.startswith("pytorch"):
-        return memory.measured_peak()[0]
+        from gpt2_jax.compute.memory import measured_peak
+
+        return measured_peak()[0]
     import torch
 
     return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else process_peak()

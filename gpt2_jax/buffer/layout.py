@@ -11,7 +11,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -100,7 +99,6 @@ class ParameterLayout:
         self.tensors: tuple[PlacedTensor, ...] = tuple(placed)
         self.num_parameters: int = offset
         self._hash = hash(declarations)
-        self.config: Any = None
 
     @cached_property
     def _by_name(self) -> dict[str, PlacedTensor]:
@@ -111,7 +109,7 @@ class ParameterLayout:
 
     # A layout can be part of a static argument of a compiled function.
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ParameterLayout) and self._declarations == other._declarations and self.config == other.config
+        return isinstance(other, ParameterLayout) and self._declarations == other._declarations
 
     def __hash__(self) -> int:
         return self._hash

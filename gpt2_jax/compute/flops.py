@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.families.family import FamilyConfig
 
 # Makers' figures for dense products in bfloat16 summed in float32, in FLOP/s, by jax's name of the device (V100: float16).
 _PEAK_BFLOAT16 = {
@@ -20,10 +20,10 @@ _PEAK_BFLOAT16 = {
 }
 
 
-def flops_per_token(layout: ParameterLayout, sequence_length: int) -> int:
+def flops_per_token(config: FamilyConfig, sequence_length: int) -> int:
     """Of one token's forward and backward pass: 6 N + 6 L C T, as llm.c counts them (N with padding and positions,
     attention causal; nanoGPT's count has 12 L C T)."""
-    return 6 * layout.num_parameters + 6 * layout.config.num_layers * layout.config.channels * sequence_length
+    return 6 * config.layout.num_parameters + 6 * config.num_layers * config.channels * sequence_length
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

@@ -1,20 +1,20 @@
-"""What a training step needs of memory: estimated before it starts, counted in the compiled step, and measured after."""
+"""What a training step needs of memory: estimated before it is compiled, counted by the compiler, and measured after."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from gpt2_jax.buffer.layout import ParameterLayout
+import jax
+
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.machine import gigabytes, process_peak
-
-if TYPE_CHECKING:
-    import jax
-
-# So many rows of the logits the step in place makes at once: at 8192 tokens all of them would be 1.6 GB, and their
-# gradient as much again.
-CLASSIFIER_ROWS = 1024
-_BYTES = {"float32": 4, "bfloat16": 2}
+from gpt2_jax.ops.attention import attention_of
+from gpt2_jax.ops.classifier import classifier_of
+from gpt2_jax.ops.recompute import saves_memory
 
 
 @dataclass(frozen=True)
@@ -37,55 +37,44 @@ class MemoryEstimate:
         return f"{gigabytes(self.total)} ({parts})"
 
 
-def estimate(
-    layout: ParameterLayout,
-    batch_size: int,
-    sequence_length: int,
-    dtype: str,
-    *,
-    gradient_buffers: int = 1,
-    donates: bool = True,
-    recompute: str = "none",
-    in_place: bool = False,
-) -> MemoryEstimate:
-    """What a step over micro-batches of B x T tokens has to keep; activations in `dtype`, s bytes an element.
+def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_batches: int = 1) -> MemoryEstimate:
+    """What a step over micro-batches of B x T tokens has to keep; activations in the plan's dtype, s bytes an element.
 
     Parameters, gradients and each of the two moments are 4 N bytes; where the gradients of several micro-batches are
     not added up in place, two buffers of them are needed. A backend that cannot reuse the memory of the state it is given
-    (`donates`) holds the old parameters and moments and the new ones. Activations are
-    B T (L s (16 C + H T) + 2 s C + (4 + s) V) bytes: a layer's 16 C + H T elements a token are what its backward reads,
-    both residuals, both LayerNorms' outputs, q, k, v, the softmax of every head, the attention's output, and the MLP's
-    4 C before and 4 C after GELU (Korthikanti et al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's
-    input and output, V the logits in float32 and their gradient. What `recompute` does not keep is there for one layer at
-    a time. The step `in_place` keeps one float32 of every row of the softmax, has logits of CLASSIFIER_ROWS
-    tokens at a time, and in float32 their gradient in the same memory.
+    holds the old parameters and moments and the new ones. Activations are B T (L s (16 C + H T) + 2 s C + (4 + s) V)
+    bytes: a layer's 16 C + H T elements a token are what its backward reads, both residuals, both LayerNorms' outputs, q,
+    k, v, the softmax of every head, the attention's output, and the MLP's 4 C before and 4 C after GELU (Korthikanti et
+    al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's input and output, V the logits in float32 and
+    their gradient. What is recomputed is there for one layer at a time. Attention that keeps no scores keeps one float32
+    for every row of the softmax; a classifier in chunks has the logits of one chunk, and in float32 their gradient in the
+    same memory.
     """
-    config, s = layout.config, _BYTES[dtype]
+    config, s = plan.config, plan.compute_dtype.itemsize
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
-    buffer = 4 * layout.num_parameters
-    states = 1 if donates else 2
-    softmax = 4 * H if in_place else s * H * T
+    buffer = 4 * plan.layout.num_parameters
+    states = 1 if plan.backend.donates else 2
+    softmax = s * H * T if attention_of(plan).keeps_scores else 4 * H
     attention_and_mlp = 16 * s * C + softmax  # of one layer, bytes a token
     a_layer = {
         "none": attention_and_mlp,
         "gelu": attention_and_mlp - 4 * s * C,
         "layernorm": attention_and_mlp - 6 * s * C,
         "block": s * C,
-    }[recompute]
-    logits = B * T * (4 + s) * config.padded_vocab_size
-    if in_place:
-        rows = min(B * T, CLASSIFIER_ROWS)
-        logits = rows * (4 if dtype == "float32" else 4 + s) * config.padded_vocab_size
+    }[plan.recompute if saves_memory(plan) else "none"]
+    most_rows = classifier_of(plan).most_rows()
+    reuses_logits = most_rows < B * T or plan.classifier.name != "xla"
+    a_row = (4 if plan.dtype == "float32" and reuses_logits else 4 + s) * config.padded_vocab_size
     return MemoryEstimate(
         parameters=buffer * states,
-        gradients=buffer * gradient_buffers,
+        gradients=buffer * (1 if plan.writes_in_place or num_micro_batches == 1 else 2),
         moments=2 * buffer * states,
-        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + logits,
+        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + int(min(B * T, most_rows)) * a_row,
     )
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """What the compiler assigned to a compiled function: arguments, results that are not arguments reused, temporaries.
+def compiled_memory(plan: Plan, compiled: jax.stages.Compiled) -> MemoryEstimate | None:
+    """What the compiler assigned to a compiled step: arguments, results that are not arguments reused, temporaries.
 
     None where the backend does not tell.
     """
@@ -96,14 +85,60 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
     if analysis is None:
         return None
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return int(analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes)
+    total = int(analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes)
+    buffer = 4 * plan.layout.num_parameters
+    states = 1 if analysis.alias_size_in_bytes >= buffer else 2
+    rest = total - 3 * buffer * states - buffer
+    return MemoryEstimate(buffer * states, buffer, 2 * buffer * states, rest)
+
+
+def device_limit() -> int | None:
+    """Bytes that a program may use on the first device; None where that is not known."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"])
+    if jax.devices()[0].platform != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measured_peak() -> tuple[int, str]:
     """The most bytes in use so far, and of what: of the first device where its allocator counts, else of the process."""
-    import jax
-
     statistics = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"]), "on the device"
     return process_peak(), "of the process"
+
+
+def needing_less(plan: Plan, batch_size: int, tokens_per_step: int) -> list[str]:
+    """Settings that need less memory, the one that changes least first."""
+    less = []
+    if batch_size > 1:
+        fewer = max(size for size in range(1, batch_size) if batch_size % size == 0)
+        less.append(f"--batch-size {fewer} --total-batch-size {tokens_per_step}   (as many tokens a step)")
+    if plan.recompute != "block" and saves_memory(plan):
+        less.append("--recompute block")
+    if plan.dtype == "float32":
+        less.append("--dtype bfloat16")
+    return [*less, "a shorter --sequence-length", "a smaller model"]
+
+
+def check_memory(needed: MemoryEstimate, limit: int | None, less: list[str]) -> None:
+    """Gpt2JaxError when a step needs more than the device has."""
+    if limit is not None and needed.total > limit:
+        raise Gpt2JaxError(
+            f"memory: expected room for {needed} in a step, found {gigabytes(limit)} on the device", "; or ".join(less)
+        )
+
+
+@contextmanager
+def out_of_memory_explained(needed: MemoryEstimate, less: list[str]) -> Iterator[None]:
+    """XLA's error for memory that the device does not have becomes a Gpt2JaxError with what would need `less`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # jax has one exception for all of XLA's failures; their text begins with the status code.
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        found = " ".join(str(error).split())[:200]
+        raise Gpt2JaxError(f"memory: expected room for {needed} in a step, found: {found}", "; or ".join(less)) from error

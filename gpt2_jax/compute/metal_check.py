@@ -9,6 +9,7 @@ same list.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import time
@@ -26,15 +27,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 from jaxlib.mlir.passmanager import PassManager
 
-from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
 from gpt2_jax.compute.backend import Backend
-from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.compute.plan import make_plan
+from gpt2_jax.compute.step import make_step, state_shapes
 from gpt2_jax.config import RunConfig
 from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
-from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.generate import next_token_logits
-from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.linear import choose_implementation
 
 # What holds operations together rather than computes: the inliner removes calls.
 _STRUCTURE = ("builtin.module", "func.func", "func.call", "func.return", "stablehlo.return")
@@ -51,7 +50,7 @@ class CheckedFunction:
     violations: list[str]
 
 
-def check_functions(config: RunConfig, model: GPT2Config, backend: Backend) -> Iterator[CheckedFunction]:
+def check_functions(config: RunConfig, model: FamilyConfig, backend: Backend) -> Iterator[CheckedFunction]:
     """Check the functions that a run with these settings compiles on `backend`, whose plugin need not be here."""
     for name, trace in _functions_of_a_run(config, model, backend).items():
         started = time.perf_counter()
@@ -114,46 +113,24 @@ def violations(module: ir.Module, *, loops: bool) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _functions_of_a_run(config: RunConfig, model: GPT2Config, backend: Backend) -> dict[str, Callable[[], jax.stages.Traced]]:
-    """What the trainer compiles, made the way it makes it, to be traced on shapes alone."""
-    layout = model.layout
-    dtype = jnp.dtype(config.compute.dtype)
-    matmul = choose_implementation(config.compute.matmul, backend).name
-    schedule = learning_rate_schedule(
-        config.optimizer.schedule,
-        config.optimizer.learning_rate,
-        steps=config.run.steps or 1000,
-        warmup_steps=config.optimizer.warmup_steps,
-        final_fraction=config.optimizer.final_learning_rate_fraction,
-    )
-    optimizer = adamw(schedule, layout, weight_decay=config.optimizer.weight_decay, custom_call=custom_calls.serve(matmul))
+def _functions_of_a_run(config: RunConfig, model: FamilyConfig, backend: Backend) -> dict[str, Callable[[], jax.stages.Traced]]:
+    """What the trainer compiles, to be traced on shapes alone."""
     # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
-    step = make_train_step(
-        layout,
-        optimizer,
-        schedule,
-        dtype=dtype,
-        matmul=matmul,
-        donate=False,
-        loops=backend.loops,
-        max_loss_z=config.optimizer.skip_loss_z,
-        max_gradient_z=config.optimizer.skip_gradient_z,
-    )
-    params = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer, matmul=matmul), params)
+    backend = dataclasses.replace(backend, lacks=backend.lacks | {"donation"})
+    plan = make_plan(config.compute, backend, model)
+    step = make_step(plan, config.optimizer, config.run.steps or 1000)
+    state = state_shapes(plan)
     A, B, T = config.num_micro_batches, config.data.batch_size, config.data.sequence_length
     x_ABT, x_BT, x_1T = (
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((A, B, T), (B, T), (1, model.max_sequence_length))
     )
-    loss = make_loss_function(layout, dtype=dtype, matmul=matmul)
-    token_losses = make_token_loss_function(layout, dtype=dtype, matmul=matmul)
     position = jax.ShapeDtypeStruct((), jnp.int32)
-    seeds = jax.ShapeDtypeStruct((len(layout.tensors),), jnp.uint32) if config.rounds_parameters else None
+    seeds = jax.ShapeDtypeStruct((len(plan.layout.tensors),), jnp.uint32) if config.rounds_parameters else None
     return {
         "training step": lambda: step.trace(state, x_ABT, x_ABT, seeds),
-        "validation loss": lambda: loss.trace(params, x_BT, x_BT),
-        "losses of tokens": lambda: token_losses.trace(params, x_BT, x_BT),
-        "next-token logits": lambda: next_token_logits.trace(params, x_1T, position, layout=layout, dtype=dtype, matmul=matmul),
+        "validation loss": lambda: make_loss_function(plan).trace(state.params, x_BT, x_BT),
+        "losses of tokens": lambda: make_token_loss_function(plan).trace(state.params, x_BT, x_BT),
+        "next-token logits": lambda: next_token_logits.trace(plan, state.params, x_1T, position),
     }
 
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ class Plan:
 
     def precision(self) -> AbstractContextManager[None]:
         """In it jax traces products of the plan's precision."""
-        return jax.default_matmul_precision(self.matmul_precision)  # type: ignore[no-any-return]
+        return jax.default_matmul_precision(self.matmul_precision)
 
     def describe_precision(self) -> str:
         """The precision of products, for people."""
@@ -111,7 +112,7 @@ class Plan:
                 # Nobody misses an implementation for another kind of device.
                 if reason != matmul.ON_NVIDIA_ONLY:
                     refused.setdefault(reason, []).append(name if seam == "linear" else f"{seam}:{name}")
-        rows += [(" and ".join(seams), f"{name}: {reason}") for (name, reason), seams in others.items()]
+        rows += [("ops", f"{name} for {', '.join(seams)}: {reason}") for (name, reason), seams in others.items()]
         return rows + [("", f"not {', '.join(names)}: {reason}") for reason, names in refused.items()]
 
     def fallbacks(self) -> list[str]:
@@ -125,13 +126,13 @@ class Plan:
         """Why --recompute saves no memory where it does not."""
         return f"XLA for {self.backend.name} keeps all the same what is to be computed anew, so little or no memory is saved"
 
-    def compiler_options(self) -> dict[str, str | bool | int]:
+    def compiler_options(self) -> dict[str, str | bool]:
         """XLA's options for this device; gpt2_jax/ops/cuda has the reason for each."""
         if "cuda_libraries" in self.backend.lacks:
             return {}
         from gpt2_jax.ops.cuda.compiler_options import COMPILER_OPTIONS
 
-        return {name: value for name, value, _ in COMPILER_OPTIONS}
+        return {name: value if isinstance(value, bool) else str(value) for name, value, _ in COMPILER_OPTIONS}
 
 
 def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) -> Plan:
@@ -145,7 +146,8 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) 
     plan = Plan(backend, config, compute.dtype, compute.recompute, _matmul_precision(compute))
     for seam, table in SEAMS.items():
         requested = compute.matmul if seam == "linear" else "auto"
-        plan = dataclasses.replace(plan, **{seam: choose(seam, table, plan, requested)})
+        choice: dict[str, Any] = {seam: choose(seam, table, plan, requested)}
+        plan = dataclasses.replace(plan, **choice)
         if seam == "linear" and plan.linear.name in matmul.RUNGS:
             plan = dataclasses.replace(plan, **_precisions(plan))
     if compute.strict and (fallbacks := [*plan.fallbacks(), *([backend.fallback] if backend.fallback else [])]):
@@ -162,7 +164,7 @@ def _matmul_precision(compute: ComputeSettings) -> str | None:
     return jax_compat.default_matmul_precision()
 
 
-def _precisions(plan: Plan) -> dict[str, str]:
+def _precisions(plan: Plan) -> dict[str, Any]:
     rung, dtype, setting = plan.linear.name, plan.compute_dtype, plan.matmul_precision
     return {
         "product_precision": matmul.rung_precision(rung, dtype, setting),

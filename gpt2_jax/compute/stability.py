@@ -7,10 +7,14 @@ from the window in float32, which no device lacks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from gpt2_jax.buffer.layout import ParameterLayout
 
 WINDOW = 128
 WATCHED = ("loss", "gradient_norm")  # the rows of the windows
@@ -28,6 +32,18 @@ class Verdict:
 def empty_windows() -> np.ndarray:
     """Windows (2, 128) float32 of a fresh run: nan where no value is yet, the newest value last."""
     return np.full((len(WATCHED), WINDOW), np.nan, dtype=np.float32)
+
+
+def not_finite(
+    step: int, loss: float, norm: float, squared_norms: np.ndarray, layout: ParameterLayout, batches: Sequence[str]
+) -> str:
+    """What was expected of a step and found, with the tensors and the batches to look at; for an error's first line."""
+    names = [tensor.name for tensor, value in zip(layout.tensors, squared_norms, strict=True) if not np.isfinite(value)]
+    tensors = "all tensors" if len(names) == len(layout.tensors) else ", ".join(names) or "no single tensor"
+    return (
+        f"step {step}: expected a finite loss and gradient, found a loss of {loss} and a gradient norm of {norm}, not finite "
+        f"in {tensors}, for the batch of {'; '.join(batches[:8])}{' ...' if len(batches) > 8 else ''}"
+    )
 
 
 def judge(

@@ -113,7 +113,9 @@ def accumulated_gradient(
         jnp.zeros((len(plan.layout.tensors),), jnp.float32),
     )
 
-    def add(total: tuple[jax.Array, ...], batch: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+    def add(
+        total: tuple[jax.Array, jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         scale = 1.0 / num_micro_batches
         loss, grads_N, squares_S = loss_and_gradient(plan, params_N, total[1], *batch, scale=scale, accumulate=True)
         return (total[0] + loss, grads_N, squares_S), None
@@ -196,7 +198,7 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
 
 
 def compile_step(
-    plan: Plan, settings: OptimizerSettings, steps: int, shape: tuple[int, int, int], *, rounds: bool = False
+    plan: Plan, settings: OptimizerSettings, steps: int, shape: tuple[int, ...], *, rounds: bool = False
 ) -> jax.stages.Compiled:
     """make_step compiled for micro-batches of shape (A, B, T), from shapes alone; `rounds`: with tensor seeds."""
     batch = jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -76,9 +76,7 @@ class GPT2Config:
     @cached_property
     def layout(self) -> ParameterLayout:
         """Where the 16 tensors lie in the flat buffer."""
-        layout = ParameterLayout(_declarations(self))
-        layout.config = self
-        return layout
+        return ParameterLayout(_declarations(self))
 
 
 def _declarations(config: GPT2Config) -> tuple[Tensor, ...]:

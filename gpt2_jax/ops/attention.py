@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Attention(NamedTuple):
     compute: Callable[..., jax.Array]  # (plan, *qkv) -> (B, T, C)
     parts: int  # arrays that hold q, k and v: 1 or 3
+    keeps_scores: bool  # for the backward: B H T T elements
 
 
 def attention_of(plan: Plan) -> Attention:
@@ -79,7 +80,7 @@ def _custom_call_backward(plan: Plan, saved: tuple[jax.Array, ...], dout_BTC: ja
 _custom_call.defvjp(_custom_call_forward, _custom_call_backward)
 
 
-def _attributes(plan: Plan) -> dict[str, np.int64 | str]:
+def _attributes(plan: Plan) -> dict[str, Any]:
     names = {"implementation": plan.linear.name, "precision": plan.product_precision}
     return {"num_heads": np.int64(plan.config.num_heads), **names}
 
@@ -95,8 +96,11 @@ def _refuses_cudnn(plan: Plan) -> str | None:
     return None
 
 
+_BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False)
+_BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False)
+_BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
 TABLE = (
-    Implementation("custom_call", library.refusal, "keeps no scores", functions=Attention(_custom_call, parts=1)),
-    Implementation("cudnn", _refuses_cudnn, "keeps no scores", functions=Attention(_cudnn, parts=3)),
-    Implementation("xla", always, "the reference, on every device", functions=Attention(_reference, parts=1)),
+    Implementation("custom_call", library.refusal, "keeps no scores", functions=_BY_CUSTOM_CALL),
+    Implementation("cudnn", _refuses_cudnn, "keeps no scores", functions=_BY_CUDNN),
+    Implementation("xla", always, "the reference, on every device", functions=_BY_REFERENCE),
 )

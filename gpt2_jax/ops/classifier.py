@@ -6,6 +6,7 @@ embedding table (V, C), V padded. Rows R are tokens of all sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,6 +38,7 @@ class Classifier(NamedTuple):
     token_losses: Callable[[Site, jax.Array, jax.Array, jax.Array], jax.Array]
     # (site, h_BTC, y_BT, flat_N, gradient_N, scale): scale * the mean loss, its cotangent of h, the gradient buffer, slots
     loss_and_gradient: Callable[[Site, jax.Array, jax.Array, jax.Array, jax.Array, float], Gradient]
+    most_rows: Callable[[], float]  # rows whose logits exist at a time
 
 
 def classifier_of(plan: Plan) -> Classifier:
@@ -124,7 +126,9 @@ def _call_losses(site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Arra
 def _call_gradient(
     site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Array, gradient_N: jax.Array, scale: float
 ) -> Gradient:
-    losses, dh, slots = [], [], {}
+    losses: list[jax.Array] = []
+    dh: list[jax.Array] = []
+    slots: Slots = {}
     for h_RC, y_R in _chunks(h_BTC, y_BT, CLASSIFIER_ROWS):
         if dh:
             h_RC = barrier(site.plan, h_RC, (dh[-1], gradient_N))
@@ -162,7 +166,9 @@ def _low_gradient(
     site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Array, gradient_N: jax.Array, scale: float
 ) -> Gradient:
     (name,) = site.names
-    losses, dh, dw = [], [], None
+    losses: list[jax.Array] = []
+    dh: list[jax.Array] = []
+    dw: jax.Array | float = 0.0
     for h_RC, y_R in _chunks(h_BTC, y_BT, _LOW_ROWS):
         if dh:
             h_RC = barrier(site.plan, h_RC, dh[-1])
@@ -173,9 +179,8 @@ def _low_gradient(
         dlogits_RV = dlogits_RV.astype(h_RC.dtype)
         losses.append(log_sum_R - target_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, name)))
-        part = weight_gradient(site.plan, dlogits_RV, h_RC).astype(_FLOAT32)
-        dw = part if dw is None else dw + part
-    gradient_N, slot = write_gradient(site, gradient_N, name, dw)
+        dw += weight_gradient(site.plan, dlogits_RV, h_RC).astype(_FLOAT32)
+    gradient_N, slot = write_gradient(site, gradient_N, name, jnp.asarray(dw))
     return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape), gradient_N, {name: slot}
 
 
@@ -183,9 +188,9 @@ def _refuses_low(plan: Plan) -> str | None:
     return ON_NVIDIA_ONLY if "cuda_libraries" in plan.backend.lacks else None
 
 
-_CUSTOM_CALL = Classifier(_call_losses, _call_gradient)
-_LOW_PRECISION = Classifier(_low_losses, _low_gradient)
-_REFERENCE = Classifier(_reference_losses, _reference_gradient)
+_CUSTOM_CALL = Classifier(_call_losses, _call_gradient, lambda: CLASSIFIER_ROWS)
+_LOW_PRECISION = Classifier(_low_losses, _low_gradient, lambda: _LOW_ROWS)
+_REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda: math.inf)
 TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
     Implementation("low_precision", _refuses_low, "logits in the dtype of products", functions=_LOW_PRECISION),

@@ -206,6 +206,7 @@ def matmul_into(
     """`target`'s buffer with dyᵀ x written to the view's place, or added to what is there; and the sum of the squares of
     what is there then."""
     rung, precision = plan.linear.name, plan.weight_gradient_precision
+    assert precision is not None  # every rung has one
     return rung_into(target, dy_MO, x_MI, transpose_a=True, accumulate=accumulate, implementation=rung, precision=precision)
 
 

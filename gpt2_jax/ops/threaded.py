@@ -100,7 +100,8 @@ def threaded(forward: Forward, backward: Backward) -> ThreadedOp:
         return (y, flat_N), (saved, flat_N)
 
     def op_backward(site: Site, residuals: Any, cotangents: tuple[Any, jax.Array]) -> tuple[Any, jax.Array, Slots]:
-        return backward(site, *residuals, *cotangents)
+        (saved, flat_N), (dy, gradient_N) = residuals, cotangents
+        return backward(site, saved, flat_N, dy, gradient_N)
 
     op.defvjp(op_forward, op_backward)
     return op

@@ -133,7 +133,8 @@ def _finish_in_place(plan: Plan, gradient_N: jax.Array, slots: AllSlots, accumul
     for tensor in plan.layout.tensors:
         if tensor.multiplies:
             # The embedding's part is the change of the sum: where rows cancel, roundings may leave less than nothing.
-            squares[tensor.name] = jnp.maximum(jnp.sum(jnp.stack(slots[tensor.name])), 0.0)
+            # Summed in the order in which they were made, from the last layer to the first.
+            squares[tensor.name] = jnp.maximum(jnp.sum(jnp.stack(slots[tensor.name][::-1])), 0.0)
     return gradient_N, jnp.stack([squares[tensor.name] for tensor in plan.layout.tensors])
 
 

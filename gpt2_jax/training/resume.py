@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.buffer.adamw import AdamWState
-from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.plan import Plan
 from gpt2_jax.compute.stability import WATCHED, WINDOW, empty_windows
 from gpt2_jax.compute.step import TrainState
 from gpt2_jax.config import RunConfig, load_saved_config
@@ -17,8 +17,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import version_text
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.machine import processor_name
-from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.linear import precision_of
+from gpt2_jax.ops.cpu import library
 from gpt2_jax.report.display import Display
 from gpt2_jax.training.checkpoint import Checkpoint
 from gpt2_jax.training.run_record import RunRecord
@@ -36,13 +35,13 @@ def check_settings(config: RunConfig) -> None:
             _expect_the_same(f"{section}.{field.name}", getattr(before, field.name), getattr(now, field.name))
 
 
-def computed_by(config: RunConfig, backend: Backend, matmul: str) -> str:
+def computed_by(plan: Plan) -> str:
     """What the bits of a run depend on beside its data and its model: another computation rounds differently."""
-    products = f"{matmul} in {precision_of(matmul, jnp.dtype(config.compute.dtype))}"
-    if custom_calls.serve(matmul):
-        products += f" ({custom_calls.description()['kernel']})"
-    processor = processor_name() if backend.platform == "cpu" else jax.devices()[0].device_kind
-    return f"{config.compute.dtype}, {products}, jax {version_text('jax')}, jaxlib {version_text('jaxlib')}, {processor}"
+    products = f"{plan.linear.name} in {plan.describe_precision()}"
+    if library.serves(plan):
+        products += f" ({library.description()['kernel']})"
+    processor = processor_name() if plan.backend.platform == "cpu" else jax.devices()[0].device_kind
+    return f"{plan.dtype}, {products}, jax {version_text('jax')}, jaxlib {version_text('jaxlib')}, {processor}"
 
 
 def resumed_state(

@@ -26,17 +26,17 @@ class Averages:
 
     steps: int = 0
     seconds: float = 0.0  # of all these steps
-    moving_tokens_per_second: float = 0.0  # exponential, as llm.c: not yet corrected for its start at 0
+    moving_seconds: float = 0.0  # exponential average of a step, not yet corrected for its start at 0
 
-    def with_step(self, seconds: float, tokens: int) -> Averages:
-        """After one step more."""
-        moving = _MOVING_WEIGHT * self.moving_tokens_per_second + (1 - _MOVING_WEIGHT) * tokens / seconds
+    def with_step(self, seconds: float) -> Averages:
+        """After one step more. Seconds are averaged, not rates: one step that looks short would outweigh many."""
+        moving = _MOVING_WEIGHT * self.moving_seconds + (1 - _MOVING_WEIGHT) * seconds
         return Averages(self.steps + 1, self.seconds + seconds, moving)
 
     @property
-    def tokens_per_second(self) -> float:
-        """The moving average; 0 before the first step."""
-        return self.moving_tokens_per_second / (1 - _MOVING_WEIGHT**self.steps) if self.steps else 0.0
+    def smoothed_seconds(self) -> float:
+        """The exponential average of a step; 0 before the first step."""
+        return self.moving_seconds / (1 - _MOVING_WEIGHT**self.steps) if self.steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,10 @@ def _window(values: Any) -> np.ndarray:
 
 def _averages(content: Any) -> Averages:
     steps = _checked(content["steps"], int)
-    seconds, moving = (float(_checked(content[name], (int, float))) for name in ("seconds", "moving_tokens_per_second"))
+    seconds = float(_checked(content["seconds"], (int, float)))
+    # Records of the first version have a moving average of rates instead: the plain one of seconds takes its place.
+    plain = seconds / steps * (1 - _MOVING_WEIGHT**steps) if 0 < steps < 2**63 else 0.0
+    moving = float(_checked(content.get("moving_seconds", plain), (int, float)))
     if not (0 <= steps < 2**63 and 0 <= seconds < math.inf and 0 <= moving < math.inf):
         raise ValueError(f"averages {content}")
     return Averages(steps, seconds, moving)

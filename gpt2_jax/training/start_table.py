@@ -4,77 +4,57 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.memory import MemoryEstimate
-from gpt2_jax.compute.run_memory import recomputing_saves_memory
+from gpt2_jax.compute.plan import Plan
 from gpt2_jax.config import RunConfig
-from gpt2_jax.llmc.loader import TokenLoader
-from gpt2_jax.ops.linear import Choice, precision_of
+from gpt2_jax.data.batches import RunData
+from gpt2_jax.ops.recompute import saves_memory
 
 
 def start_table(
-    config: RunConfig,
-    backend: Backend,
-    device: str,
-    matmul: Choice,
-    layout: ParameterLayout,
-    steps: int,
-    needed: MemoryEstimate,
-    train_loader: TokenLoader,
-    validation_loader: TokenLoader | None,
-    folder: Path,
+    config: RunConfig, plan: Plan, device: str, data: RunData, steps: int, needed: MemoryEstimate, folder: Path
 ) -> list[tuple[str, object]]:
     """Names and values, for report.Display.table."""
-    model, optimizer = layout.config, config.optimizer
+    model, optimizer, backend = plan.config, config.optimizer, plan.backend
     sizes = (
         f"{model.num_layers} layers, {model.num_heads} heads, {model.channels} channels, "
         f"{model.vocab_size} tokens (padded to {model.padded_vocab_size}), {model.max_sequence_length} positions"
     )
     micro_batches = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length}"
-    batch = f"{micro_batches} = {config.tokens_per_step:,} tokens a step"
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
         f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
     )
+    path, order = config.data.train, "shuffled" if config.data.shuffle else "in order"
+    if data.overfits_one_batch:
+        path, order = config.data.validation, "of which the first batch is all"
     rows: list[tuple[str, object]] = [
         ("backend", f"{backend.name}: {backend.reason}"),
         ("device", device),
         *(("environment", f"{name}={value}, set for {backend.plugin or backend.name}") for name, value in backend.environment),
-        ("compute", f"{config.compute.dtype}, matmul precision {config.compute.matmul_precision}, jax {jax.__version__}"),
-        ("matmul", f"{matmul.name} in {precision_of(matmul.name, jnp.dtype(config.compute.dtype))}: {matmul.reason}"),
-    ]
-    rows += [("", line) for line in matmul.refusals_by_reason()]
-    data, order = config.data.train, "shuffled" if config.data.shuffle else "in order"
-    if config.data.overfit_one_batch:
-        data, order = config.data.validation, "of which the first batch is all"
-    rows += [
+        *plan.rows(),
         ("weights", config.model.init if not config.run.resume else f"resumed from {folder}"),
         ("model", sizes),
-        ("parameters", f"{layout.num_parameters:,} with padding, {layout.num_true_parameters:,} without"),
-        ("training data", f"{data}: {train_loader.num_tokens:,} tokens, {order}"),
+        ("parameters", f"{plan.layout.num_parameters:,} with padding, {plan.layout.num_true_parameters:,} without"),
+        ("training data", f"{path}: {data.train.num_tokens:,} tokens, {order}"),
     ]
-    if validation_loader is not None:
-        rows.append(("validation data", f"{config.data.validation}: {validation_loader.num_tokens:,} tokens"))
+    if data.validation is not None:
+        rows.append(("validation data", f"{config.data.validation}: {data.validation.num_tokens:,} tokens"))
     rows += [
-        ("batch", batch),
-        ("memory", f"{needed} expected in a step"),
-        ("steps", f"{steps} ({steps * config.tokens_per_step / train_loader.num_tokens:.2f} epochs)"),
+        ("batch", f"{micro_batches} = {config.tokens_per_step:,} tokens a step"),
+        ("memory", f"{needed} in a step"),
+        ("steps", f"{steps} ({steps * config.tokens_per_step / data.train.num_tokens:.2f} epochs)"),
         ("learning rate", rate),
         ("updates", _update_rules(config)),
     ]
-    if config.compute.recompute != "none" and not recomputing_saves_memory(backend, matmul.name):
-        saves_nothing = f"saves little or no memory: XLA for {backend.name} keeps all the same what is to be computed anew"
-        rows.append(("", f"--recompute {config.compute.recompute} {saves_nothing}"))
-    rows += [
+    if plan.recompute != "none" and not saves_memory(plan):
+        rows.append(("", f"--recompute {plan.recompute}: {plan.saves_nothing()}"))
+    return [
+        *rows,
         ("evaluation", _evaluations(config)),
         ("checkpoints", _checkpoints(config)),
         ("run folder", folder),
     ]
-    return rows
 
 
 def _update_rules(config: RunConfig) -> str:

@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import gpt2_jax
 from gpt2_jax import jax_compat
 from gpt2_jax.ops.table import Fallback
@@ -162,6 +160,8 @@ def _register_ctypes_products(*targets: str) -> Any:
 
 def call(target: str, result: Any, *operands: Any, aliases: dict[int, int] | None = None, **attributes: Any) -> Any:
     """Call a handler of the library with all threads that it may use; `result` is its shape, or a tuple of shapes."""
+    import numpy as np  # here, since benches set the threads of numpy's libraries before it is imported
+
     load()
     threads = np.int64(num_threads())
     return jax_compat.ffi_call(target, result, *operands, aliases=aliases, num_threads=threads, **attributes)

@@ -1,0 +1,106 @@
+"""What a run would cost, found without weights and without writing anything."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+
+from gpt2_jax.compute import memory
+from gpt2_jax.compute.flops import flops_per_token
+from gpt2_jax.compute.memory import MemoryEstimate
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.step import compile_step, state_shapes
+from gpt2_jax.config import RunConfig
+from gpt2_jax.machine import gigabytes
+from gpt2_jax.report.display import Display
+
+_MOST_COMPILES = 5
+
+
+def dry_run(
+    config: RunConfig,
+    plan: Plan,
+    compiled: jax.stages.Compiled,
+    needed: MemoryEstimate,
+    num_tokens: int,
+    steps: int,
+    display: Display,
+) -> None:
+    """Print memory by kind, operations, the time of one step on zeros and so of the run, and the largest batch that fits."""
+    limit = memory.device_limit()
+    of_limit = "" if limit is None else f" of {gigabytes(limit)} on the device"
+    flops = flops_per_token(plan.config, config.data.sequence_length) * config.tokens_per_step
+    rows = [
+        *(
+            (f"memory, {kind}", gigabytes(getattr(needed, kind)))
+            for kind in ("parameters", "gradients", "moments", "activations")
+        ),
+        ("memory, total", gigabytes(needed.total) + of_limit),
+        ("operations", f"{flops:.3e} FLOP a step, {flops * steps:.3e} in {steps} steps"),
+    ]
+    if limit is None or needed.total <= limit:
+        display.line("timing one step on zeros ...")
+        seconds = _time_step(config, plan, compiled)
+        tokens = config.tokens_per_step * steps
+        rows += [
+            (
+                "a step",
+                f"{seconds * 1000:.1f} ms, {config.tokens_per_step / seconds:,.0f} tok/s, {flops / seconds / 1e12:.3f} TFLOP/s",
+            ),
+            ("the run", f"{seconds * steps / 3600:.2f} hours for {tokens:,} tokens ({tokens / num_tokens:.2f} epochs)"),
+        ]
+    else:
+        rows.append(("a step", "not timed: it does not fit"))
+    rows.append(("largest batch", _largest_batch(config, plan, steps, needed, limit, display)))
+    display.table(rows)
+
+
+def _time_step(config: RunConfig, plan: Plan, compiled: jax.stages.Compiled) -> float:
+    """Seconds of a step that is not the first."""
+    state = jax.tree_util.tree_map(lambda shape: jax.numpy.zeros(shape.shape, shape.dtype), state_shapes(plan))
+    batch = np.zeros((config.num_micro_batches, config.data.batch_size, config.data.sequence_length), np.int32)
+    seeds = (np.zeros(len(plan.layout.tensors), np.uint32),) if config.rounds_parameters else ()
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        state, metrics = compiled(state, batch, batch, *seeds)
+        float(metrics.loss)
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+def _largest_batch(
+    config: RunConfig, plan: Plan, steps: int, needed: MemoryEstimate, limit: int | None, display: Display
+) -> str:
+    """The largest --batch-size of which the compiler's count fits, narrowed down by bisection over a few compiles."""
+    if limit is None:
+        return "not known: this device does not say what memory it has"
+    T = config.data.sequence_length
+    fixed = needed.total - needed.activations
+    if needed.total <= limit:
+        fits, too_large = config.data.batch_size, int((limit - fixed) / (needed.activations / config.data.batch_size)) * 64
+    else:
+        fits, too_large = 0, config.data.batch_size
+    bytes_of = {0: fixed, config.data.batch_size: needed.total}  # by batch size
+    for number in range(_MOST_COMPILES):
+        if too_large - fits <= 1:
+            break
+        # Memory grows nearly in proportion to the batch: where the line through the last two sizes meets the limit.
+        (x0, y0), (x1, y1) = sorted(bytes_of.items())[-2:]
+        trial = x1 + int((limit - y1) * (x1 - x0) / max(1, y1 - y0))
+        trial = trial if fits < trial < too_large else (fits + too_large) // 2
+        display.line(f"compiling for --batch-size {trial} ({number + 1} of at most {_MOST_COMPILES}) ...")
+        shape = (config.num_micro_batches, trial, T)
+        counted = memory.compiled_memory(
+            plan, compile_step(plan, config.optimizer, steps, shape, rounds=config.rounds_parameters)
+        )
+        if counted is None:
+            return "not known: this backend does not count what a compiled step needs"
+        bytes_of[trial] = counted.total
+        fits, too_large = (trial, too_large) if counted.total <= limit else (fits, trial)
+    if fits == 0:
+        return f"none: a batch of 1 needs more than {gigabytes(limit)}"
+    exact = "" if too_large - fits <= 1 else f"; more than that was not found to fit, {too_large} does not"
+    return f"--batch-size {fits} at --sequence-length {T}{exact}"

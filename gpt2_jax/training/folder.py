@@ -1,0 +1,44 @@
+"""The run folder: refused when it is in use, made, and given the run's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from gpt2_jax.config import RunConfig, format_config, saved_config_path
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import atomic_write
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Gpt2JaxError unless a fresh run may use this path."""
+    is_used = not os.path.isdir(folder) or os.path.lexists(saved_config_path(folder)) or any(folder.glob("DONE_*"))
+    if os.path.lexists(folder) and is_used:
+        raise Gpt2JaxError(
+            f"--out-dir: expected a new folder, found that {folder} holds a run or is a file",
+            f"--resume --out-dir {shlex.quote(str(folder))}   (continues the run), or another folder",
+        )
+
+
+def folder_of(config: RunConfig, name: str) -> Path:
+    """The run's folder: the one that the settings name, or a new one under runs/."""
+    return Path(config.run.out_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+@contextmanager
+def open_folder(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Make the run folder, and write the resolved settings into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=config.run.out_dir != "")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = getattr(error, "strerror", None) or error
+        raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {cause}") from None
+    with atomic_write(saved_config_path(folder)) as file:
+        settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
+        file.write(format_config(settled).encode("utf-8"))
+    yield

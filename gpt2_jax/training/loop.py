@@ -1,0 +1,156 @@
+"""The loop of a run: steps, and the events between them.
+
+Metrics are read one step late, while the next step is computing, so that the device never waits for the display; where
+a step has ended by the time that the call returns, they are read at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2_jax.compute.flops import flops_per_token
+from gpt2_jax.compute.memory import measured_peak
+from gpt2_jax.compute.stability import not_finite
+from gpt2_jax.compute.step import Metrics
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.jax_compat import is_ready
+from gpt2_jax.llmc.loader import Place
+from gpt2_jax.machine import gigabytes
+from gpt2_jax.report.display import plot_loss
+from gpt2_jax.training.events import events_of, save
+from gpt2_jax.training.interrupts import StopRequest
+from gpt2_jax.training.run_state import Run
+
+
+class _InFlight(NamedTuple):
+    """A step whose metrics have not been read."""
+
+    step: int
+    metrics: Metrics
+    places: list[Place]
+
+
+def train_loop(run: Run, request: StopRequest) -> None:
+    """Take the run from the step where it stands to its last one. SystemExit when a signal stops it, Gpt2JaxError for a
+    loss that is not finite; both after saving."""
+    events = events_of(run)
+    if run.step == 0:
+        run.attempt(run.log.clear)
+        for event in events:
+            if event.at_start:
+                event.run(run)
+    if request.signal is not None:
+        _stop(run, request)
+    in_flight: _InFlight | None = None
+    batch = run.data.next_batch() if run.step < run.steps else None
+    run.clock.restart()
+    while batch is not None:
+        run.state, metrics = run.compiled(run.state, batch.x_ABT, batch.y_ABT, *_seeds(run))
+        run.step += 1
+        if in_flight is not None:
+            _report(run, in_flight, _InFlight(run.step, metrics, batch.places))
+        in_flight = _InFlight(run.step, metrics, batch.places)
+        last = run.step == run.steps
+        stopping = request.signal is not None and not last
+        due = [event for event in events if event.is_due(run.step, last=last, stopping=stopping)]
+        # Rounding needs seeds, and which come next depends on whether this update was applied.
+        if due or run.config.rounds_parameters or is_ready(metrics.loss):
+            _report(run, in_flight, None)
+            in_flight = None
+        for event in due:
+            event.run(run)
+        if stopping:
+            _stop(run, request)
+        if due:
+            run.clock.restart()
+        batch = None if last else run.data.next_batch()
+    _finish(run)
+
+
+def _seeds(run: Run) -> tuple[np.ndarray, ...]:
+    """The seeds that the next update rounds the parameters with, if it does."""
+    return (run.rounding.next_seeds(run.data.num_micro_batches),) if run.config.rounds_parameters else ()
+
+
+def _report(run: Run, done: _InFlight, later: _InFlight | None) -> None:
+    """Wait for a step's metrics, show and log them. A loss or gradient that is not finite ends the run, if it is to: the
+    state, which has no such update, is saved first, with that of a later step that has begun."""
+    problem = _show(run, done)
+    if problem is None:
+        return
+    if later is not None:
+        _show(run, later)
+    save(run)
+    folder = shlex.quote(str(run.folder))
+    raise Gpt2JaxError(
+        f"{problem}; no parameter was changed by it",
+        f"python scripts/train.py --resume --out-dir {folder} --nonfinite skip   (or with a lower --learning-rate)",
+    )
+
+
+def _show(run: Run, done: _InFlight) -> str | None:
+    """Show and log one step; what ends the run, if something does."""
+    config, metrics = run.config, done.metrics
+    loss, norm, learning_rate = (float(value) for value in (metrics.loss, metrics.gradient_norm, metrics.learning_rate))
+    loss_z, norm_z = np.asarray(metrics.verdict.z_scores).tolist()
+    applied = bool(metrics.verdict.applies)
+    seconds = run.clock.step_done()
+    run.rounding.step_done(run.data.num_micro_batches, applied=applied)
+    flops = flops_per_token(run.plan.config, config.data.sequence_length) * config.tokens_per_step
+    run.display.step(
+        done.step,
+        run.steps,
+        loss=loss,
+        loss_z=loss_z,
+        norm=norm,
+        norm_z=norm_z,
+        learning_rate=learning_rate,
+        seconds=seconds,
+        utilization=None if run.peak_flops is None else flops / seconds / run.peak_flops,
+        tokens_per_second=run.clock.smoothed_tokens_per_second,
+    )
+    values = {"loss": loss, "norm": norm, "lr": learning_rate, "loss_z": loss_z, "norm_z": norm_z, "applied": applied}
+    rates = {"seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
+    run.attempt(lambda: run.log.write("train", done.step, **values, **rates))
+    if not metrics.verdict.is_finite:
+        places = [f"{place.path} at token {place.token}" for place in done.places]
+        problem = not_finite(done.step, loss, norm, np.asarray(metrics.squared_norms), run.plan.layout, places)
+        if config.optimizer.nonfinite == "raise":
+            return problem
+        run.display.line(f"update skipped: {problem}")
+    elif not applied:
+        outlier = f"step {done.step} is an outlier, its loss {loss_z:+.2f}z, its gradient {norm_z:+.2f}z"
+        run.display.line(f"update skipped: {outlier}")
+    return None
+
+
+def _stop(run: Run, request: StopRequest) -> None:
+    """End the program as a signal asked, with the command that goes on."""
+    assert request.signal is not None
+    newest = run.newest_checkpoint()
+    run.display.line(f"stopped by {request.signal.name} after step {run.step} of {run.steps}; {newest}")
+    if "no checkpoint" not in newest:
+        folder = shlex.quote(str(run.folder))
+        run.display.line(f"to go on:\npython scripts/train.py --resume --out-dir {folder}")
+    request.end_program()
+
+
+def _finish(run: Run) -> None:
+    """Draw the losses, and say what came of the run."""
+    plot_path = run.folder / "loss.png"
+    run.attempt(lambda: plot_loss(run.log, plot_path, baseline=run.baseline))
+    seconds = run.clock.average_seconds
+    run.display.line(f"average: {seconds * 1000:.2f} ms a step, {run.config.tokens_per_step / seconds:.0f} tok/s")
+    peak, of = measured_peak()
+    run.display.line(f"peak memory: {gigabytes(peak)} {of}")
+    losses: list[float] = []
+    run.attempt(lambda: losses.extend(run.log.finite_values("validation", "loss").values()))
+    if run.baseline is not None and losses:
+        verdict = "below it: more than word frequencies was learned" if losses[-1] < run.baseline else "not below it yet"
+        run.display.line(
+            f"validation loss {losses[0]:.4f} -> {losses[-1]:.4f}; unigram cross-entropy {run.baseline:.4f}: {verdict}"
+        )
+    run.display.line(f"loss curve: {plot_path}\nlog:        {run.log.path}\nrun folder: {run.folder}")

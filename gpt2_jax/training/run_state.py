@@ -1,0 +1,99 @@
+"""The one record of a run while it trains, and its clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.step import TrainState
+from gpt2_jax.config import RunConfig
+from gpt2_jax.data.batches import RunData
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.rounding import RoundingStream
+from gpt2_jax.report.display import Display, RunLog
+from gpt2_jax.training import checkpoint
+from gpt2_jax.training.run_record import Averages
+
+
+@dataclass
+class Run:
+    """What a run is (settings, plan, data, folder), what it computes with, and where it stands."""
+
+    config: RunConfig
+    plan: Plan
+    data: RunData
+    steps: int  # of the whole run
+    folder: Path
+    display: Display
+    log: RunLog
+    computed_by: str  # what the bits depend on beside settings and data
+    peak_flops: float | None  # of the device; None where it is not known
+    compiled: jax.stages.Compiled
+    loss_function: jax.stages.Wrapped
+    token_loss_function: jax.stages.Wrapped
+    # Where it stands.
+    state: TrainState
+    step: int  # updates done, refused ones included
+    rounding: RoundingStream
+    clock: StepClock
+    baseline: float | None = None  # unigram cross-entropy of the validation tokens
+    failures: set[str] = field(default_factory=set)
+
+    def newest_checkpoint(self) -> str:
+        steps = checkpoint.complete_steps(self.folder)
+        return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+
+    def log_event(self, event: str, **values: float | int | str) -> None:
+        """Append to the log what happened at the run's step."""
+        self.attempt(lambda: self.log.write(event, self.step, **values))
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Do what the run can do without; a failure is reported, the same one once."""
+        try:
+            write()
+        except Gpt2JaxError as error:
+            if str(error) not in self.failures:
+                self.display.line(f"{error}\nthe run goes on without it")
+            self.failures.add(str(error))
+
+
+class StepClock:
+    """Seconds from one step's end to the next; what happens between two segments (validation, checkpoints) is left out.
+
+    The first step of a process is left out of the averages, as it includes warming up.
+    """
+
+    def __init__(self, tokens_per_step: int, averages: Averages):
+        self._tokens_per_step = tokens_per_step
+        self.averages = averages
+        self._warm_up_seconds: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+
+    def step_done(self) -> float:
+        """The seconds of the step that has just ended."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self._warm_up_seconds is None:
+            self._warm_up_seconds = seconds
+        else:
+            self.averages = self.averages.with_step(seconds)
+        return seconds
+
+    @property
+    def average_seconds(self) -> float:
+        """Of the steps so far, a resumed run's earlier ones included."""
+        if self.averages.steps:
+            return self.averages.seconds / self.averages.steps
+        return self._warm_up_seconds or 0.0
+
+    @property
+    def smoothed_tokens_per_second(self) -> float:
+        return self._tokens_per_step / (self.averages.smoothed_seconds or self.average_seconds)
