@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from gpt2_jax.benchmark.chart import Bar, draw_bars
 from gpt2_jax.benchmark.train_system import Result
 from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.compute.flops import flops_per_token
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.machine import gigabytes
 
@@ -45,15 +46,9 @@ class Workload:
         return self.config.layout
 
 
-def llmc_flops_per_token(layout: ParameterLayout, sequence_length: int) -> int:
-    """6 N + 6 L C T, as llm.c counts (train_gpt2.cu, gpt2_estimate_mfu): N with the padding, attention causal."""
-    config = layout.config
-    return 6 * layout.num_parameters + 6 * config.num_layers * config.channels * sequence_length
-
-
-def nanogpt_flops_per_token(layout: ParameterLayout, sequence_length: int) -> int:
+def nanogpt_flops_per_token(config: GPT2Config, sequence_length: int) -> int:
     """6 N + 12 L C T, as nanoGPT counts (model.py, estimate_mfu): N without the position table, attention in full."""
-    config = layout.config
+    layout = config.layout
     parameters = layout.num_parameters - layout["wpe"].size
     return 6 * parameters + 12 * config.num_layers * config.channels * sequence_length
 
@@ -148,13 +143,11 @@ def _matmul_name(result: Result) -> str:
 
 def _gflops(one: Measured, work: Workload) -> float:
     """By llm.c's formula."""
-    return llmc_flops_per_token(work.layout, work.sequence_length) * work.tokens / one.seconds_per_step / 1e9
+    return flops_per_token(work.config, work.sequence_length) * work.tokens / one.seconds_per_step / 1e9
 
 
 def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], work: Workload, peak: dict[str, Any]) -> str:
-    nanogpt = nanogpt_flops_per_token(work.layout, work.sequence_length) / llmc_flops_per_token(
-        work.layout, work.sequence_length
-    )
+    nanogpt = nanogpt_flops_per_token(work.config, work.sequence_length) / flops_per_token(work.config, work.sequence_length)
     pytorch = {one.system.dtype: one.seconds_per_step for one in measured if one.result and one.system.name == "pytorch"}
     lines = [
         "",

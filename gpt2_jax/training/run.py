@@ -120,7 +120,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
 
     folder = _open_folder(config, name)
     clock = _StepClock(config.tokens_per_step, averages)
-    peak = peak_flops(jax.devices()[0].device_kind, config.compute.dtype)
+    peak = peak_flops(jax.devices()[0].device_kind, config.compute.dtype, config.compute.matmul_precision)
     loaders = (train_loader, validation_loader)
     run = _Run(config, folder, layout, steps, *loaders, questions, matmul.name, computed_by, display, clock, peak, rounding)
     with display:
@@ -259,7 +259,7 @@ class _Run:
         applied = bool(metrics.verdict.applies)
         seconds = self.clock.step_done()
         self.rounding.step_done(self.config.num_micro_batches, applied=applied)
-        achieved = flops_per_token(self.layout, self.config.data.sequence_length) * self.config.tokens_per_step / seconds
+        achieved = flops_per_token(self.layout.config, self.config.data.sequence_length) * self.config.tokens_per_step / seconds
         self.display.step(
             step,
             self.steps,
