@@ -47,7 +47,9 @@ from gpt2_jax.machine import gigabytes
 from gpt2_jax.models.weights import load_weights, read_sizes
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.linear import choose_implementation
-from gpt2_jax.report.display import Display, RunLog, plot_loss
+from gpt2_jax.report.display import Display
+from gpt2_jax.report.log import RunLog
+from gpt2_jax.report.plots import plot_loss
 from gpt2_jax.training import checkpoint, resume
 from gpt2_jax.training.interrupts import StopRequest, stop_requests
 from gpt2_jax.training.run_record import Averages, RunRecord
@@ -194,6 +196,8 @@ class _Run:
             self.attempt(self.log.clear)
             self.validate(0, state)
             self.sample(0, state)
+        else:
+            self.log_event("resume", first_step - 1)
         self.display.line("compiling the training step ...")
         started = time.perf_counter()
         batch = self.next_batch()
