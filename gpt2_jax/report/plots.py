@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import atomic_write
 from gpt2_jax.report.log import RunLog
 
 
 def plot_loss(log: RunLog, path: str | os.PathLike, *, baseline: float | None = None) -> None:
-    """A PNG of the run's training and validation loss over its steps, with the unigram cross-entropy as a line."""
+    """A PNG of the run's training and validation loss over its steps, with the unigram cross-entropy as a line;
+    Gpt2JaxError when it cannot be written."""
     # A figure of its own canvas: no display, and none of pyplot's global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,7 +27,5 @@ def plot_loss(log: RunLog, path: str | os.PathLike, *, baseline: float | None = 
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected to write the loss curve, found: {error.strerror or error}") from None
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
