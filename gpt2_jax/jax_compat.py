@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import sys
 from typing import Any
 
 YNNPACK_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
@@ -86,6 +87,25 @@ def on_host(array: Any) -> Any:
     import numpy as np
 
     return np.from_dlpack(array) if next(iter(array.devices())).platform == "cpu" else np.asarray(array)
+
+
+def started_platform() -> str | None:
+    """The platform that jax computes on by default, in its own spelling; None while jax has not started a backend."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+    from jax._src import xla_bridge  # no public function tells without starting a backend
+
+    return jax.default_backend() if xla_bridge.backends_are_initialized() else None
+
+
+def configure_imported_jax(settings: dict[str, str]) -> None:
+    """Set environment variables of jax, like JAX_PLATFORMS, in a jax that is imported: it has read them already."""
+    if "jax" in sys.modules:
+        import jax
+
+        for name, value in settings.items():
+            jax.config.update(name.lower(), value)
 
 
 def ffi_module() -> Any:

@@ -68,6 +68,33 @@ def _windows_peak() -> int:
     return int(counters.peak_working_set_size) if told else 0
 
 
+def process_lives(process: int) -> bool:
+    """Whether a process of this id runs on this machine, anybody's."""
+    if sys.platform == "win32":
+        return _windows_process_lives(process)
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _windows_process_lives(process: int) -> bool:
+    """The same on Windows, where os.kill would end the process."""
+    synchronize, wait_timeout = 0x100000, 0x102
+    kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    kernel32.OpenProcess.restype = ctypes.c_void_p
+    handle = ctypes.c_void_p(kernel32.OpenProcess(synchronize, False, process))
+    if not handle:
+        return False
+    try:
+        return bool(kernel32.WaitForSingleObject(handle, 0) == wait_timeout)
+    finally:
+        kernel32.CloseHandle(handle)
+
+
 def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for the next step, where it can (glibc); before XLA starts its threads.
 

@@ -163,6 +163,9 @@ def machine(monkeypatch):
         installed.setdefault("jaxlib", installed.get("jax"))
         monkeypatch.setattr("gpt2_jax.compute.metal_plugins.version_text", installed.get)
         monkeypatch.setattr("gpt2_jax.jax_compat.version_text", installed.get)
+        # The tests' own jax has started, and stays as it is.
+        monkeypatch.setattr("gpt2_jax.jax_compat.started_platform", lambda: None)
+        monkeypatch.setattr("gpt2_jax.jax_compat.configure_imported_jax", lambda settings: None)
         monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES[name, installed[name]])
 
     return pretend

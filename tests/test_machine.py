@@ -120,3 +120,30 @@ print(imported)
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) > 50
+
+
+def test_a_process_lives_until_it_has_ended():
+    assert machine.process_lives(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert machine.process_lives(process.pid)
+    assert not machine.process_lives(process.pid)
+    assert not machine.process_lives(10**18)
+
+
+@pytest.mark.parametrize(("handle", "waited", "lives"), [(8, 0x102, True), (8, 0, False), (0, 0x102, False)])
+def test_windows_is_asked_by_a_handle_and_no_signal(monkeypatch, handle, waited, lives):
+    closed = []
+
+    def open_process(access, inherits, process):
+        assert (access, inherits, process) == (0x100000, False, 77)
+        return handle
+
+    kernel32 = SimpleNamespace(
+        OpenProcess=open_process,
+        WaitForSingleObject=lambda handle, milliseconds: waited,
+        CloseHandle=lambda handle: closed.append(handle.value),
+    )
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert machine.process_lives(77) == lives
+    assert closed == ([8] if handle else [])

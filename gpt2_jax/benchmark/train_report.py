@@ -48,7 +48,8 @@ class Workload:
 
 def nanogpt_flops_per_token(config: GPT2Config, sequence_length: int) -> int:
     """6 N + 12 L C T, as nanoGPT counts (model.py, estimate_mfu): N without the position table, attention in full."""
-    parameters = config.layout.num_parameters - config.layout["wpe"].size
+    layout = config.layout
+    parameters = layout.num_parameters - layout["wpe"].size
     return 6 * parameters + 12 * config.num_layers * config.channels * sequence_length
 
 
@@ -146,9 +147,7 @@ def _gflops(one: Measured, work: Workload) -> float:
 
 
 def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], work: Workload, peak: dict[str, Any]) -> str:
-    nanogpt = nanogpt_flops_per_token(work.config, work.sequence_length) / flops_per_token(
-        work.config, work.sequence_length
-    )
+    nanogpt = nanogpt_flops_per_token(work.config, work.sequence_length) / flops_per_token(work.config, work.sequence_length)
     pytorch = {one.system.dtype: one.seconds_per_step for one in measured if one.result and one.system.name == "pytorch"}
     lines = [
         "",

@@ -1,4 +1,4 @@
-"""Which device computes, why it was chosen, and what it lacks; decided before jax is imported.
+"""Which device computes, why it was chosen, and what it lacks; decided before jax starts.
 
 The only reader of JAX_PLATFORMS and of the installed accelerator plugins. Code elsewhere asks the record.
 
@@ -22,6 +22,9 @@ from gpt2_jax.compute.metal_plugins import MetalPlugin
 from gpt2_jax.errors import Gpt2JaxError
 
 _PROGRAM_FOLDER = "JAX_COMPILATION_CACHE_DIR"
+_PROGRAM_FOLDER_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
+_MAX_PROGRAM_BYTES = 2_000_000_000  # of all processors' folders together
+_PLATFORM_NAMES = {"cuda": ("cuda", "gpu")}  # what jax calls a platform that it started, where that is another name
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -59,11 +62,11 @@ class Backend:
 
 
 def select_backend(requested: str, *, metal_plugin: str = "auto", full_float32: bool = False) -> Backend:
-    """Choose the backend and set JAX_PLATFORMS, and what else it needs, for it; call this before jax is imported.
+    """Choose the backend and set JAX_PLATFORMS, and what else it needs, for it; call this before jax computes anything.
 
-    'auto' takes what is there and says why; 'cpu', 'cuda' and 'metal' are an order: Gpt2JaxError, saying what is
-    missing, when it cannot be had. `metal_plugin` names one plugin for the Apple GPU; `full_float32` asks for products
-    without a shorter format inside, for comparing with others.
+    'auto' takes what is there and says why; 'cpu', 'cuda' and 'metal' are an order: Gpt2JaxError, saying what is missing,
+    when it cannot be had, or when jax has started on another platform. `metal_plugin` names one plugin for the Apple GPU;
+    `full_float32` asks for products without a shorter format inside, for comparing with others.
     """
     if metal_plugin != "auto":
         if requested not in ("auto", "metal"):
@@ -75,8 +78,18 @@ def select_backend(requested: str, *, metal_plugin: str = "auto", full_float32: 
         chosen = _automatic(full_float32)
     else:
         chosen = {"cpu": _cpu, "cuda": _cuda}[requested]()
-    os.environ["JAX_PLATFORMS"] = chosen.platform if chosen.platform == "cpu" else f"{chosen.platform},cpu"
+    platforms = chosen.platform if chosen.platform == "cpu" else f"{chosen.platform},cpu"
+    started = jax_compat.started_platform()
+    if started is not None and started.lower() not in _PLATFORM_NAMES.get(chosen.platform, (chosen.platform.lower(),)):
+        raise Gpt2JaxError(
+            f"backend {chosen.name}: expected to be chosen before jax starts, found that jax has started on {started}",
+            f"JAX_PLATFORMS={platforms} python PROGRAM.py, or in it select_backend({requested!r}) before jax computes anything",
+        )
+    os.environ["JAX_PLATFORMS"] = platforms
     os.environ.update(dict(chosen.environment))
+    settings = {"JAX_PLATFORMS": platforms} if started is None else {}
+    settings |= {name: value for name, value in chosen.environment if name == _PROGRAM_FOLDER}
+    jax_compat.configure_imported_jax(settings)
     return chosen
 
 
@@ -139,7 +152,33 @@ def _kept_programs() -> tuple[tuple[str, str], ...]:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a read-only home, or none
         return ()
+    if _PROGRAM_FOLDER_SIZE not in os.environ:
+        _delete_old_programs(folder.parent)
     return ((_PROGRAM_FOLDER, str(folder)),)
+
+
+def _delete_old_programs(folder: Path) -> None:
+    """Delete the programs in `folder` that were not used for the longest time, until _MAX_PROGRAM_BYTES are left.
+
+    jax's own bound, jax_compilation_cache_max_size, needs the package filelock, locks the folder for every program that it
+    reads, and fails in a folder that was filled without a bound.
+    """
+    try:
+        files = [path for path in folder.glob("programs-*/**/*") if path.is_file() and not path.name.endswith("-atime")]
+        statuses = {path: path.stat() for path in files}
+        left = sum(status.st_size for status in statuses.values())
+        # Many file systems note a file's reading once a day, or never: then its writing counts.
+        for path in sorted(files, key=lambda path: max(statuses[path].st_atime, statuses[path].st_mtime)):
+            if left <= _MAX_PROGRAM_BYTES:
+                return
+            path.unlink(missing_ok=True)
+            if path.name.endswith("-cache"):
+                path.with_name(path.name.removesuffix("-cache") + "-atime").unlink(missing_ok=True)
+            left -= statuses[path].st_size
+    except FileNotFoundError:  # another process deletes old programs at the same time
+        return
+    except OSError as error:
+        print(f"{folder}: expected to delete old compiled programs, found: {error.strerror or error}", file=sys.stderr)
 
 
 def _processor_fingerprint() -> int:
@@ -169,6 +208,8 @@ def _automatic(full_float32: bool) -> Backend:
     named = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     if named == "cpu":
         return _cpu("JAX_PLATFORMS=cpu is set")
+    if jax_compat.started_platform() == "cpu":
+        return _cpu("jax has started on the CPU")
     if sys.platform == "darwin":
         try:
             return _metal("auto", full_float32)

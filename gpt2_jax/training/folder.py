@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from gpt2_jax.config import RunConfig, format_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import atomic_write
+from gpt2_jax.training.run_lock import locked
 
 
 def refuse_used_folder(folder: Path) -> None:
@@ -31,14 +32,15 @@ def folder_of(config: RunConfig, name: str) -> Path:
 
 
 @contextmanager
-def open_folder(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Make the run folder, and write the resolved settings into it."""
+def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """Make the run folder, lock it, and write the resolved settings into it; `say` is given a line about an old lock."""
     try:
         folder.mkdir(parents=True, exist_ok=config.run.out_dir != "")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         cause = getattr(error, "strerror", None) or error
         raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {cause}") from None
-    with atomic_write(saved_config_path(folder)) as file:
-        settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
-        file.write(format_config(settled).encode("utf-8"))
-    yield
+    with locked(folder, say):
+        with atomic_write(saved_config_path(folder)) as file:
+            settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
+            file.write(format_config(settled).encode("utf-8"))
+        yield

@@ -19,7 +19,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import is_ready
 from gpt2_jax.llmc.loader import Place
 from gpt2_jax.machine import gigabytes
-from gpt2_jax.report.display import plot_loss
+from gpt2_jax.report.plots import plot_loss
 from gpt2_jax.training.events import events_of, save
 from gpt2_jax.training.interrupts import StopRequest
 from gpt2_jax.training.run_state import Run
@@ -42,6 +42,8 @@ def train_loop(run: Run, request: StopRequest) -> None:
         for event in events:
             if event.at_start:
                 event.run(run)
+    else:
+        run.log_event("resume")
     if request.signal is not None:
         _stop(run, request)
     in_flight: _InFlight | None = None

@@ -25,7 +25,8 @@ from gpt2_jax.evaluate import make_loss_function, make_token_loss_function, unig
 from gpt2_jax.families.family import FamilyConfig, is_descriptor
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, read_sizes
-from gpt2_jax.report.display import Display, RunLog
+from gpt2_jax.report.display import Display
+from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint, resume
 from gpt2_jax.training.dry_run import dry_run
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
@@ -147,7 +148,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         state = resume.resumed_state(state, config, resumed, data.train, display, computed_by=computed_by)
     averages = Averages() if resumed is None or resumed.record is None else resumed.record.averages
     folder = prepared.folder
-    stack.enter_context(open_folder(folder, config))
+    stack.enter_context(open_folder(folder, config, display.line))
     run = Run(
         config=config,
         plan=plan,
@@ -157,7 +158,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         display=display,
         log=RunLog(folder / "log.jsonl"),
         computed_by=computed_by,
-        peak_flops=peak_flops(jax.devices()[0].device_kind, config.compute.dtype),
+        peak_flops=peak_flops(jax.devices()[0].device_kind, plan.dtype, plan.matmul_precision or "default"),
         compiled=compiled,
         loss_function=make_loss_function(plan),
         token_loss_function=make_token_loss_function(plan),

@@ -15,7 +15,8 @@ from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.rounding import RoundingStream
-from gpt2_jax.report.display import Display, RunLog
+from gpt2_jax.report.display import Display
+from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint
 from gpt2_jax.training.run_record import Averages
 

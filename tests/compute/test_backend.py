@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -241,6 +242,59 @@ def test_no_script_imports_jax_before_it_has_chosen_the_backend():
     assert ended.returncode == 0, ended.stderr
 
 
+def ended_program(program: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_a_jax_that_is_imported_but_has_not_started_takes_the_choice(tmp_path):
+    """It has read JAX_PLATFORMS and the folder for programs when it was imported."""
+    program = """
+import os, jax
+from gpt2_jax.compute.backend import select_backend
+del os.environ["JAX_COMPILATION_CACHE_DIR"]
+select_backend("cpu")
+print(jax.default_backend(), jax.config.jax_compilation_cache_dir == os.environ["JAX_COMPILATION_CACHE_DIR"])
+"""
+    ended = ended_program(program, JAX_PLATFORMS="no_such_platform", XDG_CACHE_HOME=str(tmp_path))
+    assert ended.stdout == "cpu True\n", ended.stderr
+
+
+def test_a_jax_that_has_started_on_another_platform_is_an_error_and_on_the_same_is_none(machine, monkeypatch):
+    machine(nvidia=True, cuda_plugin=True)
+    monkeypatch.setattr(backend.jax_compat, "started_platform", lambda: "cpu")
+    with pytest.raises(Gpt2JaxError) as raised:
+        backend.select_backend("cuda")
+    assert str(raised.value) == (
+        "backend cuda: expected to be chosen before jax starts, found that jax has started on cpu\n"
+        "---> HINT: JAX_PLATFORMS=cuda,cpu python PROGRAM.py, or in it select_backend('cuda') before jax computes anything"
+    )
+    assert os.environ["JAX_PLATFORMS"] == ""
+    chosen = backend.select_backend("auto")
+    assert (chosen.name, chosen.reason) == ("cpu", "jax has started on the CPU")
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(backend.jax_compat, "started_platform", lambda: "gpu")
+    assert backend.select_backend("cuda").name == backend.select_backend("auto").name == "cuda"
+    with pytest.raises(Gpt2JaxError, match=r"backend cpu: .* found that jax has started on gpu\n.*JAX_PLATFORMS=cpu python"):
+        backend.select_backend("cpu")
+
+
+def test_whether_jax_has_started_is_known_without_starting_it():
+    program = """
+import sys
+from gpt2_jax.jax_compat import started_platform
+assert started_platform() is None and "jax" not in sys.modules
+import jax
+assert started_platform() is None and started_platform() is None
+jax.devices()
+print(started_platform())
+"""
+    ended = ended_program(program)
+    assert ended.stdout == "cpu\n", ended.stderr
+
+
 @pytest.fixture
 def no_program_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
@@ -286,3 +340,49 @@ def test_without_a_home_to_write_to_nothing_is_kept(machine, no_program_folder, 
     (no_program_folder / "gpt2_jax").write_text("a file where the folder would be")
     machine()
     assert backend.select_backend("cpu").environment == ()
+
+
+def program_of(folder: Path, name: str, size: int, *, written: int, read: int) -> Path:
+    """A program of `size` bytes, written and last read so many seconds after the epoch."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
+    os.utime(path, (read, written))
+    return path
+
+
+def test_the_programs_that_were_not_used_for_longest_are_deleted_beyond_the_bound(machine, no_program_folder, monkeypatch):
+    monkeypatch.setattr(backend, "_MAX_PROGRAM_BYTES", 300)
+    kept = no_program_folder / "gpt2_jax"
+    oldest = program_of(kept, "programs-other-00000000/a-cache", 100, written=1, read=1)
+    beside = program_of(kept, "programs-other-00000000/a-atime", 8, written=1, read=1)
+    tuned = program_of(kept, "programs-other-00000000/tuned/b", 100, written=2, read=2)
+    read_again = program_of(kept, "programs-x86_64-00000001/c-cache", 100, written=1, read=9)
+    newest = program_of(kept, "programs-x86_64-00000001/d-cache", 100, written=8, read=2)
+    elsewhere = program_of(kept, "else", 1000, written=1, read=1)
+    machine()
+    backend.select_backend("cpu")
+    assert [path.exists() for path in (oldest, beside, tuned, read_again, newest, elsewhere)] == [False, False] + 4 * [True]
+    program_of(kept, "programs-x86_64-00000001/e-cache", 1, written=10, read=10)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "1000")  # the user's own bound is jax's to keep
+    backend.select_backend("cpu")
+    assert tuned.exists()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
+    backend.select_backend("cpu")
+    assert [path.exists() for path in (tuned, read_again, newest)] == [False, True, True]
+
+
+def test_programs_that_cannot_be_deleted_are_said_and_no_error(machine, no_program_folder, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "_MAX_PROGRAM_BYTES", 10)
+    kept = no_program_folder / "gpt2_jax"
+    program_of(kept, "programs-other-00000000/a-cache", 100, written=1, read=1)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    machine()
+    assert backend.select_backend("cpu").environment != ()
+    assert capsys.readouterr().err == f"{kept}: expected to delete old compiled programs, found: Permission denied\n"

@@ -28,7 +28,7 @@ from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_m
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file, write_tokenizer_file
-from gpt2_jax.report.display import RunLog
+from gpt2_jax.report.log import RunLog
 from gpt2_jax.training.run_record import Averages, RunRecord, read_run_record, write_run_record
 from tests.contract.guard import no_hang
 

@@ -22,7 +22,7 @@ from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.report.display import RunLog
+from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint
 from gpt2_jax.training import run as trainer
 from gpt2_jax.training.run import _not_finite, train
@@ -79,6 +79,18 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(config, tmp_path, dtype)
         assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in straight_rows]
     # The samples were those of models that had learned something, so they tell the models apart.
     assert len({row["text"] for row in rows}) > 1
+
+
+def test_a_run_resumed_with_fewer_steps_reports_none_of_the_later_ones(config):
+    folder = train(change(config, run={"checkpoint_every": 4}), "tiny", CPU)
+    for name in ("model_00000008.bin", "state_00000008_00000.bin", "DONE_00000008"):
+        (folder / name).unlink()
+    train(change(config, run={"resume": True, "steps": 6}), "tiny", CPU)
+    log = RunLog(folder / "log.jsonl")
+    assert [row["step"] for row in log.records("train")] == [1, 2, 3, 4, 5, 6]
+    assert list(log.finite_values("validation", "loss")) == [0, 4, 6]
+    assert [row["step"] for row in log.records("resume")] == [4]
+    assert log.path.read_text().count('"event": "train"') == 8 + 2  # no line was lost
 
 
 @pytest.mark.parametrize("variant", ["outlier skip", "bfloat16", "no masters"])
