@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.compute.forward import token_losses
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import token_losses
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
+from gpt2_jax.compute.forward import logits_at
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import logits_at
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.random import XorShift
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.compute.forward import all_logits
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import accumulated_gradient, all_logits, compile_step, create_state
+from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_state
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.families.gpt2 import GPT2Config

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.compute.forward import all_logits
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import accumulated_gradient, all_logits
+from gpt2_jax.compute.step import accumulated_gradient
 from gpt2_jax.data.tokenizer import gpt2_tokenizer, token_bytes
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config

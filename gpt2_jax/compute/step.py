@@ -1,4 +1,4 @@
-"""The one recipe of a training step, and the forward pass without one: pure functions of a plan."""
+"""The one recipe of a training step: pure functions of a plan."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jax import lax
 
 from gpt2_jax.buffer.adamw import AdamWState, adamw
 from gpt2_jax.buffer.rounding import stochastically_rounded
-from gpt2_jax.buffer.schedules import Schedule, learning_rate_schedule
+from gpt2_jax.buffer.schedules import learning_rate_schedule
 from gpt2_jax.buffer.weights import Weights
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.compute.stability import Verdict, empty_windows, judge
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.models import gpt2 as model
-from gpt2_jax.ops.classifier import classifier_of, logits
+from gpt2_jax.ops.classifier import classifier_of
 from gpt2_jax.ops.threaded import Site
 from gpt2_jax.ops.writer import empty_slots, writer_of
 
@@ -128,40 +128,6 @@ def accumulated_gradient(
     return total
 
 
-def token_losses(plan: Plan, params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
-    """Cross-entropy of every target, (B, T) float32, in nats."""
-    with plan.precision():
-        weights = Weights(plan, params_N, empty_slots(plan))
-        h_BTC = model.hidden_states(weights, x_BT)
-        return classifier_of(plan).token_losses(Site(plan, (model.CLASSIFIER,)), h_BTC, y_BT, params_N)
-
-
-def logits_at(plan: Plan, params_N: jax.Array, x_BT: jax.Array, position: jax.Array) -> jax.Array:
-    """Logits (B, vocab_size) float32 of the token after `position` (int32 scalar)."""
-    with plan.precision():
-        h_BTC = model.hidden_states(Weights(plan, params_N, empty_slots(plan)), x_BT)
-        h_BC = lax.dynamic_index_in_dim(h_BTC, position, axis=1, keepdims=False)
-        return logits(Site(plan, (model.CLASSIFIER,)), h_BC, params_N)[:, : plan.config.vocab_size]
-
-
-def all_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
-    """Logits (B, T, vocab_size) float32 of every position: for comparing, since they are large."""
-    with plan.precision():
-        h_BTC = model.hidden_states(Weights(plan, params_N, empty_slots(plan)), x_BT)
-        return logits(Site(plan, (model.CLASSIFIER,)), h_BTC, params_N)[..., : plan.config.vocab_size]
-
-
-def make_schedule(optimizer: OptimizerSettings, steps: int) -> Schedule:
-    """The learning rate of a run of so many steps."""
-    return learning_rate_schedule(
-        optimizer.schedule,
-        optimizer.learning_rate,
-        steps=steps,
-        warmup_steps=optimizer.warmup_steps,
-        final_fraction=optimizer.final_learning_rate_fraction,
-    )
-
-
 def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages.Wrapped:
     """The step to compile: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32, for a run of so many steps.
 
@@ -169,7 +135,13 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
     leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
     the new parameters to bfloat16's values.
     """
-    schedule = make_schedule(settings, steps)
+    schedule = learning_rate_schedule(
+        settings.schedule,
+        settings.learning_rate,
+        steps=steps,
+        warmup_steps=settings.warmup_steps,
+        final_fraction=settings.final_learning_rate_fraction,
+    )
     optimizer = adamw(schedule, plan.layout, weight_decay=settings.weight_decay, custom_call=plan.adamw.name == "custom_call")
 
     def step(

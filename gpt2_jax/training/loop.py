@@ -12,17 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_jax.compute.flops import flops_per_token
-from gpt2_jax.compute.memory import measured_peak
 from gpt2_jax.compute.stability import not_finite
 from gpt2_jax.compute.step import Metrics
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import is_ready
 from gpt2_jax.llmc.loader import Place
-from gpt2_jax.machine import gigabytes
-from gpt2_jax.report.plots import plot_loss
 from gpt2_jax.training.events import events_of, save
 from gpt2_jax.training.interrupts import StopRequest
 from gpt2_jax.training.run_state import Run
+from gpt2_jax.training.summary import summarize
 
 
 class _InFlight(NamedTuple):
@@ -69,7 +67,7 @@ def train_loop(run: Run, request: StopRequest) -> None:
         if due:
             run.clock.restart()
         batch = None if last else run.data.next_batch()
-    _finish(run)
+    summarize(run)
 
 
 def _seeds(run: Run) -> tuple[np.ndarray, ...]:
@@ -138,21 +136,3 @@ def _stop(run: Run, request: StopRequest) -> None:
         folder = shlex.quote(str(run.folder))
         run.display.line(f"to go on:\npython scripts/train.py --resume --out-dir {folder}")
     request.end_program()
-
-
-def _finish(run: Run) -> None:
-    """Draw the losses, and say what came of the run."""
-    plot_path = run.folder / "loss.png"
-    run.attempt(lambda: plot_loss(run.log, plot_path, baseline=run.baseline))
-    seconds = run.clock.average_seconds
-    run.display.line(f"average: {seconds * 1000:.2f} ms a step, {run.config.tokens_per_step / seconds:.0f} tok/s")
-    peak, of = measured_peak()
-    run.display.line(f"peak memory: {gigabytes(peak)} {of}")
-    losses: list[float] = []
-    run.attempt(lambda: losses.extend(run.log.finite_values("validation", "loss").values()))
-    if run.baseline is not None and losses:
-        verdict = "below it: more than word frequencies was learned" if losses[-1] < run.baseline else "not below it yet"
-        run.display.line(
-            f"validation loss {losses[0]:.4f} -> {losses[-1]:.4f}; unigram cross-entropy {run.baseline:.4f}: {verdict}"
-        )
-    run.display.line(f"loss curve: {plot_path}\nlog:        {run.log.path}\nrun folder: {run.folder}")

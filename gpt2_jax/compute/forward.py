@@ -1,0 +1,39 @@
+"""The forward pass alone, by the ops of the training step: losses of tokens, and logits."""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+
+from gpt2_jax.buffer.weights import Weights
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.models import gpt2 as model
+from gpt2_jax.ops.classifier import classifier_of, logits
+from gpt2_jax.ops.threaded import Site
+from gpt2_jax.ops.writer import empty_slots
+
+
+def token_losses(plan: Plan, params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
+    """Cross-entropy of every target, (B, T) float32, in nats."""
+    with plan.precision():
+        h_BTC = _hidden_states(plan, params_N, x_BT)
+        return classifier_of(plan).token_losses(Site(plan, (model.CLASSIFIER,)), h_BTC, y_BT, params_N)
+
+
+def logits_at(plan: Plan, params_N: jax.Array, x_BT: jax.Array, position: jax.Array) -> jax.Array:
+    """Logits (B, vocab_size) float32 of the token after `position` (int32 scalar)."""
+    with plan.precision():
+        h_BTC = _hidden_states(plan, params_N, x_BT)
+        h_BC = lax.dynamic_index_in_dim(h_BTC, position, axis=1, keepdims=False)
+        return logits(Site(plan, (model.CLASSIFIER,)), h_BC, params_N)[:, : plan.config.vocab_size]
+
+
+def all_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
+    """Logits (B, T, vocab_size) float32 of every position: for comparing, since they are large."""
+    with plan.precision():
+        h_BTC = _hidden_states(plan, params_N, x_BT)
+        return logits(Site(plan, (model.CLASSIFIER,)), h_BTC, params_N)[..., : plan.config.vocab_size]
+
+
+def _hidden_states(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
+    return model.hidden_states(Weights(plan, params_N, empty_slots(plan)), x_BT)
