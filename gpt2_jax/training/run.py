@@ -122,7 +122,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path:
 
     folder = _open_folder(config, name)
     clock = _StepClock(config.tokens_per_step, averages)
-    peak = peak_flops(jax.devices()[0].device_kind, config.compute.dtype, config.compute.matmul_precision)
+    precision = jax.config.jax_default_matmul_precision or "default"  # type: ignore[attr-defined]
+    peak = peak_flops(jax.devices()[0].device_kind, config.compute.dtype, precision)
     loaders = (train_loader, validation_loader)
     run = _Run(config, folder, layout, steps, *loaders, questions, matmul.name, computed_by, display, clock, peak, rounding)
     with display:
