@@ -195,6 +195,11 @@ class RunConfig:
         return max(1, self.data.total_batch_size // (self.data.batch_size * self.data.sequence_length))
 
     @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        """(A, B, T): the micro-batches of one step, their sequences, and the tokens of each."""
+        return self.num_micro_batches, self.data.batch_size, self.data.sequence_length
+
+    @property
     def tokens_per_step(self) -> int:
         return self.num_micro_batches * self.data.batch_size * self.data.sequence_length
 

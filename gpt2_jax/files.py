@@ -155,6 +155,11 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host_in_a_name(socket.gethostname())}.{os.getpid()}.tmp")
 
 
+def remove_temporaries(folder: str | os.PathLike, host: str, process: int) -> None:
+    """Remove the temporary files that a process which is gone has left in a folder."""
+    _remove_all(Path(folder).glob(f".*.{_host_in_a_name(host)}.{process}.tmp"))
+
+
 def _host_in_a_name(host: str) -> str:
     """A host's name, at most 32 letters, digits and hyphens; one that had to be changed ends in its checksum."""
     safe = re.sub(r"[^A-Za-z0-9-]", "-", host)

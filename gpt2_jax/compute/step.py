@@ -156,15 +156,9 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
             params_N, moments = optimizer.apply(grads_N, norm, verdict.applies, state.optimizer, state.params)
         if tensor_seeds is not None:  # parameters that were not updated are rounded already, and stay
             params_N = stochastically_rounded(params_N, plan.layout, tensor_seeds)
-        metrics = Metrics(
-            loss=loss,
-            gradient_norm=norm,
-            learning_rate=schedule(state.optimizer.step),
-            squared_norms=squared_norms_S,
-            verdict=verdict,
-        )
-        kept_N = None if state.grads is None else grads_N
-        return TrainState(params=params_N, optimizer=moments, windows=windows, grads=kept_N), metrics
+        metrics = Metrics(loss, norm, schedule(state.optimizer.step), squared_norms_S, verdict)
+        grads = None if state.grads is None else grads_N
+        return TrainState(params_N, moments, windows, grads), metrics
 
     return jax.jit(step, donate_argnums=(0,) if plan.backend.donates else ())
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, check_questions, read_eval_file
 from gpt2_jax.llmc.loader import Place, TokenLoader
+
+if TYPE_CHECKING:
+    from gpt2_jax.config import DataSettings
+    from gpt2_jax.families.family import FamilyConfig
 
 
 class Batch(NamedTuple):
@@ -42,30 +46,23 @@ class RunData:
 
 
 def open_data(
-    train: str,
-    validation: str,
-    hellaswag: str,
-    *,
-    batch_size: int,
-    sequence_length: int,
-    num_micro_batches: int,
-    vocab_size: int,
-    max_sequence_length: int,
-    shuffle: bool,
-    overfits_one_batch: bool,
-    validates: bool,
+    settings: DataSettings, model: FamilyConfig, *, hellaswag: str, num_micro_batches: int, validates: bool
 ) -> RunData:
     """Open what a run with these settings reads; Gpt2JaxError for files that are not there or do not fit the model."""
-    if sequence_length > max_sequence_length:
+    T = settings.sequence_length
+    if model.max_sequence_length < T:
         raise Gpt2JaxError(
-            f"--sequence-length: expected at most the model's {max_sequence_length}, found {sequence_length}",
-            f"--sequence-length {max_sequence_length}",
+            f"--sequence-length: expected at most the model's {model.max_sequence_length}, found {T}",
+            f"--sequence-length {model.max_sequence_length}",
         )
-    sizes = (batch_size, sequence_length)
-    train_paths = validation if overfits_one_batch else train
-    train_loader = TokenLoader(train_paths, *sizes, vocab_size=vocab_size, shuffle=shuffle and not overfits_one_batch)
-    validation_loader = TokenLoader(validation, *sizes, vocab_size=vocab_size) if validates else None
+
+    def loader(paths: str, *, shuffle: bool = False) -> TokenLoader:
+        return TokenLoader(paths, settings.batch_size, T, vocab_size=model.vocab_size, shuffle=shuffle)
+
+    overfits = settings.overfit_one_batch
+    train = loader(settings.validation) if overfits else loader(settings.train, shuffle=settings.shuffle)
+    validation = loader(settings.validation) if validates else None
     questions = read_eval_file(hellaswag) if hellaswag else []
     if questions:
-        check_questions(questions, hellaswag, vocab_size=vocab_size, sequence_length=sequence_length)
-    return RunData(train_loader, validation_loader, questions, num_micro_batches, overfits_one_batch)
+        check_questions(questions, hellaswag, vocab_size=model.vocab_size, sequence_length=T)
+    return RunData(train, validation, questions, num_micro_batches, overfits)

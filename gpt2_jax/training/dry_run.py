@@ -60,7 +60,7 @@ def dry_run(
 def _time_step(config: RunConfig, plan: Plan, compiled: jax.stages.Compiled) -> float:
     """Seconds of a step that is not the first."""
     state = jax.tree_util.tree_map(lambda shape: jax.numpy.zeros(shape.shape, shape.dtype), state_shapes(plan))
-    batch = np.zeros((config.num_micro_batches, config.data.batch_size, config.data.sequence_length), np.int32)
+    batch = np.zeros(config.batch_shape, np.int32)
     seeds = (np.zeros(len(plan.layout.tensors), np.uint32),) if config.rounds_parameters else ()
     seconds = 0.0
     for _ in range(2):

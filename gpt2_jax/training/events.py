@@ -85,11 +85,8 @@ def save(run: Run) -> None:
         run.display.line(f"NO checkpoint of step {run.step}: {error}\nthe run goes on; {run.newest_checkpoint()}")
         return
     run.display.line(f"checkpoint of step {run.step}: {path}")
-    keep, major_every = config.run.keep_checkpoints, config.run.major_checkpoint_every
-    every = config.run.checkpoint_every
-    run.attempt(
-        lambda: checkpoint.delete_old_checkpoints(run.folder, run.step, every=every, keep=keep, major_every=major_every)
-    )
+    every, keep, major = config.run.checkpoint_every, config.run.keep_checkpoints, config.run.major_checkpoint_every
+    run.attempt(lambda: checkpoint.delete_old_checkpoints(run.folder, run.step, every=every, keep=keep, major_every=major))
 
 
 def validate(run: Run) -> None:

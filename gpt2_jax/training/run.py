@@ -22,7 +22,7 @@ from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import make_loss_function, make_token_loss_function, unigram_cross_entropy
-from gpt2_jax.families.family import FamilyConfig, is_descriptor
+from gpt2_jax.families.family import is_descriptor
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, read_sizes
 from gpt2_jax.report.display import Display
@@ -83,9 +83,7 @@ def prepare(config: RunConfig, name: str, backend: Backend) -> Prepared:
     """Settle everything that a run with these settings is, reading no weights; Gpt2JaxError for what cannot be."""
     config.validate()
     device = open_device(backend)
-    # Sizes and data first: a mistyped path is reported at once.
     newest = None
-    model: FamilyConfig
     if config.run.resume:
         resume.check_settings(config)
         newest = checkpoint.newest_step(config.run.out_dir)
@@ -96,16 +94,10 @@ def prepare(config: RunConfig, name: str, backend: Backend) -> Prepared:
         model = read_sizes(config.model)
     plan = make_plan(config.compute, backend, model)
     data = open_data(
-        config.data.train,
-        config.data.validation,
-        config.evaluation.hellaswag,
-        batch_size=config.data.batch_size,
-        sequence_length=config.data.sequence_length,
+        config.data,
+        model,
+        hellaswag=config.evaluation.hellaswag,
         num_micro_batches=config.num_micro_batches,
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.max_sequence_length,
-        shuffle=config.data.shuffle,
-        overfits_one_batch=config.data.overfit_one_batch,
         validates=config.evaluation.validate_every > 0,
     )
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
@@ -121,17 +113,17 @@ def _compile(prepared: Prepared, display: Display) -> jax.stages.Compiled:
     config = prepared.config
     display.line("compiling the training step ...")
     started = time.perf_counter()
-    shape = (config.num_micro_batches, config.data.batch_size, config.data.sequence_length)
-    compiled = compile_step(prepared.plan, config.optimizer, prepared.steps, shape, rounds=config.rounds_parameters)
+    compiled = compile_step(
+        prepared.plan, config.optimizer, prepared.steps, config.batch_shape, rounds=config.rounds_parameters
+    )
     display.line(f"compiled in {time.perf_counter() - started:.1f} s")
     return compiled
 
 
 def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, stack: ExitStack) -> Run:
     """Make or load the weights, and the folder; what must be undone at the run's end goes on the stack."""
-    config, plan, data = prepared.config, prepared.plan, prepared.data
-    computed_by = resume.computed_by(plan)
-    resumed = None
+    config, plan, data, folder = prepared.config, prepared.plan, prepared.data, prepared.folder
+    computed_by, resumed = resume.computed_by(plan), None
     if prepared.resumes_from is not None:
         display.line(f"loading the checkpoint of step {prepared.resumes_from} ...")
         masters = not config.rounds_parameters
@@ -147,7 +139,6 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
     if resumed is not None:
         state = resume.resumed_state(state, config, resumed, data.train, display, computed_by=computed_by)
     averages = Averages() if resumed is None or resumed.record is None else resumed.record.averages
-    folder = prepared.folder
     stack.enter_context(open_folder(folder, config, display.line))
     run = Run(
         config=config,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import remove_temporaries
 from gpt2_jax.machine import process_lives
 
 try:
@@ -43,8 +44,8 @@ def locked(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Ite
     """Keep every other process out of a run folder that exists, by a file `.lock` with this host and process in it.
 
     The kernel holds the lock where it can, and gives it up when the process ends, however it ends. A lock that was left
-    behind is taken over, and `say` is given a line about it. Gpt2JaxError when another process has the lock, or when the
-    file cannot be written.
+    behind is taken over: `say` is given a line about it, and the half-written files of that process are removed.
+    Gpt2JaxError when another process has the lock, or when the file cannot be written.
     """
     path = Path(folder) / _NAME
     try:
@@ -93,6 +94,7 @@ def _take_opened(path: Path, descriptor: int, is_new: bool, say: Callable[[str],
         return False
     if holder is not None:
         say(f"{path} was left by {holder}, which is gone: taken over")
+        remove_temporaries(path.parent, holder.host, holder.process)
     os.ftruncate(descriptor, 0)
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
@@ -131,7 +133,9 @@ def _read_holder(descriptor: int) -> _Holder | None:
 def _refusal(path: Path, holder: _Holder | None, *, certain: bool) -> Gpt2JaxError:
     """The error that names who has the lock; `certain` when that process runs, else it may be gone."""
     problem = f"{path.parent}: expected a run folder that no other process trains in, found {holder or 'another process'} in it"
-    if certain or (holder is not None and holder.host == socket.gethostname()):
+    # A container that was started again may have the name and the process id of the one before it.
+    is_another = holder is not None and holder.host == socket.gethostname() and holder.process != os.getpid()
+    if certain or is_another:
         stop = f"kill {holder.process}   (on {holder.host}: it stops after its step), or " if holder else ""
         return Gpt2JaxError(problem, f"{stop}another --out-dir")
     return Gpt2JaxError(problem, f"rm {shlex.quote(str(path))}   (if that process is gone), or another --out-dir")

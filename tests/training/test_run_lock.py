@@ -91,6 +91,24 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_with_a_line(tmp_pat
     assert take(tmp_path) == []
 
 
+def test_half_written_files_of_the_process_that_is_gone_are_removed_and_no_others(tmp_path):
+    program = (
+        "import os, signal, sys\nfrom gpt2_jax.files import write_together\nfrom gpt2_jax.training.run_lock import locked\n"
+        "with locked(sys.argv[1]), write_together() as write:\n"
+        "    for name in ('model.bin', 'state.bin'):\n"
+        "        with write(os.path.join(sys.argv[1], name)) as file:\n            file.write(b'x' * 1000)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, check=False)
+    assert len([path for path in tmp_path.iterdir() if path.stat().st_size == 1000]) == 2
+    others = {".model.bin.another-host.77.tmp", ".model.bin.tmp", "model.bin"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    with locked(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == others
+
+
 def test_of_another_hosts_process_only_the_kernel_knows_whether_it_is_gone(tmp_path, kind):
     path = tmp_path / ".lock"
     path.write_text("another-host 77\n")
@@ -100,6 +118,16 @@ def test_of_another_hosts_process_only_the_kernel_knows_whether_it_is_gone(tmp_p
         with pytest.raises(Gpt2JaxError, match=rf"found process 77 on another-host in it\n---> HINT: rm {path}   \(if that"):
             take(tmp_path)
         assert path.read_text() == "another-host 77\n"
+
+
+def test_a_lock_of_this_very_name_and_process_may_be_of_a_container_before_this_one(tmp_path, kind):
+    path = tmp_path / ".lock"
+    path.write_text(f"{HOST} {os.getpid()}\n")
+    if kind == "flock":
+        assert len(take(tmp_path)) == 1
+    else:
+        with pytest.raises(Gpt2JaxError, match=rf"found process {os.getpid()} on .*\n---> HINT: rm {path}   \(if that"):
+            take(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no lock\n", b"\xff 12\n\n", b"host 99999999999\n"])
