@@ -62,23 +62,55 @@ def state_shapes(plan: Plan) -> TrainState:
     return shapes
 
 
-def loss_and_gradient(
-    plan: Plan,
-    params_N: jax.Array,
-    grads_N: jax.Array | None,
-    x_BT: jax.Array,
-    y_BT: jax.Array,
-    *,
-    scale: float = 1.0,
-    accumulate: bool = False,
+def accumulated_gradient(
+    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_ABT: jax.Array, y_ABT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`scale` times the mean loss, float32; its gradient (num_parameters,) float32; and each tensor's sum of squares (S,).
+    """loss_and_gradient of the mean over A micro-batches, summed in float32 in their order.
 
-    The gradient is written over `grads_N` where the plan's writer works in place, or with `accumulate` added to it. x and
-    y are (B, T) int32, ids below the true vocabulary.
+    Where the backend has no loops the function holds the micro-batches one after another.
     """
-    if grads_N is None:
-        grads_N = jnp.zeros_like(params_N)
+    num_micro_batches = x_ABT.shape[0]
+    if num_micro_batches == 1:
+        return loss_and_gradient(plan, params_N, grads_N, x_ABT[0], y_ABT[0])
+
+    def add(total: _Sums, batch: _Batch) -> tuple[_Sums, None]:
+        loss, grads_N, known = _micro_batch(plan, params_N, total[1], batch, 1.0 / num_micro_batches, accumulate=True)
+        return (total[0] + loss, grads_N, known), None
+
+    shapes = jax.eval_shape(lambda: _micro_batch(plan, params_N, None, (x_ABT[0], y_ABT[0]), 1.0, accumulate=True))
+    total: _Sums = jax.tree_util.tree_map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    if plan.backend.loops:
+        total = lax.scan(add, total, (x_ABT, y_ABT))[0]
+    else:
+        add_once = jax.jit(add)  # traced once, called A times
+        for index in range(num_micro_batches):
+            total, _ = add_once(total, (x_ABT[index], y_ABT[index]))
+    loss, grads_N, known = total
+    return loss, *writer_of(plan).squares(plan, grads_N, known)
+
+
+def loss_and_gradient(
+    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_BT: jax.Array, y_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean loss, float32; its gradient (num_parameters,) float32; and each tensor's sum of squares (S,).
+
+    Where the plan's writer works in place the gradient is written over `grads_N`, if there is one. x and y are (B, T)
+    int32, ids below the true vocabulary.
+    """
+    loss, grads_N, known = _micro_batch(plan, params_N, grads_N, (x_BT, y_BT), 1.0, accumulate=False)
+    return loss, *writer_of(plan).squares(plan, grads_N, known)
+
+
+_Batch = tuple[jax.Array, jax.Array]  # x_BT, y_BT
+_Sums = tuple[jax.Array, jax.Array, jax.Array]  # loss, gradient, and what the writer knows of its squares
+
+
+def _micro_batch(
+    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, batch: _Batch, scale: float, *, accumulate: bool
+) -> _Sums:
+    """`scale` times the mean loss of one micro-batch, and its gradient, or with `accumulate` that added to `grads_N`."""
+    x_BT, y_BT = batch
+    grads_N = jnp.zeros_like(params_N) if grads_N is None else grads_N
 
     def forward(flat_N: jax.Array, slots: Any) -> tuple[jax.Array, jax.Array]:
         weights = Weights(plan, flat_N, slots, accumulate=accumulate)
@@ -95,37 +127,6 @@ def loss_and_gradient(
         slots |= {name: (slots[name][0] + slot,) for name, slot in of_classifier.items()}
         with jax.named_scope("gradient"):
             return loss, *writer_of(plan).finish(plan, grads_N, slots, accumulate)
-
-
-def accumulated_gradient(
-    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_ABT: jax.Array, y_ABT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """loss_and_gradient of the mean over A micro-batches, summed in float32 in their order.
-
-    Where the backend has no loops the function holds the micro-batches one after another.
-    """
-    num_micro_batches = x_ABT.shape[0]
-    if num_micro_batches == 1:
-        return loss_and_gradient(plan, params_N, grads_N, x_ABT[0], y_ABT[0])
-    total = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros_like(params_N),
-        jnp.zeros((len(plan.layout.tensors),), jnp.float32),
-    )
-
-    def add(
-        total: tuple[jax.Array, jax.Array, jax.Array], batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        scale = 1.0 / num_micro_batches
-        loss, grads_N, squares_S = loss_and_gradient(plan, params_N, total[1], *batch, scale=scale, accumulate=True)
-        return (total[0] + loss, grads_N, squares_S), None
-
-    if plan.backend.loops:
-        return lax.scan(add, total, (x_ABT, y_ABT))[0]
-    add_once = jax.jit(add)  # traced once, called A times
-    for index in range(num_micro_batches):
-        total, _ = add_once(total, (x_ABT[index], y_ABT[index]))
-    return total
 
 
 def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages.Wrapped:

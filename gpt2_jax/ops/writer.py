@@ -44,8 +44,10 @@ class Writer(NamedTuple):
     array: Callable[[Site, jax.Array, str, jax.Array], tuple[jax.Array, jax.Array]]
     # (site, gradient_N, name, indices, rows): rows (..., C) added to those of a matrix that indices (...) name
     rows: Callable[[Site, jax.Array, str, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-    # (plan, gradient_N, slots, accumulate): the complete buffer, and each tensor's sum of squares (S,) float32
+    # (plan, gradient_N, slots, accumulate): the complete buffer of a micro-batch, and what is known of its squares by then
     finish: Callable[[Plan, jax.Array, AllSlots, bool], tuple[jax.Array, jax.Array]]
+    # (plan, gradient_N, known): the buffer of the whole step, and each tensor's sum of squares (S,) float32
+    squares: Callable[[Plan, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     # Whether the slots of product weights hold a scalar rather than the gradient.
     writes_at_once: bool
 
@@ -128,14 +130,18 @@ def _finish_in_place(plan: Plan, gradient_N: jax.Array, slots: AllSlots, accumul
     small = [tensor for tensor in plan.layout.tensors if not tensor.multiplies]
     places = [(tensor.layer_offset(layer), gradient) for tensor in small for layer, gradient in enumerate(slots[tensor.name])]
     gradient_N = _write_into(gradient_N, [offset for offset, _ in places], [gradient for _, gradient in places], accumulate)
-    # Only small tensors are read again for their squares.
-    squares = dict(zip((t.name for t in small), squared_norms(gradient_N, small, custom_call=True), strict=True))
-    for tensor in plan.layout.tensors:
-        if tensor.multiplies:
-            # The embedding's part is the change of the sum: where rows cancel, roundings may leave less than nothing.
-            # Summed in the order in which they were made, from the last layer to the first.
-            squares[tensor.name] = jnp.maximum(jnp.sum(jnp.stack(slots[tensor.name][::-1])), 0.0)
-    return gradient_N, jnp.stack([squares[tensor.name] for tensor in plan.layout.tensors])
+    # Summed in the order in which they were made, from the last layer to the first. The embedding's part is the change of
+    # the sum: where rows cancel, roundings may leave less than nothing.
+    products = [jnp.sum(jnp.stack(slots[tensor.name][::-1])) for tensor in plan.layout.tensors if tensor.multiplies]
+    return gradient_N, jnp.maximum(jnp.stack(products), 0.0)
+
+
+def _squares_in_place(plan: Plan, gradient_N: jax.Array, of_products: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Only small tensors are read again for their squares."""
+    small = [tensor for tensor in plan.layout.tensors if not tensor.multiplies]
+    of_small = iter(squared_norms(gradient_N, small, custom_call=True))
+    of_large = iter(of_products)
+    return gradient_N, jnp.stack([next(of_large if tensor.multiplies else of_small) for tensor in plan.layout.tensors])
 
 
 def _write_into(gradient_N: jax.Array, offsets: list[int], pieces: list[jax.Array], accumulate: bool) -> jax.Array:
@@ -194,10 +200,10 @@ def _finish_by_update(plan: Plan, gradient_N: jax.Array, slots: AllSlots, accumu
     for tensor in plan.layout.tensors:
         if not tensor.multiplies:
             gradient_N = _update(gradient_N, tensor.offset, jnp.stack(slots[tensor.name]), accumulate)
-    return _complete(plan, gradient_N)
+    return gradient_N, jnp.zeros((0,), _FLOAT32)
 
 
-def _complete(plan: Plan, gradient_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _squares_by_a_pass(plan: Plan, gradient_N: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Keeps XLA from pulling the making of the gradient into the optimizer's passes over the buffer.
     gradient_N = lax.optimization_barrier(gradient_N)
     return gradient_N, squared_norms(gradient_N, plan.layout.tensors, custom_call=library.serves(plan))
@@ -227,7 +233,7 @@ def _concatenate(plan: Plan, gradient_N: jax.Array, slots: AllSlots, accumulate:
     pieces = [gradient.reshape(-1) for tensor in plan.layout.tensors for gradient in slots[tensor.name]]
     # lax's, not jnp's, which in some versions of jax joins 16 pieces at a time.
     whole_N = lax.concatenate(pieces, 0)
-    return _complete(plan, gradient_N + whole_N if accumulate else whole_N)
+    return gradient_N + whole_N if accumulate else whole_N, jnp.zeros((0,), _FLOAT32)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -253,18 +259,18 @@ TABLE = (
         "in_place",
         _refuses_in_place,
         "products write gradients where they belong",
-        functions=Writer(_product_in_place, _array_in_place, _rows_in_place, _finish_in_place, writes_at_once=True),
+        functions=Writer(_product_in_place, _array_in_place, _rows_in_place, _finish_in_place, _squares_in_place, True),
     ),
     Implementation(
         "update_slice",
         _refuses_update,
         "a slice of the donated buffer is updated in place",
-        functions=Writer(_product_by_update, _array_by_update, _rows_by_update, _finish_by_update, writes_at_once=True),
+        functions=Writer(_product_by_update, _array_by_update, _rows_by_update, _finish_by_update, _squares_by_a_pass, True),
     ),
     Implementation(
         "concatenate",
         always,
         "the reference, on every device",
-        functions=Writer(_product_as_array, _array_as_it_is, _rows_as_array, _concatenate, writes_at_once=False),
+        functions=Writer(_product_as_array, _array_as_it_is, _rows_as_array, _concatenate, _squares_by_a_pass, False),
     ),
 )
