@@ -13,6 +13,8 @@ import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Two virtual devices: code that takes the first device for the only one shows.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 # Tests, and the programs that they run, compile the same few functions again and again; pytest-xdist's workers share them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-test-cache-")
@@ -28,6 +30,15 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+import tests.shapes
+
+# Before the modules are imported: the shapes in arrays' names are checked at every call.
+install_import_hook(
+    ["gpt2_jax.ops", "gpt2_jax.models", "gpt2_jax.buffer", "gpt2_jax.compute.step", "gpt2_jax.compute.forward"],
+    f"{tests.shapes.checked.__module__}.{tests.shapes.checked.__name__}",
+)
 
 import gpt2_jax
 from gpt2_jax.buffer.layout import ParameterLayout
