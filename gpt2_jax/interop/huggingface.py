@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.family import FAMILIES, family_of_model_type
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.files import file_size, read_text_file
 
@@ -69,6 +70,10 @@ def read_huggingface_config(path: str | os.PathLike) -> GPT2Config:
     text = read_text_file(path, "a GPT-2 config", _HINT, max_bytes=_MAX_CONFIG_BYTES)
     try:
         config: dict[str, Any] = json.loads(text)
+        # transformers writes its own name of the family; a key left out says nothing.
+        if family_of_model_type(model_type := config.get("model_type", "gpt2")) is None:
+            known = " or ".join(family.huggingface_model_type for family in FAMILIES)
+            raise Gpt2JaxError(f"{path}: expected model_type {known}, found {model_type!r}", _HINT)
         sizes = GPT2Config(
             max_sequence_length=int(config["n_positions"]),
             vocab_size=int(config["vocab_size"]),

@@ -9,20 +9,21 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.family import family_of_magic
+from gpt2_jax.families.gpt2 import FILE_MAGIC
 from gpt2_jax.files import file_size
 
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 
 # Every magic number of llm.c's GPT-2 files, so that a reader can say what it was given instead.
-MAGIC_MODEL = 20240326
+MAGIC_MODEL = FILE_MAGIC
 MAGIC_DEBUG_STATE = 20240327
 MAGIC_TOKENIZER = 20240328
 MAGIC_TOKEN_SHARD = 20240520
 MAGIC_EVAL = 20240522
 MAGIC_TRAINING_STATE = 20240527
 _FILE_KINDS = {
-    MAGIC_MODEL: "a model file",
     MAGIC_DEBUG_STATE: "a debug state file",
     MAGIC_TOKENIZER: "a tokenizer file",
     MAGIC_TOKEN_SHARD: "a token shard",
@@ -56,7 +57,8 @@ def read_header(
     except OSError as error:
         raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
     if header[0] != magic:
-        found = _FILE_KINDS.get(int(header[0]), "no file of llm.c's")
+        family = family_of_magic(int(header[0]))
+        found = f"a model file of the family {family.name}" if family else _FILE_KINDS.get(int(header[0]), "no file of llm.c's")
         raise Gpt2JaxError(f"{path}: expected {what} (magic {magic}), found magic {header[0]} ({found})", hint)
     if header[1] not in versions:
         expected = " or ".join(map(str, versions))

@@ -64,6 +64,7 @@ def save(run: Run) -> None:
         windows=dict(zip(WATCHED, np.asarray(state.windows), strict=True)),
         averages=run.clock.averages,
         settings=dataclasses.asdict(config),
+        plan=tuple(run.plan.rows()),
     )
     saved = checkpoint.Checkpoint(
         model=run.plan.config,

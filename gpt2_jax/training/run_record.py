@@ -48,6 +48,7 @@ class RunRecord:
     windows: dict[str, np.ndarray]  # of the outlier detector, float32, nan where no value is yet
     averages: Averages
     settings: dict[str, dict[str, Any]]  # the whole configuration, for people
+    plan: tuple[tuple[str, str], ...] = ()  # who computed what and why, as the start table says it, for people
 
 
 def write_run_record(path: str | os.PathLike, record: RunRecord, *, write: Writer = atomic_write) -> None:
@@ -63,6 +64,7 @@ def write_run_record(path: str | os.PathLike, record: RunRecord, *, write: Write
         },
         "averages": asdict(record.averages),
         "settings": record.settings,
+        "plan": record.plan,
     }
     with write(path) as file:
         file.write(json.dumps(content, indent=1).encode("utf-8"))
@@ -85,6 +87,7 @@ def read_run_record(path: str | os.PathLike) -> RunRecord:
             windows=windows,
             averages=_averages(content["averages"]),
             settings=_checked(content["settings"], dict),
+            plan=tuple((str(name), str(value)) for name, value in content.get("plan", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         found = " ".join(str(error).split())[:200]

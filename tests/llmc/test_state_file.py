@@ -17,7 +17,8 @@ from gpt2_jax.llmc.random import GENERATOR_STRUCT, Mt19937
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, num_processes_of, read_state_files, write_state_files
 from tests.llmc.twins import Mersenne, header
 
-LAYOUT = GPT2Config(max_sequence_length=4, vocab_size=5, num_layers=2, num_heads=1, channels=4).layout
+CONFIG = GPT2Config(max_sequence_length=4, vocab_size=5, num_layers=2, num_heads=1, channels=4)
+LAYOUT = CONFIG.layout
 N = LAYOUT.num_parameters
 SHARDS, SAMPLES = [2, 0, 1], [3, 1, 4, 0, 2]
 
@@ -159,7 +160,7 @@ def test_other_version_is_refused(path):
 def test_state_of_a_model_of_another_size_is_refused(path, shuffled, master):
     write(path, training_state(shuffled=shuffled, master=master))
     for channels in (2, 3, 5, 12):
-        other = dataclasses.replace(LAYOUT.config, channels=channels).layout
+        other = dataclasses.replace(CONFIG, channels=channels).layout
         assert "expected a training state file" in refusal(path, other)
 
 

@@ -58,6 +58,7 @@ def test_names_without_the_prefix_are_read_too(folder, tiny_params):
         ({"n_inner": 7}, r"expected n_inner = 128"),
         ({"n_head": 5}, r"multiple of num_heads"),
         ({"n_embd": "wide"}, r"with its five sizes"),
+        ({"model_type": "llama"}, r"expected model_type gpt2, found 'llama'"),
         ({"n_layer": 3}, r"expected the tensor transformer.h.2.ln_1.weight, found none"),
         ({"vocab_size": 204}, r"expected transformer.wte.weight of shape \(204, 32\), found \(203, 32\)"),
     ],
