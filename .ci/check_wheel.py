@@ -17,7 +17,10 @@ def problems(path: Path) -> list[str]:
         needs_cxx_library = any(b"GLIBCXX_3" in wheel.read(name) for name in libraries)
     tags = path.stem.split("-")[2:]
     strangers = [name for name in names if not name.startswith(("gpt2_jax/", f"gpt2_jax-{path.stem.split('-')[1]}.dist-info/"))]
+    presets = sorted(name for name in names if name.startswith("gpt2_jax/configs/"))
+    there = sorted(f"gpt2_jax/configs/{file.name}" for file in Path(__file__).parents[1].glob("configs/*.toml"))
     checks = [
+        ("presets", presets == there, there, presets),
         ("custom calls", len(libraries) == 1, f"{LIBRARY}.so or .dylib", libraries),
         ("tags", tags[:2] == ["py3", "none"] and tags[2] != "any", "py3-none-PLATFORM", "-".join(tags)),
         ("other files", not strangers, "none", strangers),

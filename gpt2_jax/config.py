@@ -1,18 +1,12 @@
-"""Every setting of a training run: dataclasses, TOML presets, and the command line made from them.
-
-A run's settings are resolved in this order, later ones winning: the defaults below, the TOML file of --config (with
---resume: the run folder's own config.toml), the command line. Imports nothing of JAX.
-"""
+"""Every setting of a training run: dataclasses, from which the command line is made, and TOML files of them."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
 import math
 import os
-import shlex
 import tomllib
 import types
 import typing
@@ -23,9 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor, is_descriptor
 from gpt2_jax.files import read_text_file
-from gpt2_jax.llmc.command_line import translate
 
 _MAX_BYTES = 100_000  # of a file with settings
 
@@ -207,76 +199,6 @@ class RunConfig:
     def rounds_parameters(self) -> bool:
         """Whether the parameters hold only bfloat16's values, rounded stochastically at each update."""
         return self.compute.dtype == "bfloat16" and not self.optimizer.master_weights
-
-
-def model_config_from_settings(settings: ModelSettings) -> GPT2Config | None:
-    """The sizes that a descriptor and its overrides give; None when `init` names a file, whose own sizes hold."""
-    sizes = {name: getattr(settings, name) for name in GPT2Config.__dataclass_fields__}
-    overrides = {name: value for name, value in sizes.items() if value is not None}
-    if is_descriptor(settings.init):
-        return dataclasses.replace(config_from_descriptor(settings.init), **overrides)
-    if overrides:
-        raise Gpt2JaxError(
-            f"{_flag(next(iter(overrides)))}: expected a size only with a descriptor such as d12, "
-            f"found --init {settings.init}, whose own sizes hold"
-        )
-    return None
-
-
-@dataclass(frozen=True)
-class _CommandLine:
-    settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-    config: str | None = None
-    """TOML file with settings; see configs/."""
-    llmc: str | None = None
-    """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved settings as TOML and stop."""
-
-
-def parse_command_line(arguments: list[str], description: str) -> tuple[RunConfig, str, bool]:
-    """The resolved settings, the run's name (of its TOML file or descriptor), and whether only to print them.
-
-    Flags are the settings' names (--batch-size for data.batch_size). A wrong flag ends the program with status 2 and
-    a suggestion; a wrong key in a TOML file is a Gpt2JaxError with one.
-    """
-    arguments = _translated(arguments)
-    # A first look for what decides the defaults; everything else is left to the real parser.
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first_look.add_argument("--config")
-    first_look.add_argument("--resume", action="store_true")
-    first_look.add_argument("--out-dir", "--out_dir")
-    try:
-        seen, _ = first_look.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        seen = argparse.Namespace(config=None, resume=False, out_dir=None)
-    if seen.config:
-        defaults = load_config(seen.config)
-    else:
-        # Of a folder that llm.c wrote the command line alone says what its run was.
-        defaults = (load_saved_config(seen.out_dir) if seen.resume and seen.out_dir else None) or RunConfig()
-    command = tyro.cli(
-        _CommandLine,
-        args=arguments,
-        default=_CommandLine(settings=defaults),
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    command.settings.validate()
-    name = Path(seen.config or command.settings.model.init).stem.replace(":", "-")
-    return command.settings, name, command.print_config
-
-
-def _translated(arguments: list[str]) -> list[str]:
-    """The arguments with what --llmc means in its place; the translation is printed, each line a comment of TOML."""
-    if "--llmc" not in arguments[:-1]:
-        return arguments
-    place = arguments.index("--llmc")
-    translation = translate(arguments[place + 1])
-    print(f"# train_gpt2cu {arguments[place + 1]}\n# is here: python scripts/train.py {shlex.join(translation.arguments)}")
-    for remark in translation.remarks:
-        print(f"# {remark}")
-    return translation.arguments + arguments[:place] + arguments[place + 2 :]
 
 
 def saved_config_path(out_dir: str | Path) -> Path:

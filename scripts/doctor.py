@@ -1,31 +1,3 @@
-"""Say what this machine is, what is installed, what of it does harm, and what to do. Exit status 1 when something must be done.
+from gpt2_jax.commands.main import run
 
-python scripts/doctor.py
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-
-from gpt2_jax.doctor import examine
-from gpt2_jax.errors import run_program
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    to_do, broken = [], False
-    for finding in examine():
-        mark = "!!" if finding.broken else "->" if finding.remedy else "  "
-        print(f"{mark} {finding.subject:<14} {finding.found}", flush=True)
-        to_do += [finding.remedy] if finding.remedy else []
-        broken = broken or finding.broken
-    print("\nto do:" if to_do else "\nnothing to do")
-    for remedy in to_do:
-        print(f"   {remedy}")
-    sys.exit(1 if broken else 0)
-
-
-if __name__ == "__main__":
-    run_program(main)
+run("doctor")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import numpy as np
 
-from gpt2_jax.config import ModelSettings, model_config_from_settings
-from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.config import ModelSettings
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor, is_descriptor
 from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import initialize_parameters
@@ -32,3 +34,17 @@ def read_sizes(settings: ModelSettings) -> GPT2Config:
     if os.path.isdir(settings.init):
         return read_huggingface_config(os.path.join(settings.init, "config.json"))
     return read_model_config(settings.init)
+
+
+def model_config_from_settings(settings: ModelSettings) -> GPT2Config | None:
+    """The sizes that a descriptor and its overrides give; None when `init` names a file, whose own sizes hold."""
+    sizes = {name: getattr(settings, name) for name in GPT2Config.__dataclass_fields__}
+    overrides = {name: value for name, value in sizes.items() if value is not None}
+    if is_descriptor(settings.init):
+        return dataclasses.replace(config_from_descriptor(settings.init), **overrides)
+    if overrides:
+        raise Gpt2JaxError(
+            f"--{next(iter(overrides)).replace('_', '-')}: expected a size only with a descriptor such as d12, "
+            f"found --init {settings.init}, whose own sizes hold"
+        )
+    return None

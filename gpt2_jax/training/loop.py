@@ -14,7 +14,7 @@ import numpy as np
 from gpt2_jax.compute.flops import flops_per_token
 from gpt2_jax.compute.stability import not_finite
 from gpt2_jax.compute.step import Metrics
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.errors import Gpt2JaxError, as_typed
 from gpt2_jax.jax_compat import is_ready
 from gpt2_jax.llmc.loader import Place
 from gpt2_jax.training.events import events_of, save
@@ -134,5 +134,5 @@ def _stop(run: Run, request: StopRequest) -> None:
     run.display.line(f"stopped by {request.signal.name} after step {run.step} of {run.steps}; {newest}")
     if "no checkpoint" not in newest:
         folder = shlex.quote(str(run.folder))
-        run.display.line(f"to go on:\npython scripts/train.py --resume --out-dir {folder}")
+        run.display.line(as_typed(f"to go on:\npython scripts/train.py --resume --out-dir {folder}"))
     request.end_program()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt2_jax.config import parse_command_line
+from gpt2_jax.commands.command_line import parse_command_line
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.command_line import translate
 from gpt2_jax.llmc.model_file import write_model_file

@@ -1,0 +1,5 @@
+"""python -m gpt2_jax: the console command `gpt2-jax`."""
+
+from gpt2_jax.commands.main import main
+
+main()

@@ -1,0 +1,85 @@
+"""Check that jax's plugins for the Apple GPU can take the compiled functions of a run; needs no Mac and no plugin.
+
+  python scripts/check_metal.py                          GPT-2 124M, two micro-batches, in both dtypes, for every plugin
+  python scripts/check_metal.py --size d48 --dtype bfloat16 --plugin jax-metal
+  python scripts/check_metal.py --config configs/demo.toml
+
+Exit status 1 when an operation is used that jax-metal 0.1.1 does not know, or in a way that it cannot take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt2_jax.commands.command_line import find_config, parse
+from gpt2_jax.compute.backend import metal_backend, select_backend
+from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
+from gpt2_jax.config import RunConfig, load_config
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.families.gpt2 import config_from_descriptor
+from gpt2_jax.models.weights import model_config_from_settings
+
+
+@dataclass(frozen=True)
+class Arguments:
+    size: str | None = None
+    """Descriptor of a model, by default d12, with two micro-batches of the default run's size: d6, d48, gpt3:c768 ..."""
+    config: str | None = None
+    """TOML file with a run's settings, or a preset's name, to check instead."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the functions compute in; by default what the TOML file says, and both for --size."""
+    plugin: Literal["jax-mps", "metaljax", "jax-graft", "jax-metal"] | None = None
+    """One plugin only."""
+
+
+def main(words: list[str]) -> None:
+    arguments = parse(Arguments, __doc__, words)
+    select_backend("cpu")  # before anything imports jax
+
+    import jax
+
+    from gpt2_jax.compute.metal_check import check_functions
+
+    if arguments.config and arguments.size:
+        raise Gpt2JaxError("expected --size or --config, found both")
+    size = arguments.size or "d12"
+    config = load_config(find_config(arguments.config)) if arguments.config else two_micro_batches_of(size)
+    model = model_config_from_settings(config.model) if arguments.config else config_from_descriptor(size)
+    if model is None:
+        raise Gpt2JaxError(f"--config: expected a model by its descriptor, found the file {config.model.init}", "--size d12")
+    dtypes: list[Literal["float32", "bfloat16"]]
+    dtypes = [arguments.dtype] if arguments.dtype else [config.compute.dtype] if arguments.config else ["float32", "bfloat16"]
+    print(f"{arguments.config or size} as jax {jax.__version__} lowers it for")
+    print(
+        f"{'plugin':<11}{'platform':<10}{'dtype':<10}{'function':<19}{'operations':>11}{'kinds':>7}{'bytes':>10}{'seconds':>9}"
+    )
+    num_violations = 0
+    for plugin in METAL_PLUGINS:
+        if arguments.plugin not in (None, plugin.name):
+            continue
+        for dtype in dtypes:
+            config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype=dtype))
+            for function in check_functions(config, model, metal_backend(plugin, "to be checked")):
+                portable = f"{len(function.portable):,}" if function.portable else "none"
+                print(
+                    f"{plugin.name:<11}{plugin.platform:<10}{dtype:<10}{function.name:<19}"
+                    f"{function.operations.total():>11,}{len(function.operations):>7}{portable:>10}{function.seconds:>9.2f}",
+                    flush=True,
+                )
+                num_violations += len(function.violations)
+                for violation in function.violations:
+                    print(f"    {violation}")
+    print("bytes: of the module in StableHLO 0.19.0, which jax-metal reads; seconds: to trace and lower it")
+    print(f"{num_violations} violations")
+    sys.exit(1 if num_violations else 0)
+
+
+def two_micro_batches_of(size: str) -> RunConfig:
+    """The default run with a model of this size, and with gradients accumulated."""
+    config = RunConfig()
+    model = dataclasses.replace(config.model, init=size)
+    data = dataclasses.replace(config.data, total_batch_size=2 * config.tokens_per_step)
+    return dataclasses.replace(config, model=model, data=data)

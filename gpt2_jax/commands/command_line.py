@@ -1,0 +1,134 @@
+"""Command lines to settings: the flags of a command from its dataclass, and those of a run from its settings.
+
+A run's settings are resolved in this order, later ones winning: the defaults, the TOML file or preset of --config (with
+--resume: the run folder's own config.toml), llm.c's command line of --llmc, the command line itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+import gpt2_jax
+from gpt2_jax.config import RunConfig, load_config, load_saved_config
+from gpt2_jax.errors import Gpt2JaxError, as_typed, program_name
+from gpt2_jax.llmc.command_line import translate
+
+_Arguments = TypeVar("_Arguments")
+
+
+def parse(arguments: type[_Arguments], description: str | None, words: list[str]) -> _Arguments:
+    """The arguments of a command from the words after its name. A wrong flag ends the program with status 2."""
+    return tyro.cli(arguments, args=words, prog=program_name(), description=help_text(description))
+
+
+def help_text(description: str | None) -> str:
+    """A command's description for --help, its examples in the form in which the program was started.
+
+    Examples are indented, since tyro joins lines that are not.
+    """
+    return as_typed(re.sub(r"^ *(?=python scripts/)", "  ", description or "", flags=re.MULTILINE))
+
+
+@dataclass(frozen=True)
+class _RunArguments:
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    config: str | None = None
+    """TOML file with settings, or the name of a preset: demo, gpt2_124m, gpt2_350m ...; see configs/."""
+    llmc: str | None = None
+    """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved settings as TOML and stop."""
+
+
+def parse_command_line(words: list[str], description: str | None) -> tuple[RunConfig, str, bool]:
+    """The resolved settings, the run's name (of its TOML file or descriptor), and whether only to print them.
+
+    Flags are the settings' names (--batch-size for data.batch_size). A wrong flag ends the program with status 2 and
+    a suggestion; a wrong key in a TOML file is a Gpt2JaxError with one.
+    """
+    words = _translated(words)
+    seen = _first_look(words)
+    path = None if seen.config is None else find_config(seen.config)
+    if path is not None:
+        defaults = load_config(path)
+    else:
+        # Of a folder that llm.c wrote the command line alone says what its run was.
+        defaults = (load_saved_config(seen.out_dir) if seen.resume and seen.out_dir else None) or RunConfig()
+    command = tyro.cli(
+        _RunArguments,
+        args=words,
+        prog=program_name(),
+        default=_RunArguments(settings=defaults),
+        description=help_text(description),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    _check_first_look(seen, command, defaults)
+    command.settings.validate()
+    name = Path(path or command.settings.model.init).stem.replace(":", "-")
+    return command.settings, name, command.print_config
+
+
+def find_config(name: str) -> Path:
+    """The file of --config: a path, or the name of a preset. Gpt2JaxError, listing the presets, for neither."""
+    path = Path(name)
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    # A wheel has the presets inside the package, a source checkout beside it; those of the checkout are the newer ones.
+    roots = [Path(root) for root in gpt2_jax.__path__]
+    checkouts = [root.parent for root in roots if (root.parent / "pyproject.toml").exists()]
+    folders = [parent / "configs" for parent in (*roots, *checkouts)]
+    presets = {preset.stem: preset for folder in folders for preset in folder.glob("*.toml")}
+    if name not in presets:
+        raise Gpt2JaxError(
+            f"--config: expected a TOML file or one of {', '.join(sorted(presets))}, found {name!r}", "--config demo"
+        )
+    return presets[name]
+
+
+def _first_look(words: list[str]) -> argparse.Namespace:
+    """What decides the defaults; everything else is left to the real parser."""
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first_look.add_argument("--config")
+    first_look.add_argument("--resume", action="store_true")
+    first_look.add_argument("--out-dir", "--out_dir")
+    try:
+        return first_look.parse_known_args(words)[0]
+    except argparse.ArgumentError:
+        return argparse.Namespace(config=None, resume=False, out_dir=None)
+
+
+def _check_first_look(seen: argparse.Namespace, command: _RunArguments, defaults: RunConfig) -> None:
+    """Gpt2JaxError where the real parser understood a flag that decides the defaults, and the first look did not."""
+    resumes = command.settings.run.resume
+    missed = {
+        "--llmc": command.llmc is not None,
+        "--config": command.config != seen.config,
+        "--resume": resumes and not seen.resume and not defaults.run.resume,
+        "--out-dir": resumes and command.settings.run.out_dir != (seen.out_dir or defaults.run.out_dir),
+    }
+    for flag, was_missed in missed.items():
+        if was_missed:
+            raise Gpt2JaxError(f"{flag}: expected it written out, and once, found another form", f"{flag}, or {flag}=VALUE")
+
+
+def _translated(words: list[str]) -> list[str]:
+    """The words with what --llmc means in their front; the translation is printed, each line a comment of TOML."""
+    for place, word in enumerate(words):
+        if word.startswith("--llmc=") or (word == "--llmc" and place + 1 < len(words)):
+            _, _, value = word.partition("=")
+            rest = words[:place] + words[place + 1 :] if value else words[:place] + words[place + 2 :]
+            command_line = value or words[place + 1]
+            translation = translate(command_line)
+            here = as_typed(f"python scripts/train.py {shlex.join(translation.arguments)}")
+            print(f"# train_gpt2cu {command_line}\n# is here: {here}")
+            for remark in translation.remarks:
+                print(f"# {remark}")
+            return translation.arguments + rest
+    return words

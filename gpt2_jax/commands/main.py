@@ -1,0 +1,64 @@
+"""The console command `gpt2-jax`: its subcommands, one module each."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from gpt2_jax import __version__
+from gpt2_jax.errors import Gpt2JaxError, program_name, run_program, started_as
+
+COMMANDS = {
+    "train": "train a GPT-2, and leave llm.c checkpoints, a log and a loss curve",
+    "generate": "continue a text with a trained model",
+    "prepare": "make token shards for training",
+    "check-gradients": "compare loss, logits, gradients and ten steps with PyTorch",
+    "check-metal": "whether the plugins for the Apple GPU can take what a run compiles",
+    "doctor": "what is installed here, what of it does harm, and what to do",
+    "selfcheck": "train a small model on this machine's device and on the CPU: do they agree",
+    "reshard": "a checkpoint for another number of processes of llm.c",
+    "starter-pack": "the four files that llm.c's programs test and train with",
+    "bench-matmul": "time the matrix products of a training step",
+    "bench-train": "time whole training steps beside plain JAX and PyTorch",
+}
+
+
+def run(command: str) -> None:
+    """Run one command with the words of the process's command line, and end the process."""
+    _run(command, sys.argv[1:])
+
+
+def main() -> None:
+    """The program itself: the first word is the command."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        _run(words[0], words[1:])
+    else:
+        run_program(lambda: _no_command(words))
+
+
+def _run(command: str, words: list[str]) -> None:
+    started_as(command)
+    module = importlib.import_module(f"gpt2_jax.commands.{command.replace('-', '_')}")
+    run_program(lambda: module.main(words))
+
+
+def _no_command(words: list[str]) -> None:
+    """What the program says without the name of a command; only --help and --version end well."""
+    program = program_name()
+    if words == ["--version"]:
+        print(__version__)
+    elif words in ([], ["-h"], ["--help"]):
+        width = max(map(len, COMMANDS))
+        print(f"usage: {program} COMMAND ...\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:<{width}}  {what}")
+        print(f"\n{program} COMMAND --help explains a command's flags.")
+        sys.exit(0 if words else 2)
+    else:
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        raise Gpt2JaxError(
+            f"{program}: expected one of {', '.join(COMMANDS)}, found {words[0]!r}",
+            f"{program} {close[0] if close else '--help'}",
+        )
