@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from gpt2_jax.compute.run_memory import memory_needed, needing_less
+from gpt2_jax.ops.in_place import writes_in_place
 
 from gpt2_jax.compute.backend import Backend, select_backend
-from gpt2_jax.compute.run_memory import memory_needed, needing_less
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.models import gpt2 as model
-from gpt2_jax.ops.in_place import writes_in_place
 from tests.conftest import change
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpt2_jax.buffer.views import WeightView
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.buffer.views import WeightView
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.step import create_state, make_train_step
 from gpt2_jax.errors import Gpt2JaxError

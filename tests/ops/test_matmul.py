@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpt2_jax.buffer.views import WeightView
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax.buffer.views import WeightView
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from gpt2_jax.ops.in_place import writes_in_place
 
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.memory import MemoryEstimate
 from gpt2_jax.config import RunConfig
 from gpt2_jax.llmc.loader import TokenLoader
-from gpt2_jax.ops.in_place import writes_in_place
 from gpt2_jax.ops.linear import Choice
 from gpt2_jax.training.start_table import start_table
 from tests.conftest import CPU, TINY, change
