@@ -48,7 +48,7 @@ def plan_with(seam: str, implementation: str, dtype: str = "float32", config: GP
         plans.append(plan_of_kind("nvidia", dtype, config, **compute))
     reasons = [row.accepts(plan) for plan in plans]
     if None not in reasons:
-        reason = refused.get(implementation) if seam == "linear" and implementation in refused else reasons[-1]
+        reason = refused[implementation] if seam == "linear" and implementation in IMPLEMENTATIONS else reasons[-1]
         pytest.skip(f"{seam}:{implementation}: {reason}")
     choice: dict[str, Any] = {seam: Choice(implementation, "test")}
     return dataclasses.replace(plans[reasons.index(None)], **choice)
