@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.ops.threaded import Site
 from gpt2_jax.ops.writer import empty_slots, squared_norms, write_gradient, write_product, write_rows, writer_of
-from tests.implementations import plan_with, rows_of
+from tests.implementations import plan_of_kind, plan_with, rows_of
 from tests.ops.seams import ROUNDING, in_dtype, random
 
 CONFIG = GPT2Config(max_sequence_length=6, vocab_size=70, num_layers=3, num_heads=1, channels=5)
@@ -82,6 +82,14 @@ def test_squared_norms(custom_call):
     for tensor, square in zip(CONFIG.layout.tensors, found.tolist(), strict=True):
         exact = np.square(gradient[tensor.offset : tensor.stop].astype(np.float64)).sum()
         assert square == pytest.approx(float(exact), rel=400 * 2.0**-24, nan_ok=True), tensor.name
+
+
+def test_slices_are_updated_only_where_32_bits_hold_every_place():
+    """A larger place would become a negative one, and the gradient of the last layers would lie over the token table."""
+    for descriptor, writer in (("d48", "update_slice"), ("gpt3:c2560", "concatenate"), ("gpt3:c12288", "concatenate")):
+        plan = plan_of_kind("nvidia", "bfloat16", config_from_descriptor(descriptor))
+        assert plan.writer.name == writer, descriptor
+    assert "do not fit into the 32 bits" in dict(plan.writer.refusals)["update_slice"]
 
 
 @rows_of("writer")
