@@ -123,9 +123,9 @@ def _micro_batch(
             classify = classifier_of(plan).loss_and_gradient
             loss, dh_BTC, grads_N, of_classifier = classify(site, h_BTC, y_BT, params_N, grads_N, scale)
         grads_N, slots = pull_back((dh_BTC, grads_N))
-        # The token table has its gradient from both ends of the model.
-        slots |= {name: (slots[name][0] + slot,) for name, slot in of_classifier.items()}
         with jax.named_scope("gradient"):
+            # The token table has its gradient from both ends of the model.
+            slots |= {name: (slots[name][0] + slot,) for name, slot in of_classifier.items()}
             return loss, *writer_of(plan).finish(plan, grads_N, slots, accumulate)
 
 

@@ -251,6 +251,9 @@ def _refuses_in_place(plan: Plan) -> str | None:
 def _refuses_update(plan: Plan) -> str | None:
     if "slice_updates" in plan.backend.lacks:
         return f"on {plan.backend.name} an update of a slice may copy the whole buffer"
+    # jax makes the place of an update an int32, without a word where it does not fit; XLA then takes it for 0.
+    if plan.layout.num_parameters > np.iinfo(np.int32).max:
+        return f"the places of {plan.layout.num_parameters:,} parameters do not fit into the 32 bits of a slice's update"
     return None
 
 

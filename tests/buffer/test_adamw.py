@@ -1,19 +1,21 @@
-"""The flat AdamW against optax's and PyTorch's on a tree of tensors; the schedules against llm.c's formulas."""
+"""The flat AdamW, by every implementation, against optax's and PyTorch's on a tree of tensors."""
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gpt2_jax.buffer.adamw import SCHEDULES, AdamWState, adamw, clip_scale, global_norm, learning_rate_schedule
+from gpt2_jax.buffer.adamw import AdamWState, adamw, clip_scale, global_norm
+from gpt2_jax.buffer.layout import ParameterLayout, Tensor
+from gpt2_jax.compute.plan import SEAMS
+from gpt2_jax.compute.step import make_step, state_shapes
+from gpt2_jax.config import OptimizerSettings
+from gpt2_jax.families.gpt2 import config_from_descriptor
 from tests.conftest import TINY
+from tests.implementations import plan_of_kind, plan_with
 
 STEPS, LEARNING_RATE, WEIGHT_DECAY = 5, 1e-2, 0.1
 # Each step rounds a handful of float32 operations; parameters are below 2.
@@ -114,45 +116,6 @@ def test_global_norm_of_a_long_buffer_is_accurate():
     assert abs(float(jax.jit(global_norm)(grads)) - expected) <= 1e-6 * expected
 
 
-def llmc_learning_rate(kind, lr, step, steps, warmup, final):
-    """llm.c llmc/schedulers.h in float64."""
-    lowest = lr * final
-    if kind == "constant":
-        return lr
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    if kind == "wsd":
-        decay_point = int(0.8 * steps)
-        if step < decay_point:
-            return lr
-        return lowest + (1 - math.sqrt((step - decay_point) / (steps - decay_point))) * (lr - lowest)
-    ratio = (step - warmup) / (steps - warmup)
-    if kind == "cosine":
-        return lowest + 0.5 * (1 + math.cos(math.pi * ratio)) * (lr - lowest)
-    return lr - ratio * (lr - lowest)
-
-
-@given(
-    kind=st.sampled_from(SCHEDULES),
-    steps=st.integers(2, 200_000),
-    warmup_fraction=st.floats(0, 0.7),
-    position=st.floats(0, 1, exclude_max=True),
-    final=st.sampled_from([0.0, 0.1, 1.0]),
-)
-def test_schedules_are_llmcs(kind, steps, warmup_fraction, position, final):
-    lr, warmup, step = 6e-4, int(steps * warmup_fraction), int(position * steps)
-    schedule = learning_rate_schedule(kind, lr, steps=steps, warmup_steps=warmup, final_fraction=final)
-    found = schedule(jnp.int32(step))
-    assert found.dtype == jnp.float32
-    # A few float32 operations on numbers up to lr; sqrt is steep at the start of wsd's decay.
-    np.testing.assert_allclose(found, llmc_learning_rate(kind, lr, step, steps, warmup, final), rtol=0, atol=lr * 1e-5)
-
-
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="expected one of"):
-        learning_rate_schedule("cosin", 1e-3, steps=10)
-
-
 def test_tiny_has_both_kinds_of_two_dimensional_tensors(tiny_layout):
     """Else the comparisons above could not tell a decay mask by tensor from one by dimensions."""
     decays = {len(tensor.full_shape): set() for tensor in tiny_layout.tensors}
@@ -162,8 +125,18 @@ def test_tiny_has_both_kinds_of_two_dimensional_tensors(tiny_layout):
     assert TINY.num_layers > 1
 
 
-def test_the_custom_call_equals_the_reference(tiny_layout, tiny_params, gradients, trained):
-    optimizer = adamw(lambda count: jnp.float32(LEARNING_RATE), tiny_layout, weight_decay=WEIGHT_DECAY, custom_call=True)
+implementations = pytest.mark.parametrize("implementation", [row.name for row in SEAMS["adamw"]])
+
+
+def optimizer_of(implementation, layout, learning_rate=LEARNING_RATE):
+    plan_with("adamw", implementation)  # or the test is skipped
+    by_custom_call = implementation == "custom_call"
+    return adamw(lambda count: jnp.float32(learning_rate), layout, weight_decay=WEIGHT_DECAY, custom_call=by_custom_call)
+
+
+@implementations
+def test_applying_equals_the_updates(implementation, tiny_layout, tiny_params, gradients, trained):
+    optimizer = optimizer_of(implementation, tiny_layout)
     params = jnp.array(tiny_params)
     state = optimizer.init(params)
     apply = jax.jit(
@@ -181,9 +154,9 @@ def test_the_custom_call_equals_the_reference(tiny_layout, tiny_params, gradient
     assert (np.asarray(params)[start:stop] == 0).all()
 
 
-@pytest.mark.parametrize("custom_call", [False, True])
-def test_an_update_that_is_refused_counts_and_changes_nothing(tiny_layout, tiny_params, gradients, custom_call):
-    optimizer = adamw(lambda count: jnp.float32(0.1), tiny_layout, weight_decay=WEIGHT_DECAY, custom_call=custom_call)
+@implementations
+def test_an_update_that_is_refused_counts_and_changes_nothing(implementation, tiny_layout, gradients):
+    optimizer = optimizer_of(implementation, tiny_layout, 0.1)
     params, m, v = (jnp.array(gradients[i]) for i in range(3))
     grads = jnp.full_like(params, jnp.nan)
     apply = jax.jit(lambda *arguments: optimizer.apply(grads, jnp.float32(jnp.nan), jnp.array(False), *arguments))
@@ -191,3 +164,48 @@ def test_an_update_that_is_refused_counts_and_changes_nothing(tiny_layout, tiny_
     for found, before in ((new_params, params), (new.m, m), (new.v, v)):
         np.testing.assert_array_equal(found, before)
     assert int(new.step) == 5
+
+
+@implementations
+@pytest.mark.parametrize(
+    "sizes", [(3,), (1, 1, 1), (7, 5, 9, 2), (6, 4, 10), (1025, 7, 64)], ids=lambda sizes: "-".join(map(str, sizes))
+)
+@pytest.mark.parametrize("first_decays", [False, True])
+def test_every_second_tensor_decays_and_no_element_of_another(implementation, sizes, first_decays):
+    """Spans that begin, end and touch anywhere, and lengths without a common divisor."""
+    layout = ParameterLayout(tuple(Tensor(f"t{i}", (size,), decays=i % 2 != first_decays) for i, size in enumerate(sizes)))
+    optimizer = optimizer_of(implementation, layout)
+    params = jnp.ones(layout.num_parameters)
+    moved, _ = jax.jit(
+        lambda params: optimizer.apply(0 * params, jnp.float32(0), jnp.array(True), optimizer.init(params), params)
+    )(params)
+    expected = np.concatenate([np.full(t.size, 1 - LEARNING_RATE * WEIGHT_DECAY * t.decays) for t in layout.tensors])
+    np.testing.assert_allclose(moved, expected, rtol=2 * 2.0**-24)
+
+
+# 175 billion parameters: more than 32 bits count. A step of them is traced, not run.
+HUGE = config_from_descriptor("gpt3:c12288")
+LARGE = config_from_descriptor("gpt3:c2560")  # 2.7 billion: more than int32 counts, and an 80 GB GPU trains it
+
+
+@implementations
+def test_more_parameters_than_32_bits_count(implementation):
+    layout = HUGE.layout
+    assert layout.num_parameters > 2**37
+    optimizer = optimizer_of(implementation, layout)
+    buffer = jax.ShapeDtypeStruct((layout.num_parameters,), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    state = jax.eval_shape(optimizer.init, buffer)
+    applies = jax.ShapeDtypeStruct((), jnp.bool_)
+    params, new = jax.eval_shape(optimizer.apply, buffer, scalar, applies, state, buffer)
+    assert params.shape == new.m.shape == new.v.shape == (layout.num_parameters,)
+
+
+@pytest.mark.parametrize("config", [LARGE, HUGE], ids=["c2560", "c12288"])
+@pytest.mark.parametrize(("kind", "dtype"), [("xla", "float32"), ("threaded", "float32"), ("nvidia", "bfloat16")])
+def test_a_step_of_more_parameters_than_32_bits_count(kind, dtype, config):
+    plan = plan_of_kind(kind, dtype, config)
+    tokens = jax.ShapeDtypeStruct((2, 1, 8), jnp.int32)
+    state, metrics = jax.eval_shape(make_step(plan, OptimizerSettings(), 10), state_shapes(plan), tokens, tokens)
+    assert state.params.shape == (config.layout.num_parameters,)
+    assert metrics.loss.shape == ()

@@ -1,12 +1,17 @@
-"""Causal attention against a plain loop, and what causality means."""
+"""Causal attention: the reference against a plain loop, every implementation against the reference, and causality."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.ops.attention import causal_attention
+from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.ops.attention import attention_of, causal_attention
+from tests.conftest import available
+from tests.implementations import plan_of_kind, plan_with, rows_of
+from tests.ops.seams import assert_within, in_dtype, random
 
 B, T, H, D = 2, 9, 3, 8
 
@@ -45,3 +50,84 @@ def test_a_later_position_changes_nothing_before_it(qkv):
     changed = qkv.copy()
     changed[:, :, 6:] = 1e3
     np.testing.assert_array_equal(causal_attention(*changed)[:, :6], before[:, :6])
+
+
+def value_and_derivative(plan, qkv_BTC, dout_BTC):
+    """By one array (B, T, 3 C), or by three where the implementation wants so."""
+    attention = attention_of(plan)
+
+    @jax.jit
+    def run(qkv_BTC, dout_BTC):
+        def compute(qkv_BTC):
+            parts = jnp.split(qkv_BTC, 3, axis=-1) if attention.parts == 3 else [qkv_BTC]
+            return attention.compute(plan, *parts)
+
+        with plan.precision():
+            out, pull_back = jax.vjp(compute, qkv_BTC)
+            return out, pull_back(dout_BTC)[0]
+
+    return run(qkv_BTC, dout_BTC)
+
+
+SHAPES = [(2, 9, 3, 8), (1, 1, 1, 5), (3, 2, 2, 7), (2, 150, 2, 8)]  # the last is longer than a block of queries
+# The scores' sums and the softmax are in float32; in bfloat16 the weights are rounded too, the sum with the values and
+# what is made of both, each relative to the largest.
+ROUNDINGS = {"float32": 64, "bfloat16": 3}
+
+
+def assert_equals_the_reference(plan, dtype, shape):
+    B, T, H, D = shape
+    reference = plan_of_kind("xla", config=plan.config, matmul_precision="highest")
+    qkv, dout = in_dtype(random(0, B, T, 3 * H * D), dtype), in_dtype(random(1, B, T, H * D), dtype)
+    found = value_and_derivative(plan, qkv, dout)
+    wanted = value_and_derivative(reference, qkv.astype(jnp.float32), dout.astype(jnp.float32))
+    assert found[0].dtype == found[1].dtype == dtype
+    assert_within(found, wanted, ROUNDINGS[dtype], dtype)
+
+
+def sizes(shape):
+    _, T, H, D = shape
+    return GPT2Config(max_sequence_length=T, vocab_size=5, num_layers=1, num_heads=H, channels=H * D)
+
+
+@rows_of("attention")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_derivative(implementation, dtype, shape):
+    assert_equals_the_reference(plan_with("attention", implementation, dtype, sizes(shape)), dtype, shape)
+
+
+@pytest.mark.parametrize("rung", available(("naive", "amx")))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_custom_call_by_other_products(rung, dtype):
+    shape = (2, 150, 2, 8)
+    plan = plan_of_kind(rung, dtype, config=sizes(shape))
+    assert plan.attention.name == "custom_call"
+    assert_equals_the_reference(plan, dtype, shape)
+
+
+@rows_of("attention")
+def test_no_implementation_sees_later_positions(implementation, dtype):
+    shape = (2, 9, 3, 8)
+    plan = plan_with("attention", implementation, dtype, sizes(shape))
+    qkv, dout = random(0, 2, 9, 72), random(1, 2, 9, 24)
+    out, _ = value_and_derivative(plan, in_dtype(qkv, dtype), in_dtype(dout, dtype))
+    dout[:, 6:] = 0
+    qkv[:, 6:] *= 7
+    changed, dqkv = value_and_derivative(plan, in_dtype(qkv, dtype), in_dtype(dout, dtype))
+    np.testing.assert_array_equal(out[:, :6].astype(jnp.float32), changed[:, :6].astype(jnp.float32))
+    assert (np.asarray(dqkv[:, 6:].astype(jnp.float32)) == 0).all()
+
+
+def test_cudnn_takes_heads_that_it_can():
+    """It refuses the others by an error of its own, at the first step."""
+
+    def refusals(head_size):
+        config = GPT2Config(max_sequence_length=8, vocab_size=5, num_layers=1, num_heads=1, channels=head_size)
+        from gpt2_jax.ops.attention import TABLE
+
+        row = next(row for row in TABLE if row.name == "cudnn")
+        return row.accepts(plan_of_kind("nvidia", "bfloat16", config=config))
+
+    assert refusals(64) is refusals(128) is None
+    assert "not 20" in refusals(20)
+    assert "not 136" in refusals(136)

@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpt2_jax.buffer.views import WeightView
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.compute.backend import Backend
-from gpt2_jax.compute.step import create_state, make_train_step
+from gpt2_jax.compute.step import create_state, make_step
+from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.linear import choose_implementation, linear, matmul
+from gpt2_jax.ops.matmul import matmul
+from gpt2_jax.ops.threaded import WeightView
+from tests.conftest import plan_of
 
 FLOAT32_ROUNDING = 2.0**-24
-CPU = Backend("cpu", "cpu", "test")
+FLOAT32 = jnp.dtype("float32")
 RUNG = custom_calls._rung_of_ctypes()
+OPTIONS = {"out_dtype": FLOAT32, "implementation": RUNG, "precision": "F32_F32_F32"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,7 @@ def test_product_is_within_its_rounding_error(sizes, transposes, dtypes, offset,
             bias=bias,
             out_dtype=out_dtype,
             implementation=RUNG,
+            precision="BF16_BF16_F32" if dtype == jnp.bfloat16 else "F32_F32_F32",
         )
 
     found = np.asarray(product(a)).astype(np.float64)
@@ -82,30 +84,31 @@ def test_product_is_within_its_rounding_error(sizes, transposes, dtypes, offset,
     assert (np.abs(found - expected) <= bound).all()
 
 
-def test_one_rung_is_served_and_said_to_be_called_from_python():
-    choice = choose_implementation(RUNG, CPU)
-    assert "called from Python" in choice.reason
-    assert choice.refusals["threaded"] == "it was not built"
-    assert choose_implementation("auto", CPU).name == "xla"
+def test_one_rung_is_served_and_all_else_is_left_to_xla():
+    plan = plan_of(matmul=RUNG)
+    assert plan.linear.name == RUNG
+    assert {choice.name for seam, choice in plan.choices() if seam != "linear"} == {"xla", "concatenate"}
+    assert dict(plan.linear.refusals)["threaded"] == "it was not built"
+    assert "adamw: not custom_call: it was not built" in plan.fallbacks()
+    assert plan_of(matmul="auto").linear.name == "xla"
     with pytest.raises(Gpt2JaxError, match="it was not built"):
-        choose_implementation("naive", CPU)
+        plan_of(matmul="naive")
 
 
 def test_without_a_blas_nothing_is_served(monkeypatch):
     monkeypatch.setattr(custom_calls, "_rung_of_ctypes", lambda: None)
-    assert choose_implementation("auto", CPU).refusals[RUNG] == "it was not built"
+    assert dict(plan_of(matmul="auto").linear.refusals)[RUNG] == "it was not built"
     with pytest.raises(NotImplementedError, match="it was not built"):
-        matmul(jnp.ones((2, 2)), jnp.ones((2, 2)), out_dtype=jnp.dtype("float32"), implementation=RUNG)
+        matmul(jnp.ones((2, 2)), jnp.ones((2, 2)), out_dtype=FLOAT32, implementation=RUNG, precision="F32_F32_F32")
 
 
-def test_training_needs_nothing_else_of_the_library(tiny_layout, tiny_params, tiny_batch):
+def test_training_needs_nothing_else_of_the_library(tiny_params, tiny_batch):
     x, y = tiny_batch
 
-    def losses(implementation):
-        schedule = learning_rate_schedule("constant", 1e-3, steps=3)
-        optimizer = adamw(schedule, tiny_layout, weight_decay=0.1, custom_call=custom_calls.serve(implementation))
-        step = make_train_step(tiny_layout, optimizer, schedule, dtype=jnp.dtype("float32"), matmul=implementation)
-        state = create_state(tiny_params, optimizer, matmul=implementation)
+    def losses(matmul):
+        plan = plan_of(matmul=matmul)
+        step = make_step(plan, OptimizerSettings(learning_rate=1e-3, schedule="constant", warmup_steps=0), 3)
+        state = create_state(plan, tiny_params)
         for _ in range(3):
             state, metrics = step(state, x[None], y[None])
             yield float(metrics.loss)
@@ -116,7 +119,7 @@ def test_training_needs_nothing_else_of_the_library(tiny_layout, tiny_params, ti
 
 def test_calls_from_several_threads_and_under_vmap():
     x, w = random(0, 3, 40, 60), random(1, 50, 60)
-    product = jax.jit(jax.vmap(lambda x: linear(x, w, implementation=RUNG)))
+    product = jax.jit(jax.vmap(lambda x: matmul(x, w, transpose_b=True, **OPTIONS)))
     with ThreadPoolExecutor(4) as threads:
         for found in threads.map(lambda _: np.asarray(product(x)), range(40)):
             np.testing.assert_allclose(found, np.einsum("bmi,oi->bmo", x, w), rtol=1e-5, atol=1e-4)
@@ -125,4 +128,4 @@ def test_calls_from_several_threads_and_under_vmap():
 def test_an_operand_that_is_too_short_is_an_error():
     b = WeightView(jnp.ones(20), 10, (3, 4))
     with pytest.raises(Exception, match=r"by ctypes: ValueError: cannot reshape array of size 10 into shape \(3,4\)"):
-        jax.block_until_ready(matmul(jnp.ones((2, 3)), b, out_dtype=jnp.dtype("float32"), implementation=RUNG))
+        jax.block_until_ready(matmul(jnp.ones((2, 3)), b, **OPTIONS))
