@@ -16,7 +16,7 @@ from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_syste
 from gpt2_jax.buffer import adamw as optimizer
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
-from gpt2_jax.ops.linear import IMPLEMENTATIONS
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 
 # A vocabulary that is its own padding, so that the peers' softmax is over the same tokens.
 CONFIG = GPT2Config(max_sequence_length=16, vocab_size=256, num_layers=1, num_heads=2, channels=32)

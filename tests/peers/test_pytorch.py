@@ -8,7 +8,7 @@ import pytest
 
 from gpt2_jax.buffer import adamw as optimizer
 from gpt2_jax.gradient_check import check_gradients
-from gpt2_jax.ops.linear import IMPLEMENTATIONS
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from tests.conftest import TINY, available
 
 pytestmark = pytest.mark.torch
