@@ -171,7 +171,7 @@ def test_a_step_is_compiled_from_the_shapes_of_the_state_it_is_given(tiny_params
 
 @pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
 def test_looking_at_a_state_on_the_host_does_not_keep_its_memory_from_the_next_step(tiny_params, tiny_batch, matmul):
-    """np.asarray would: jax remembers its result, and then every checkpoint costs a copy of the whole state."""
+    """Otherwise every checkpoint would cost a copy of the whole state."""
     plan = plan_of(matmul=matmul)
     step, state = make_step(plan), create_state(plan, tiny_params)
     for _ in range(3):
