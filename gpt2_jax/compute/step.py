@@ -125,6 +125,8 @@ def accumulated_gradient(
     add_once = jax.jit(add)  # traced once, called A times
     for index in range(num_micro_batches):
         total, _ = add_once(total, (x_ABT[index], y_ABT[index]))
+        # Without the barrier jax drops the squares that nobody reads, and so compiles a second function for the last call.
+        total = lax.optimization_barrier(total)
     return total
 
 
