@@ -14,6 +14,7 @@ from gpt2_jax.benchmark import machine, peak, train, train_report, train_system,
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
 from gpt2_jax.buffer import adamw as optimizer
+from gpt2_jax.compute.flops import flops_per_token
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS
@@ -92,10 +93,10 @@ def refuse_rungs(call):
 
 
 def test_flops_are_llmcs_and_nanogpts():
-    layout = config_from_descriptor("d12").layout
-    assert layout.num_parameters == 124_475_904
-    assert train_report.llmc_flops_per_token(layout, 1024) == 6 * 124_475_904 + 6 * 12 * 768 * 1024 == 803_478_528
-    assert train_report.nanogpt_flops_per_token(layout, 1024) == 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024
+    config = config_from_descriptor("d12")
+    assert config.layout.num_parameters == 124_475_904
+    assert flops_per_token(config, 1024) == 6 * 124_475_904 + 6 * 12 * 768 * 1024 == 803_478_528
+    assert train_report.nanogpt_flops_per_token(config, 1024) == 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
 def select(*patterns, quick=False, backend="cpu"):
@@ -190,7 +191,7 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         ("gpt2_jax", "threaded", "bfloat16"),
         ("pytorch", "pytorch", "float32"),
     ]
-    flops = 48 * train_report.llmc_flops_per_token(CONFIG.layout, 16)
+    flops = 48 * flops_per_token(CONFIG, 16)
     assert record["systems"][2] == {
         "name": "pytorch",
         "matmul": "pytorch",
