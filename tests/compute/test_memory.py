@@ -62,9 +62,7 @@ def test_several_micro_batches_need_a_second_gradient_only_where_they_are_not_ad
 
 def test_what_is_computed_anew_is_kept_of_one_layer_only():
     B, T, s = 3, 16, 4
-    kept = {
-        level: memory.estimate(plan_of(backend=KEEPS_BARRIERS, recompute=level), B, T).activations for level in RECOMPUTED
-    }
+    kept = {level: memory.estimate(plan_of(backend=KEEPS_BARRIERS, recompute=level), B, T).activations for level in RECOMPUTED}
     assert kept["none"] - kept["gelu"] == B * T * 4 * 32 * s
     assert kept["none"] - kept["layernorm"] == B * T * 6 * 32 * s
     assert kept["none"] - kept["block"] == B * T * (15 * 32 * s + 4 * T * s)

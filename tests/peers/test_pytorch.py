@@ -75,12 +75,15 @@ def test_what_the_running_step_computes_is_what_is_checked(tiny_params, tiny_bat
     monkeypatch.setattr(writer, "TABLE", tuple(patched if one is row else one for one in writer.TABLE))
     monkeypatch.setattr(library, "call", call)
     monkeypatch.setattr(writer, "_write_into", write_into)
-    assert failures(tiny_params, tiny_batch, matmul) == {
-        "gain of every norm": ["grad ln1w", "grad ln2w", "grad lnfw"],
-        "position table": ["grad wpe"],
-        "token table": ["grad wte"],
-        "last shift": ["grad lnfb"],
-    }[broken]
+    assert (
+        failures(tiny_params, tiny_batch, matmul)
+        == {
+            "gain of every norm": ["grad ln1w", "grad ln2w", "grad lnfw"],
+            "position table": ["grad wpe"],
+            "token table": ["grad wte"],
+            "last shift": ["grad lnfb"],
+        }[broken]
+    )
 
 
 @pytest.mark.parametrize("matmul", available(["threaded"]))
