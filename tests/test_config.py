@@ -32,6 +32,7 @@ FLAGS = {
     *("--learning-rate", "--schedule", "--warmup-steps", "--final-learning-rate-fraction", "--weight-decay"),
     *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
+    *("--dry-run", "--strict"),
     *("--steps", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute"),
 }
