@@ -20,7 +20,7 @@ from gpt2_jax.config import (
 )
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
-from gpt2_jax.ops.linear import IMPLEMENTATIONS
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from tests.conftest import REPOSITORY
 
 # Every flag of train.py. A change here is a change of the public interface: README, presets and users' scripts.
@@ -32,6 +32,7 @@ FLAGS = {
     *("--learning-rate", "--schedule", "--warmup-steps", "--final-learning-rate-fraction", "--weight-decay"),
     *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
+    *("--dry-run", "--strict"),
     *("--steps", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute"),
 }

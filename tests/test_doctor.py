@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
 
 from gpt2_jax import doctor
 from gpt2_jax.compute import metal_plugins
+from gpt2_jax.ops.cpu import library
 
 MAC = {"system": "darwin", "processor": "arm64", "macos": "15.3"}
 
@@ -42,7 +44,7 @@ def test_a_machine_with_nothing_wrong_has_nothing_to_do(patient):
     assert [finding for finding in found.values() if finding.broken or finding.remedy] == []
     assert "Test chip" in found["machine"].found
     assert "jax 0.10.2" in found["packages"].found
-    assert "auto takes " in found["matmul, CPU"].found
+    assert re.match(r"\w+ in .+: .+", found["matmul, CPU"].found)
     assert found["device, cpu"].found == "cpu opened"
 
 
@@ -102,6 +104,24 @@ def test_environment_variables_are_shown_and_harmful_ones_named(patient, monkeyp
     of_name = [finding for finding in doctor.examine() if finding.subject == name]
     assert value in of_name[0].found
     assert any(finding.broken for finding in of_name) == broken
+
+
+def test_a_plan_that_cannot_be_made_is_broken_and_the_rest_is_told(patient, monkeypatch):
+    patient(jax="0.10.2")
+    monkeypatch.setenv("GPT2_JAX_DISABLE", "nobody")
+    found = findings()
+    assert found["plan"].broken
+    assert found["plan"].remedy == "unset GPT2_JAX_DISABLE"
+    assert found["device, cpu"].found == "cpu opened"
+
+
+def test_a_library_that_was_not_built_is_said_as_a_fallback(patient, monkeypatch):
+    def not_built():
+        raise NotImplementedError("the library was not built")
+
+    patient(jax="0.10.2")
+    monkeypatch.setattr(library, "description", not_built)
+    assert "the library was not built" in findings()["fallback"].found
 
 
 def test_a_device_that_ends_the_process_is_reported(monkeypatch):

@@ -11,27 +11,24 @@ import pytest
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import (
-    check_questions,
     make_loss_function,
     make_token_loss_function,
     num_right_answers,
     unigram_cross_entropy,
     validation_loss,
 )
-from gpt2_jax.llmc.eval_file import MultipleChoice
+from gpt2_jax.llmc.eval_file import MultipleChoice, check_questions
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
-from tests.conftest import TINY
-
-FLOAT32 = jnp.dtype("float32")
+from tests.conftest import TINY, plan_of
 
 
 @pytest.mark.parametrize("num_batches", [3, 9])
-def test_validation_is_the_mean_over_the_first_batches(tiny_layout, tiny_params, tiny_shards, num_batches):
+def test_validation_is_the_mean_over_the_first_batches(tiny_params, tiny_shards, num_batches):
     loader = TokenLoader(tiny_shards[1], 2, 16, vocab_size=TINY.vocab_size)
     loader.next_batch()  # validation starts over
     params = jnp.asarray(tiny_params)
-    loss_function = make_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")
+    loss_function = make_loss_function(plan_of())
     loss = validation_loss(loss_function, params, loader, num_batches)
     tokens = np.asarray(open_token_shard(tiny_shards[1])).astype(np.int32)[: num_batches * 32 + 1]
     x, y = tokens[:-1].reshape(-1, 16), tokens[1:].reshape(-1, 16)
@@ -70,18 +67,18 @@ def test_unigram_counts_many_tokens_in_little_memory(tmp_path):
     assert found == expected
 
 
-def test_validation_goes_on_from_the_first_batch_at_the_end_of_the_data(tiny_layout, tiny_params, tiny_shards):
+def test_validation_goes_on_from_the_first_batch_at_the_end_of_the_data(tiny_params, tiny_shards):
     """As llm.c's does, which takes as many batches as it is told to."""
     loader = TokenLoader(tiny_shards[1], 2, 16, vocab_size=TINY.vocab_size)
-    params, loss_function = jnp.asarray(tiny_params), make_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")
+    params, loss_function = jnp.asarray(tiny_params), make_loss_function(plan_of())
     once, twice = (validation_loss(loss_function, params, loader, batches) for batches in (9, 18))
     assert once == pytest.approx(twice, rel=1e-12)
 
 
-def test_losses_of_tokens_have_the_batchs_loss_as_their_mean(tiny_layout, tiny_params, tiny_batch):
+def test_losses_of_tokens_have_the_batchs_loss_as_their_mean(tiny_params, tiny_batch):
     x, y = map(jnp.asarray, tiny_batch)
-    losses = make_token_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")(jnp.asarray(tiny_params), x, y)
-    loss = make_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")(jnp.asarray(tiny_params), x, y)
+    losses = make_token_loss_function(plan_of())(jnp.asarray(tiny_params), x, y)
+    loss = make_loss_function(plan_of())(jnp.asarray(tiny_params), x, y)
     assert losses.shape == x.shape
     assert float(losses.mean()) == pytest.approx(float(loss), rel=1e-6)
 
@@ -116,19 +113,19 @@ def right_by_hand(token_loss_function, params, question: MultipleChoice, T: int)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 64])
-def test_answers_are_llmcs(tiny_layout, tiny_params, batch_size):
+def test_answers_are_llmcs(tiny_params, batch_size):
     questions = choices(21)
-    token_loss_function = make_token_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")
+    token_loss_function = make_token_loss_function(plan_of())
     params = jnp.asarray(tiny_params)
     right = [right_by_hand(token_loss_function, params, question, 16) for question in questions]
     assert 0 < sum(right) < 21
     assert num_right_answers(token_loss_function, params, questions, batch_size) == sum(right)
 
 
-def test_the_first_of_equal_completions_is_taken(tiny_layout, tiny_params):
+def test_the_first_of_equal_completions_is_taken(tiny_params):
     part = np.array([3, 4], np.uint16)
     questions = [MultipleChoice(label, part, (part, part, part, part)) for label in range(4)]
-    token_loss_function = make_token_loss_function(tiny_layout, dtype=FLOAT32, matmul="xla")
+    token_loss_function = make_token_loss_function(plan_of())
     assert num_right_answers(token_loss_function, jnp.asarray(tiny_params), questions, 16) == 1
 
 

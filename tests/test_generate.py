@@ -9,16 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2_jax.compute.step import all_logits
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import complete, generate, prompt_tokens, sample
 from gpt2_jax.llmc.random import XorShift
-from gpt2_jax.models import gpt2 as model
 from gpt2_jax.models.initialize import initialize_parameters
-from tests.conftest import TINY
-
-FLOAT32 = jnp.dtype("float32")
+from tests.conftest import TINY, plan_of
 
 
 def llmc_sample_softmax(logits, coin):
@@ -59,14 +57,14 @@ def test_huge_logits_do_not_overflow():
     assert sample(np.array([0.0, 1000.0, 999.0], np.float32), np.float32(0.5)) == 1
 
 
-def test_generation_takes_each_next_token_from_the_whole_text(tiny_layout, tiny_params):
+def test_generation_takes_each_next_token_from_the_whole_text(tiny_params):
     """Against full forward passes without padding; the text grows past the model's 16 positions."""
     prompt = list(range(14))
-    found = list(generate(jnp.asarray(tiny_params), tiny_layout, prompt, 8, dtype=FLOAT32, matmul="xla", seed=11))
-    logits_of = jax.jit(lambda x: model.logits(jnp.asarray(tiny_params), x, tiny_layout, dtype=FLOAT32))
+    found = list(generate(plan_of(), jnp.asarray(tiny_params), prompt, 8, seed=11))
+    logits_of = jax.jit(lambda x: all_logits(plan_of(), jnp.asarray(tiny_params), x))
     tokens, coins = list(prompt), XorShift(11)
     for _ in range(8):
-        logits = logits_of(np.array([tokens[-TINY.max_sequence_length :]], np.int32))[0, -1, : TINY.vocab_size]
+        logits = logits_of(np.array([tokens[-TINY.max_sequence_length :]], np.int32))[0, -1]
         tokens.append(sample(np.asarray(logits), coins.uniform()))
     assert found == tokens[14:]
     assert len(set(found)) > 4
@@ -75,7 +73,7 @@ def test_generation_takes_each_next_token_from_the_whole_text(tiny_layout, tiny_
 @pytest.fixture(scope="module")
 def english_model():
     config = GPT2Config(max_sequence_length=16, vocab_size=50257, num_layers=1, num_heads=1, channels=8)
-    return config, initialize_parameters(config)
+    return plan_of(config), initialize_parameters(config)
 
 
 def test_text_streams_and_is_repeatable(english_model):
@@ -86,30 +84,30 @@ def test_text_streams_and_is_repeatable(english_model):
 
 
 def test_the_end_of_the_document_stops(english_model, monkeypatch):
-    config, params = english_model
+    plan, params = english_model
     from gpt2_jax import generate as module
 
     choices = iter([15496, 50256, 995])
     monkeypatch.setattr(module, "sample", lambda *arguments, **options: next(choices))
-    assert "".join(complete(config, params, gpt2_tokenizer(), "", max_tokens=3)) == "Hello"
+    assert "".join(complete(plan, params, gpt2_tokenizer(), "", max_tokens=3)) == "Hello"
 
 
 def test_a_character_of_several_tokens_appears_whole(english_model, monkeypatch):
-    config, params = english_model
+    plan, params = english_model
     from gpt2_jax import generate as module
 
     ids = gpt2_tokenizer().encode_ordinary("ᵀ")
     assert len(ids) > 1
     choices = iter(ids)
     monkeypatch.setattr(module, "sample", lambda *arguments, **options: next(choices))
-    pieces = list(complete(config, params, gpt2_tokenizer(), "", max_tokens=len(ids)))
+    pieces = list(complete(plan, params, gpt2_tokenizer(), "", max_tokens=len(ids)))
     assert "".join(pieces) == "ᵀ"
     assert "\ufffd" not in "".join(pieces)
 
 
 def test_another_models_tokenizer_is_refused(tiny_params):
     with pytest.raises(Gpt2JaxError, match="expected the model's 203 tokens, found 50257"):
-        list(complete(TINY, tiny_params, gpt2_tokenizer(), "", max_tokens=1))
+        list(complete(plan_of(), tiny_params, gpt2_tokenizer(), "", max_tokens=1))
 
 
 def test_a_prompt_begins_a_document():

@@ -14,27 +14,31 @@ import pytest
 
 from gpt2_jax import selfcheck
 from gpt2_jax.compute.backend import Backend
-from tests.conftest import REPOSITORY, TINY
+from tests.conftest import CPU, REPOSITORY, TINY, plan_of
 
-CPU = Backend("cpu", "cpu", "test")
 STEPS, BATCH_SIZE = 3, 2
 
 
 def imitated_plugin():
     """A backend that lacks everything, on the CPU."""
     lacks = frozenset({"donation", "custom_calls", "loops"})
-    return selfcheck.System("imitated", jax.devices("cpu")[0], "xla", Backend("metal", "METAL", "test", lacks, "jax-metal"))
+    plan = plan_of(backend=Backend("metal", "METAL", "test", lacks, "jax-metal"), matmul="auto", matmul_precision="highest")
+    return selfcheck.System("imitated", jax.devices("cpu")[0], plan)
 
 
-def check(systems, dtype="float32"):
+def systems_to_check(dtype="float32"):
+    return selfcheck.systems_to_check(CPU, TINY, dtype)
+
+
+def check(systems):
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, STEPS * BATCH_SIZE * TINY.max_sequence_length + 1)
-    return selfcheck.check_systems(systems, TINY, tokens, dtype=dtype, steps=STEPS, batch_size=BATCH_SIZE)
+    return selfcheck.check_systems(systems, tokens, steps=STEPS, batch_size=BATCH_SIZE)
 
 
 @pytest.fixture(scope="module")
 def checks():
     """In float32: XLA, the custom calls, the imitated plugin."""
-    return check([*selfcheck.systems_to_check(CPU), imitated_plugin()])
+    return check([*systems_to_check(), imitated_plugin()])
 
 
 def test_systems_that_agree_pass(checks):
@@ -49,7 +53,7 @@ def test_systems_that_agree_pass(checks):
 
 
 def test_bfloat16_has_its_own_tolerance(checks):
-    found = check(selfcheck.systems_to_check(CPU), "bfloat16")
+    found = check(systems_to_check("bfloat16"))
     assert all(one.passed for one in found)
     for one in found:  # each was computed in bfloat16
         [in_float32, in_bfloat16] = (outcome.grads["wte"] for outcome in (checks[0].outcome, one.outcome))
@@ -57,10 +61,14 @@ def test_bfloat16_has_its_own_tolerance(checks):
 
 
 def test_the_reference_is_plain_xla_and_the_custom_calls_are_checked_too():
-    systems = selfcheck.systems_to_check(CPU)
-    assert (systems[0].matmul, systems[0].device.platform) == ("xla", "cpu")
-    assert [system.matmul for system in systems[1:]] != []
-    assert "xla" not in [system.matmul for system in systems[1:]]
+    systems = systems_to_check()
+    products = [system.plan.linear.name for system in systems]
+    assert (products[0], systems[0].device.platform) == ("xla", "cpu")
+    assert products[1:] != []
+    assert "xla" not in products[1:]
+    # Nothing but XLA computes the reference, and no product of any system is of a shorter format.
+    assert {choice.name for _, choice in systems[0].plan.choices()} <= {"xla", "concatenate"}
+    assert {system.plan.matmul_precision for system in systems} == {"highest"}
 
 
 @pytest.mark.torch

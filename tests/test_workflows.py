@@ -8,7 +8,7 @@ import tomllib
 import pytest
 import yaml
 
-from gpt2_jax.ops.linear import IMPLEMENTATIONS
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from tests.conftest import REPOSITORY
 
 WORKFLOWS = sorted((REPOSITORY / ".github/workflows").glob("*.yml"))

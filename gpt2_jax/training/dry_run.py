@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import jax
@@ -87,10 +88,12 @@ def _largest_batch(
     for number in range(_MOST_COMPILES):
         if too_large - fits <= 1:
             break
-        # Memory grows nearly in proportion to the batch: where the line through the last two sizes meets the limit.
-        (x0, y0), (x1, y1) = sorted(bytes_of.items())[-2:]
-        trial = x1 + int((limit - y1) * (x1 - x0) / max(1, y1 - y0))
-        trial = trial if fits < trial < too_large else (fits + too_large) // 2
+        # Memory grows nearly in proportion to the batch: where the line through the two sizes next to the limit meets it.
+        upper = too_large if too_large in bytes_of else fits
+        lower = max(size for size in bytes_of if size < upper)
+        growth = max(1, bytes_of[upper] - bytes_of[lower])
+        trial = upper + math.floor((limit - bytes_of[upper]) * (upper - lower) / growth)
+        trial = min(max(trial, fits + 1), too_large - 1)
         display.line(f"compiling for --batch-size {trial} ({number + 1} of at most {_MOST_COMPILES}) ...")
         shape = (config.num_micro_batches, trial, T)
         counted = memory.compiled_memory(

@@ -17,7 +17,8 @@ from gpt2_jax.benchmark.matmul_timing import Refusal, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRECISIONS, PRODUCTS, linears_of, make_operands
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
-from gpt2_jax.ops import linear as matmul
+from gpt2_jax.ops import matmul
+from gpt2_jax.ops.cpu import library
 
 CONFIG = GPT2Config(max_sequence_length=16, vocab_size=256, num_layers=2, num_heads=2, channels=32)
 TOKENS = 24
@@ -142,8 +143,11 @@ def test_without_pytorch_it_says_so_and_goes_on(monkeypatch):
 
 
 def test_a_rung_that_the_machine_lacks_is_refused_once(monkeypatch):
-    choice = matmul.Choice("xla", "a test", {"simd": "no such instructions"})
-    monkeypatch.setattr(matmul, "choose_implementation", lambda *_, **__: choice)
+    def without_simd(rung):
+        available = rung != "simd"
+        return {"name": rung, "available": available, "reason": "no such instructions", "precisions": ["F32_F32_F32"]}
+
+    monkeypatch.setattr(library, "implementation", without_simd)
     runs, refusals = measure(CONFIG, TOKENS, ["simd", "numpy"], rounds=1)
     assert refusals == [Refusal("simd", None, "no such instructions")]
     assert bench._refused_lines([refusals[0]._asdict()]) == ["not simd: no such instructions"]

@@ -17,7 +17,7 @@ from gpt2_jax.buffer import adamw as optimizer
 from gpt2_jax.compute.flops import flops_per_token
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
-from gpt2_jax.ops.linear import IMPLEMENTATIONS
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 
 # A vocabulary that is its own padding, so that the peers' softmax is over the same tokens.
 CONFIG = GPT2Config(max_sequence_length=16, vocab_size=256, num_layers=1, num_heads=2, channels=32)
@@ -94,8 +94,7 @@ def refuse_rungs(call):
 
 def test_flops_are_llmcs_and_nanogpts():
     config = config_from_descriptor("d12")
-    layout = config.layout
-    assert layout.num_parameters == 124_475_904
+    assert config.layout.num_parameters == 124_475_904
     assert flops_per_token(config, 1024) == 6 * 124_475_904 + 6 * 12 * 768 * 1024 == 803_478_528
     assert train_report.nanogpt_flops_per_token(config, 1024) == 6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024
 

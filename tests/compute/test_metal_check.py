@@ -16,23 +16,25 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, adamw, learning_rate_schedule
+from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON
 from gpt2_jax.buffer.rounding import stochastically_rounded
 from gpt2_jax.compute import metal_check
 from gpt2_jax.compute.backend import metal_backend
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
-from gpt2_jax.compute.step import create_state, make_train_step
-from gpt2_jax.config import RunConfig, format_config, load_config
+from gpt2_jax.compute.step import create_state, make_step
+from gpt2_jax.config import OptimizerSettings, RunConfig, format_config, load_config
 from gpt2_jax.evaluate import make_loss_function
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import next_token_logits
 from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.models.weights import model_config_from_settings
-from tests.conftest import REPOSITORY
+from tests.conftest import CPU, REPOSITORY, plan_of
 
 JAX_METAL = metal_backend(METAL_PLUGINS[-1], "test")
 PRESETS = sorted((REPOSITORY / "configs").glob("*.toml"))
 NAMES = ["training step", "validation loss", "losses of tokens", "next-token logits"]
+# What the plugin lacks, on the CPU.
+LIKE_JAX_METAL = dataclasses.replace(CPU, lacks=JAX_METAL.lacks | {"donation"})
 SMALL = GPT2Config(max_sequence_length=8, vocab_size=100, num_layers=2, num_heads=2, channels=16)
 
 
@@ -178,12 +180,12 @@ def test_a_bad_step_fails_the_script(tmp_path):
     path.write_text(format_config(small_run()), encoding="utf-8")
     script = [str(REPOSITORY / "scripts" / "check_metal.py"), "--config", str(path), "--plugin", "jax-metal"]
     program = (
-        "import runpy, sys, gpt2_jax.models.gpt2 as model, jax.numpy as jnp; {patch}; "
+        "import dataclasses, runpy, sys, gpt2_jax.ops.activation as ops, jax.numpy as jnp; {patch}; "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     for patch, status, words in (
-        ("model.gelu", 0, "0 violations"),
-        ("model.gelu = lambda x: jnp.sort(x)", 1, "    stablehlo.sort at "),
+        ("ops.TABLE", 0, "0 violations"),
+        ("ops.TABLE = [dataclasses.replace(row, functions=jnp.sort) for row in ops.TABLE]", 1, "    stablehlo.sort at "),
     ):
         command = [sys.executable, "-c", program.format(patch=patch), *script]
         ended = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
@@ -228,10 +230,15 @@ def small_params():
 @pytest.mark.parametrize(("dtype", "num_steps"), [("float32", 3), ("bfloat16", 2)])
 def test_the_step_for_jax_metal_trains_as_xla_on_the_cpu(small_params, dtype, num_steps):
     layout, weight_decay = SMALL.layout, 0.1
-    schedule = learning_rate_schedule("cosine", 1e-3, steps=10, warmup_steps=2, final_fraction=0.1)
-    optimizer = adamw(schedule, layout, weight_decay=weight_decay)
-    step = make_train_step(layout, optimizer, schedule, dtype=jnp.dtype(dtype), matmul="xla", donate=False, loops=False)
-    here = create_state(small_params, optimizer)
+    settings = OptimizerSettings(
+        schedule="cosine",
+        learning_rate=1e-3,
+        warmup_steps=2,
+        final_learning_rate_fraction=0.1,
+        weight_decay=weight_decay,
+    )
+    plan = plan_of(SMALL, backend=LIKE_JAX_METAL, matmul="auto", dtype=dtype)
+    step, here = make_step(plan, settings, 10), create_state(plan, small_params)
     there = jax.tree.map(np.asarray, here)
     # The norm, by which every gradient is scaled, sums as many terms as there are parameters; a root halves the error.
     error = rounding_error(dtype) + 2.0**-25 * np.sqrt(layout.num_parameters)
@@ -290,16 +297,16 @@ def decays(layout):
 
 
 def test_validation_and_sampling_for_jax_metal_compute_as_xla_on_the_cpu(small_params):
-    layout, float32 = SMALL.layout, jnp.dtype("float32")
+    plan = plan_of(SMALL, backend=LIKE_JAX_METAL, matmul="auto")
     tokens = np.random.default_rng(2).integers(0, SMALL.vocab_size, (2, 9)).astype(np.int32)
     x_BT, y_BT = tokens[:, :-1], tokens[:, 1:]
-    loss = make_loss_function(layout, dtype=float32, matmul="xla")
+    loss = make_loss_function(plan)
     found = interpret(loss, small_params, x_BT, y_BT)
     expected = float(loss(small_params, x_BT, y_BT))
     assert abs(float(found) - expected) <= rounding_error("float32") * expected
 
     position = np.int32(5)
-    logits = partial(next_token_logits, layout=layout, dtype=float32, matmul="xla")
+    logits = partial(next_token_logits, plan)
     found = interpret(logits, small_params, x_BT[:1], position)
     expected = np.asarray(logits(small_params, x_BT[:1], position))
     np.testing.assert_allclose(found, expected, rtol=0, atol=rounding_error("float32") * np.abs(expected).max())

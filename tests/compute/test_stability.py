@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.compute.stability import WINDOW, empty_windows, judge, squared_norms
-from gpt2_jax.compute.step import loss_and_gradient
+from gpt2_jax.compute.stability import WINDOW, empty_windows, judge, not_finite
+from gpt2_jax.compute.step import accumulated_gradient
+from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.writer import squared_norms
+from tests.conftest import available, plan_of
 
 
 class Detector:
@@ -98,7 +101,7 @@ def test_what_is_not_finite_is_refused_and_forgotten(bad, which):
     np.testing.assert_array_equal(windows, [row[kept] for row in steps])
 
 
-@pytest.mark.parametrize("custom_call", [False, True])
+@pytest.mark.parametrize("custom_call", [False, *([True] if library.is_built() else [])])
 def test_norms_tell_which_tensors_are_not_finite(tiny_layout, custom_call):
     grads = np.random.default_rng(3).normal(size=tiny_layout.num_parameters).astype(np.float32)
     views = tiny_layout.views(grads)
@@ -113,10 +116,23 @@ def test_norms_tell_which_tensors_are_not_finite(tiny_layout, custom_call):
             assert abs(value - expected) <= 1e-5 * expected
 
 
-@pytest.mark.parametrize("matmul", ["xla", "threaded"])
-def test_the_norm_is_that_of_the_whole_buffer(tiny_layout, tiny_params, tiny_batch, matmul):
-    params, batch = jnp.asarray(tiny_params), [part[None] for part in tiny_batch]
-    _, grads, found = loss_and_gradient(params, *batch, tiny_layout, dtype=jnp.dtype("float32"), matmul=matmul)
+@pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_the_norm_is_that_of_the_whole_buffer(tiny_params, tiny_batch, matmul, num_micro_batches):
+    """Writers sum the squares of a tensor while they write it; with micro-batches those of the running total count."""
+    params, batch = jnp.asarray(tiny_params), [part.reshape(num_micro_batches, -1, 16) for part in tiny_batch]
+    gradient = jax.jit(partial(accumulated_gradient, plan_of(matmul=matmul)))
+    _, grads, found = gradient(params, jnp.full_like(params, jnp.nan), *batch)
     expected = np.square(np.asarray(grads, dtype=np.float64)).sum()
     # Sums of at most 203 * 128 squares in float32, then one of 16: far below 2^-24 times the longest sum's depth.
     assert abs(float(found.sum()) - expected) <= 1e-5 * expected
+
+
+def test_the_message_names_the_tensors_whose_gradient_is_not_finite(tiny_layout):
+    squared = np.ones(16, np.float32)
+    squared[[4, 15]] = np.nan, np.inf
+    message = not_finite(12, 3.5, math.nan, squared, tiny_layout, ["a.bin at token 7", "b.bin at token 0"])
+    assert message.startswith("step 12: expected a finite loss and gradient, found a loss of 3.5 and a gradient norm of nan")
+    assert message.endswith("not finite in qkvw, lnfb, for the batch of a.bin at token 7; b.bin at token 0")
+    many = not_finite(12, 3.5, math.nan, squared, tiny_layout, [f"{number}.bin" for number in range(9)])
+    assert many.endswith("; 7.bin ...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,48 +10,53 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.buffer.adamw import adamw, learning_rate_schedule
-from gpt2_jax.compute.step import create_state, loss_and_gradient, make_train_step
+from gpt2_jax.compute import step as compute
+from gpt2_jax.compute.plan import Plan
+from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_state, state_shapes
+from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.gradient_check import compare_losses
+from gpt2_jax.jax_compat import on_host
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
-from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.linear import IMPLEMENTATIONS
-from tests.conftest import TINY, available
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
+from tests.conftest import CPU, TINY, available, plan_of
 
-FLOAT32 = jnp.dtype("float32")
-
-
-def make_step(layout, *, matmul="xla", dtype=FLOAT32, **options):
-    schedule = learning_rate_schedule("linear", 1e-2, steps=20, final_fraction=0.5)
-    optimizer = adamw(schedule, layout, weight_decay=0.1, custom_call=custom_calls.serve(matmul))
-    return optimizer, make_train_step(layout, optimizer, schedule, dtype=dtype, matmul=matmul, **options)
+SETTINGS = OptimizerSettings(schedule="linear", learning_rate=1e-2, final_learning_rate_fraction=0.5, weight_decay=0.1)
+WITHOUT_LOOPS = dataclasses.replace(CPU, lacks=CPU.lacks | {"loops"})
+WITHOUT_DONATION = dataclasses.replace(CPU, lacks=CPU.lacks | {"donation"})
 
 
-def test_micro_batches_sum_to_the_whole_batchs_gradient(tiny_layout, tiny_params, tiny_batch):
+def make_step(plan: Plan, **settings):
+    return compute.make_step(plan, dataclasses.replace(SETTINGS, **settings), 20)
+
+
+@pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
+def test_micro_batches_sum_to_the_whole_batchs_gradient(tiny_params, tiny_batch, matmul):
     x, y = tiny_batch
-    params = jnp.asarray(tiny_params)
-    loss, grads, _ = loss_and_gradient(params, x[None], y[None], tiny_layout, dtype=FLOAT32, matmul="xla")
-    accumulated = loss_and_gradient(params, x[:, None], y[:, None], tiny_layout, dtype=FLOAT32, matmul="xla")
+    gradient = jax.jit(partial(accumulated_gradient, plan_of(matmul=matmul)))
+    params, garbage = jnp.asarray(tiny_params), jnp.full(tiny_params.shape, np.nan, jnp.float32)
+    loss, grads, squares = gradient(params, garbage, x[None], y[None])
+    accumulated = gradient(params, garbage, x[:, None], y[:, None])
     assert abs(float(loss) - float(accumulated[0])) < 1e-6
     # Three terms in another order: a few roundings of the largest elements.
     np.testing.assert_allclose(accumulated[1], grads, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(accumulated[2], squares, rtol=1e-4)
 
 
-def test_micro_batches_written_out_give_the_same_as_the_loop(tiny_layout, tiny_params, tiny_batch):
+def test_micro_batches_written_out_give_the_same_as_the_loop(tiny_params, tiny_batch):
     x, y = (batch[:, None] for batch in tiny_batch)
     results = []
     for loops in (True, False):
-        step = jax.jit(partial(loss_and_gradient, layout=tiny_layout, dtype=FLOAT32, matmul="xla", loops=loops))
-        assert ("stablehlo.while" in step.lower(tiny_params, x, y).as_text()) == loops
-        results.append(step(tiny_params, x, y))
+        gradient = jax.jit(partial(accumulated_gradient, plan_of(backend=CPU if loops else WITHOUT_LOOPS)))
+        assert ("stablehlo.while" in gradient.lower(tiny_params, None, x, y).as_text()) == loops
+        results.append(gradient(tiny_params, None, x, y))
     assert abs(float(results[0][0]) - float(results[1][0])) < 1e-6
     # The compiler may fuse the two differently: a rounding of the largest terms.
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
 
 
 def test_training_learns_and_reports(tiny_layout, tiny_params, tiny_batch):
-    optimizer, step = make_step(tiny_layout)
-    state = create_state(tiny_params, optimizer)
+    plan = plan_of()
+    step, state = make_step(plan), create_state(plan, tiny_params)
     losses, rates = [], []
     for _ in range(15):
         state, metrics = step(state, tiny_batch[0][None], tiny_batch[1][None])
@@ -66,12 +72,12 @@ def test_training_learns_and_reports(tiny_layout, tiny_params, tiny_batch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", available(name for name in IMPLEMENTATIONS if name != "xla"))
-def test_twenty_steps_losses_are_those_of_xla(tiny_layout, tiny_params, implementation, dtype):
+def test_twenty_steps_losses_are_those_of_xla(tiny_params, implementation, dtype):
     tokens_SBT = np.random.default_rng(1).integers(0, 10, (20, 2, 17)).astype(np.int32)  # few, which is to be learned
     losses: dict[str, list[float]] = {}
     for matmul in ("xla", implementation):
-        optimizer, step = make_step(tiny_layout, matmul=matmul, dtype=jnp.dtype(dtype))
-        state = create_state(tiny_params, optimizer, matmul=matmul)
+        plan = plan_of(matmul=matmul, dtype=dtype)
+        step, state = make_step(plan), create_state(plan, tiny_params)
         losses[matmul] = []
         for tokens_BT in tokens_SBT:
             state, metrics = step(state, tokens_BT[None, :, :-1], tokens_BT[None, :, 1:])
@@ -82,29 +88,28 @@ def test_twenty_steps_losses_are_those_of_xla(tiny_layout, tiny_params, implemen
 
 
 @pytest.mark.parametrize("donate", [True, False])
-def test_the_old_state_is_donated_only_where_asked(tiny_layout, tiny_params, tiny_batch, donate):
-    optimizer, step = make_step(tiny_layout, donate=donate)
-    state = create_state(tiny_params, optimizer)
-    step(state, tiny_batch[0][None], tiny_batch[1][None])
+def test_the_old_state_is_donated_only_where_the_backend_can(tiny_params, tiny_batch, donate):
+    plan = plan_of(backend=CPU if donate else WITHOUT_DONATION)
+    state = create_state(plan, tiny_params)
+    make_step(plan)(state, tiny_batch[0][None], tiny_batch[1][None])
     leaves = (state.params, state.optimizer.m, state.optimizer.v)
     assert all(leaf.is_deleted() == donate for leaf in leaves)
 
 
-def test_the_same_steps_give_the_same_bits(tiny_layout, tiny_params, tiny_batch):
-    results = []
+@pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
+def test_the_same_steps_give_the_same_bits(tiny_params, tiny_batch, matmul):
+    plan, results = plan_of(matmul=matmul), []
     for _ in range(2):
-        optimizer, step = make_step(tiny_layout)
-        state = create_state(tiny_params, optimizer)
+        step, state = make_step(plan), create_state(plan, tiny_params)
         for _ in range(3):
             state, _ = step(state, tiny_batch[0][:, None], tiny_batch[1][:, None])
         results.append(np.asarray(state.params))
     np.testing.assert_array_equal(*results)
 
 
-def test_the_caller_keeps_its_own_buffer(tiny_layout, tiny_params, tiny_batch):
-    params = tiny_params.copy()
-    optimizer, step = make_step(tiny_layout)
-    jax.block_until_ready(step(create_state(params, optimizer), tiny_batch[0][None], tiny_batch[1][None]))
+def test_the_caller_keeps_its_own_buffer(tiny_params, tiny_batch):
+    params, plan = tiny_params.copy(), plan_of()
+    jax.block_until_ready(make_step(plan)(create_state(plan, params), tiny_batch[0][None], tiny_batch[1][None]))
     np.testing.assert_array_equal(params, tiny_params)
 
 
@@ -118,8 +123,8 @@ def test_a_refused_update_changes_nothing_but_the_count(tiny_layout, tiny_params
     params = tiny_params.copy()
     if outlier == "not finite":
         tiny_layout.views(params)["qkvw"][1, 5, 5] = np.inf
-    optimizer, step = make_step(tiny_layout, max_gradient_z=2.0, donate=False)
-    state = create_state(params, optimizer)
+    plan = plan_of(backend=WITHOUT_DONATION)
+    step, state = make_step(plan, skip_gradient_z=2.0), create_state(plan, params)
     state = state.replace(optimizer=state.optimizer._replace(m=state.params * 2, v=jnp.square(state.params)))
     if outlier == "z-score":
         windows = np.random.default_rng(0).normal(5.0, 0.1, (2, 128)).astype(np.float32)
@@ -138,11 +143,43 @@ def test_a_refused_update_changes_nothing_but_the_count(tiny_layout, tiny_params
 def test_with_seeds_the_new_parameters_are_the_rounded_ones(tiny_layout, tiny_params, tiny_batch):
     x, y = tiny_batch[0][None], tiny_batch[1][None]
     seeds = RoundingStream().next_seeds(1)
-    optimizer, step = make_step(tiny_layout, donate=False)
-    state = create_state(rounded_to_nearest(tiny_params), optimizer)
+    plan = plan_of(backend=WITHOUT_DONATION)
+    step, state = make_step(plan), create_state(plan, rounded_to_nearest(tiny_params))
     plain, _ = step(state, x, y)
     rounded, _ = step(state, x, y, seeds)
     expected = stochastically_rounded(np.asarray(plain.params), tiny_layout, seeds)
     np.testing.assert_array_equal(np.asarray(rounded.params), expected)
     np.testing.assert_array_equal(np.asarray(rounded.optimizer.m), np.asarray(plain.optimizer.m))
     assert (expected != np.asarray(plain.params)).any()
+
+
+@pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_step_is_compiled_from_the_shapes_of_the_state_it_is_given(tiny_params, tiny_batch, matmul, rounds):
+    """Shapes that were another state's would be refused by the compiled step, or compiled a second time."""
+    plan = plan_of(matmul=matmul)
+    state = create_state(plan, tiny_params)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state_shapes(plan)) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    compiled = compile_step(plan, SETTINGS, 20, (1, *tiny_batch[0].shape), rounds=rounds)
+    seeds = (RoundingStream().next_seeds(1),) if rounds else ()
+    _, metrics = compiled(state, tiny_batch[0][None], tiny_batch[1][None], *seeds)
+    expected = make_step(plan)(create_state(plan, tiny_params), tiny_batch[0][None], tiny_batch[1][None])[1]
+    assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
+def test_looking_at_a_state_on_the_host_does_not_keep_its_memory_from_the_next_step(tiny_params, tiny_batch, matmul):
+    """Otherwise every checkpoint would cost a copy of the whole state."""
+    plan = plan_of(matmul=matmul)
+    step, state = make_step(plan), create_state(plan, tiny_params)
+    for _ in range(3):
+        saved = [on_host(buffer).copy() for buffer in (state.params, state.optimizer.m, state.optimizer.v)]
+        buffers = (state.params, state.optimizer.m, state.optimizer.v)
+        places = {buffer.unsafe_buffer_pointer() for buffer in buffers}
+        state, _ = jax.block_until_ready(step(state, tiny_batch[0][None], tiny_batch[1][None]))
+        assert all(buffer.is_deleted() for buffer in buffers)
+        # XLA may hand the buffers on in another order.
+        assert {buffer.unsafe_buffer_pointer() for buffer in (state.params, state.optimizer.m, state.optimizer.v)} == places
+        assert (saved[0] != np.asarray(state.params.copy())).any()

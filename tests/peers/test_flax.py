@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from gpt2_jax.models import gpt2 as model
-from tests.conftest import TINY
+from gpt2_jax.compute.step import all_logits
+from gpt2_jax.evaluate import make_loss_function
+from tests.conftest import TINY, plan_of
 
 nnx = pytest.importorskip("flax.nnx")
 
@@ -80,9 +81,6 @@ def test_logits_and_loss_equal(tiny_layout, tiny_params, tiny_batch):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         logits = Gpt2(TINY, tiny_layout.views(tiny_params))(x)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-    ours = jax.jit(lambda params: model.logits(params, x, tiny_layout, dtype=jnp.dtype("float32")))(tiny_params)
-    np.testing.assert_allclose(ours[..., : TINY.vocab_size], logits, rtol=0, atol=1e-5)
-    assert (
-        abs(float(jax.jit(lambda p: model.loss(p, x, y, tiny_layout, dtype=jnp.dtype("float32")))(tiny_params)) - float(loss))
-        < 1e-5
-    )
+    ours = jax.jit(lambda params: all_logits(plan_of(), params, x))(tiny_params)
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=1e-5)
+    assert abs(float(make_loss_function(plan_of())(tiny_params, x, y)) - float(loss)) < 1e-5

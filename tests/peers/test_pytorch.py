@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gpt2_jax.buffer import adamw as optimizer
 from gpt2_jax.gradient_check import check_gradients
-from gpt2_jax.ops.linear import IMPLEMENTATIONS
-from tests.conftest import TINY, available
+from gpt2_jax.ops import norm, writer
+from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
+from tests.conftest import TINY, available, plan_of
 
 pytestmark = pytest.mark.torch
 
 
 def check(tiny_params, tiny_batch, dtype, matmul):
-    rows = check_gradients(TINY, tiny_params, *tiny_batch, dtype=dtype, matmul=matmul)
+    rows = check_gradients(plan_of(dtype=dtype, matmul=matmul), tiny_params, *tiny_batch)
     assert len(rows) == 1 + 1 + 16 + 1
     assert [row.name for row in rows if not row.passed] == []
     assert all(np.isfinite(row.used_tolerance) for row in rows)
@@ -26,18 +30,69 @@ def test_float32_is_within_tolerance(tiny_params, tiny_batch, matmul):
     check(tiny_params, tiny_batch, "float32", matmul)
 
 
-@pytest.mark.parametrize("matmul", ["xla", "threaded"])
+@pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
 def test_bfloat16_is_within_tolerance(tiny_params, tiny_batch, matmul):
     check(tiny_params, tiny_batch, "bfloat16", matmul)
 
 
 def test_a_wrong_gradient_is_found(tiny_params, tiny_batch, monkeypatch):
-    from gpt2_jax.models import gpt2 as model
-
-    monkeypatch.setattr(model, "LAYERNORM_EPSILON", 1e-3)
-    failed = {row.name for row in check_gradients(TINY, tiny_params, *tiny_batch, dtype="float32") if not row.passed}
+    monkeypatch.setattr(norm, "LAYERNORM_EPSILON", 1e-3)
+    failed = {row.name for row in check_gradients(plan_of(), tiny_params, *tiny_batch) if not row.passed}
     assert "loss" in failed
     assert "grad qkvw" in failed
+
+
+def failures(params, batch, matmul) -> list[str]:
+    """What check_gradients finds wrong, the losses of ten steps apart."""
+    rows = check_gradients(plan_of(matmul=matmul), params, *batch)
+    return [row.name for row in rows if not row.passed and row.name != "10 steps' losses"]
+
+
+@pytest.mark.parametrize("matmul", available(["threaded"]))
+@pytest.mark.parametrize("broken", ["gain of every norm", "position table", "token table", "last shift"])
+def test_what_the_running_step_computes_is_what_is_checked(tiny_params, tiny_batch, monkeypatch, matmul, broken):
+    """Custom calls that make one gradient 1 % too large: the check once differentiated another model than the one that runs."""
+    real_call, real_write = library.call, writer._write_into
+    wpe, lnfb = (TINY.layout[name].offset for name in ("wpe", "lnfb"))
+    bad_place = {"position table": wpe, "last shift": lnfb}.get(broken)
+
+    def call(target, *arguments, **options):
+        found = real_call(target, *arguments, **options)
+        if broken == "gain of every norm" and target == library.LAYER_NORM_BACKWARD:
+            return (found[0], found[1] * 1.01, found[2])
+        return found
+
+    def write_into(gradient_N, offsets, pieces, accumulate):
+        scaled = [piece * (1.01 if offset == bad_place else 1.0) for offset, piece in zip(offsets, pieces, strict=True)]
+        return real_write(gradient_N, offsets, scaled, accumulate)
+
+    def rows_in_place(site, gradient_N, name, indices, rows):
+        return real_rows_in_place(site, gradient_N, name, indices, rows * (1.01 if broken == "token table" else 1.0))
+
+    (row,) = (row for row in writer.TABLE if row.name == "in_place")
+    real_rows_in_place = row.functions.rows
+    patched = dataclasses.replace(row, functions=row.functions._replace(rows=rows_in_place))
+    monkeypatch.setattr(writer, "TABLE", tuple(patched if one is row else one for one in writer.TABLE))
+    monkeypatch.setattr(library, "call", call)
+    monkeypatch.setattr(writer, "_write_into", write_into)
+    assert (
+        failures(tiny_params, tiny_batch, matmul)
+        == {
+            "gain of every norm": ["grad ln1w", "grad ln2w", "grad lnfw"],
+            "position table": ["grad wpe"],
+            "token table": ["grad wte"],
+            "last shift": ["grad lnfb"],
+        }[broken]
+    )
+
+
+@pytest.mark.parametrize("matmul", available(["threaded"]))
+def test_a_gradient_that_is_added_to_what_was_in_the_buffer_is_found(tiny_params, tiny_batch, monkeypatch, matmul):
+    """The buffer holds the last step's gradient, which must be replaced."""
+    real_write = writer._write_into
+    monkeypatch.setattr(writer, "_write_into", lambda buffer, offsets, pieces, _: real_write(buffer, offsets, pieces, True))
+    failed = failures(tiny_params, tiny_batch, matmul)
+    assert {"grad lnfw", "grad qkvb"} <= set(failed)
 
 
 def test_a_wrong_decay_mask_is_found_in_the_ten_losses(tiny_params, tiny_batch, monkeypatch):
@@ -48,5 +103,5 @@ def test_a_wrong_decay_mask_is_found_in_the_ten_losses(tiny_params, tiny_batch, 
         return jnp.asarray(sum((index >= t.offset) & (index < t.stop) for t in layout.tensors if len(t.full_shape) >= 2) > 0)
 
     monkeypatch.setattr(optimizer, "_decays", decays_by_dimensions)
-    failed = [row.name for row in check_gradients(TINY, tiny_params, *tiny_batch, dtype="float32") if not row.passed]
+    failed = [row.name for row in check_gradients(plan_of(), tiny_params, *tiny_batch) if not row.passed]
     assert failed == ["10 steps' losses"]

@@ -45,7 +45,7 @@ def test_a_record_of_another_sequence_length_is_refused(config):
     folder = train(config, "tiny", CPU)
     saved_config_path(folder).unlink()
     with pytest.raises(Gpt2JaxError, match=r"expected the run's data.sequence_length = 16, found 8"):
-        train(change(config, run={"resume": True}, data={"sequence_length": 8, "total_batch_size": 0}), "tiny", CPU)
+        train(change(config, run={"resume": True, "steps": 9}, data={"sequence_length": 8, "total_batch_size": 0}), "tiny", CPU)
 
 
 def test_a_bfloat16_run_of_llmcs_without_masters_goes_on_with_llmcs_own_bits(config, tiny_shards):

@@ -23,7 +23,7 @@ def record(**changes) -> RunRecord:
         "dtype": "bfloat16",
         "computed_by": "bfloat16, amx in BF16_BF16_F32, a processor",
         "windows": {"loss": window, "gradient_norm": window[::-1]},
-        "averages": Averages(7, 1.25, 1000 / 3),
+        "averages": Averages(7, 1.25, 1 / 3),
         "settings": {"run": {"steps": 40, "out_dir": "runs/ä"}, "optimizer": {"learning_rate": 3e-4}},
     }
     return RunRecord(**{**values, **changes})
@@ -50,6 +50,28 @@ def test_any_window_survives(tmp_path_factory, values):
     np.testing.assert_array_equal(read_run_record(path).windows["loss"], window)
 
 
+def test_a_record_with_a_moving_rate_goes_on_with_the_plain_average_of_its_steps(tmp_path):
+    """As records were before seconds were averaged."""
+    path = tmp_path / "run.json"
+    write_run_record(path, record())
+    old = {"steps": 7, "seconds": 1.75, "moving_tokens_per_second": 1000 / 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"averages": old}))
+    averages = read_run_record(path).averages
+    assert (averages.steps, averages.seconds) == (7, 1.75)
+    assert averages.smoothed_seconds == pytest.approx(0.25)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"averages": dict.fromkeys(old, 0)}))
+    assert read_run_record(path).averages == Averages()
+
+
+def test_averages_by_hand():
+    averages = Averages()
+    assert averages.smoothed_seconds == 0
+    for seconds in (2.0, 4.0):
+        averages = averages.with_step(seconds)
+    assert (averages.steps, averages.seconds) == (2, 6.0)
+    assert averages.smoothed_seconds == pytest.approx((0.95 * 2.0 + 4.0) / 1.95)
+
+
 def refusal(path) -> str:
     with no_hang(), pytest.raises(Gpt2JaxError) as raised:
         read_run_record(path)
@@ -73,10 +95,13 @@ def refusal(path) -> str:
         {"windows": {"loss": [1e39]}},
         {"windows": {"loss": [10**400]}},
         {"averages": None},
-        {"averages": {"steps": -1, "seconds": 0, "moving_tokens_per_second": 0}},
-        {"averages": {"steps": 1, "seconds": -1, "moving_tokens_per_second": 0}},
+        {"averages": {"steps": -1, "seconds": 0, "moving_seconds": 0}},
+        {"averages": {"steps": 1, "seconds": -1, "moving_seconds": 0}},
+        {"averages": {"steps": 1, "seconds": 1, "moving_seconds": -1}},
+        {"averages": {"steps": 1, "seconds": 1, "moving_seconds": 1e999}},
+        {"averages": {"steps": 1, "seconds": 1, "moving_seconds": "1"}},
         {"averages": {"steps": 1}},
-        {"averages": {"steps": 10**400, "seconds": 10**400, "moving_tokens_per_second": 0}},
+        {"averages": {"steps": 10**400, "seconds": 10**400, "moving_seconds": 0}},
         {"settings": []},
     ],
     ids=str,

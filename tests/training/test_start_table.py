@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
-from gpt2_jax.ops.in_place import writes_in_place
 
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.memory import MemoryEstimate
+from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.config import RunConfig
-from gpt2_jax.llmc.loader import TokenLoader
-from gpt2_jax.ops.linear import Choice
+from gpt2_jax.data.batches import open_data
 from gpt2_jax.training.start_table import start_table
-from tests.conftest import CPU, TINY, change
+from tests.conftest import CPU, TINY, available, change
 
 NEEDED = MemoryEstimate(1_000_000_000, 2_000_000_000, 3_000_000_000, 4_000_000_000)
-XLA_ON_CPU = Backend("cpu", "cpu", "test", frozenset({"barriers"}))
-CHOICE = Choice("xla", "the reference", {"amx": "this CPU has no AMX", "simd": "switched off", "naive": "switched off"})
+KEEPS_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks - {"barriers"})
+LOSES_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks | {"barriers"})
 
 
-def lines(config: RunConfig, backend=CPU, choice=CHOICE) -> list[str]:
-    data = config.data
-    sizes = {"batch_size": data.batch_size, "sequence_length": data.sequence_length, "vocab_size": TINY.vocab_size}
-    loaders = TokenLoader(data.train, **sizes), TokenLoader(data.validation, **sizes)
-    rows = start_table(config, backend, "a CPU", choice, TINY.layout, 60, NEEDED, *loaders, Path("runs/x"))
+def lines(config: RunConfig, backend=CPU, matmul="xla") -> list[str]:
+    config = change(config, compute={"matmul": matmul})
+    data = open_data(
+        config.data.train,
+        config.data.validation,
+        "",
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        num_micro_batches=config.num_micro_batches,
+        vocab_size=TINY.vocab_size,
+        max_sequence_length=TINY.max_sequence_length,
+        shuffle=config.data.shuffle,
+        overfits_one_batch=config.data.overfit_one_batch,
+        validates=True,
+    )
+    plan = make_plan(config.compute, backend, TINY)
+    rows = start_table(config, plan, "a CPU", data, 60, NEEDED, Path("runs/x"))
     return [f"{name}: {value}" for name, value in rows]
 
 
@@ -33,15 +45,15 @@ def lines(config: RunConfig, backend=CPU, choice=CHOICE) -> list[str]:
     [
         ({}, "backend: cpu: test"),
         ({}, "device: a CPU"),
-        ({}, "matmul: xla in XLA's default: the reference"),
-        ({}, ": not simd, naive: switched off"),
+        ({}, "matmul: xla in XLA's default: asked for with --matmul xla"),
+        ({}, "ops: concatenate for writer: the reference, on every device"),
         ({"model": {"init": "d12"}}, "weights: d12"),
         ({}, "model: 2 layers, 4 heads, 32 channels, 203 tokens (padded to 256), 16 positions"),
         ({"data": {"shuffle": False}}, "training data: {train}: 2,000 tokens, in order"),
-        ({"data": {"overfit_one_batch": True}}, "training data: {validation}: 2,000 tokens, of which the first batch is all"),
+        ({"data": {"overfit_one_batch": True}}, "training data: {validation}: 300 tokens, of which the first batch is all"),
         ({}, "validation data: {validation}: 300 tokens"),
         ({"data": {"total_batch_size": 96}}, "batch: 3 x 2 x 16 = 96 tokens a step"),
-        ({}, f"memory: {NEEDED} expected in a step"),
+        ({}, f"memory: {NEEDED} in a step"),
         ({}, "steps: 60 (0.96 epochs)"),
         (
             {"optimizer": {"schedule": "wsd", "warmup_steps": 7, "final_learning_rate_fraction": 0.25}},
@@ -84,21 +96,23 @@ def test_what_is_set_in_the_environment_is_shown_with_for_whom(config):
 @pytest.mark.parametrize("recompute", ["gelu", "layernorm", "block"])
 def test_recomputing_that_saves_nothing_is_said(config, recompute):
     config = change(config, compute={"recompute": recompute})
-    (line,) = (line for line in lines(config, XLA_ON_CPU) if "saves little or no memory" in line)
-    assert line.startswith(f": --recompute {recompute} saves little or no memory: XLA for cpu keeps")
+    (line,) = (line for line in lines(config, LOSES_BARRIERS) if "little or no memory is saved" in line)
+    assert line.startswith(f": --recompute {recompute}: XLA for cpu keeps")
 
 
 @pytest.mark.parametrize(
-    ("recompute", "backend", "choice"),
+    ("recompute", "backend", "matmul"),
     [
-        ("none", XLA_ON_CPU, CHOICE),
-        ("block", CPU, CHOICE),
-        pytest.param(
-            *("block", XLA_ON_CPU, Choice("threaded", "test", {})),
-            marks=pytest.mark.skipif(not writes_in_place("threaded"), reason="no library of custom calls, or an old jax"),
-        ),
+        ("none", LOSES_BARRIERS, "xla"),
+        ("block", KEEPS_BARRIERS, "xla"),
+        *(pytest.param("block", LOSES_BARRIERS, *one.values, marks=one.marks) for one in available(["threaded"])),
     ],
 )
-def test_recomputing_that_saves_memory_or_is_not_asked_for_is_not_remarked_on(config, recompute, backend, choice):
-    found = lines(change(config, compute={"recompute": recompute}), backend, choice)
-    assert not any("saves little or no memory" in line for line in found)
+def test_recomputing_that_saves_memory_or_is_not_asked_for_is_not_remarked_on(config, recompute, backend, matmul):
+    found = lines(change(config, compute={"recompute": recompute}), backend, matmul)
+    assert not any("little or no memory" in line for line in found)
+
+
+def test_what_was_refused_is_said_with_its_reason(config, monkeypatch):
+    monkeypatch.setenv("GPT2_JAX_DISABLE", "simd,naive")
+    assert ": not simd, naive: switched off by GPT2_JAX_DISABLE" in lines(config)

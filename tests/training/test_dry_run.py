@@ -1,0 +1,112 @@
+"""--dry-run: what a run would cost, with nothing written and no weights made."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from gpt2_jax.compute import memory, step
+from gpt2_jax.compute.memory import MemoryEstimate
+from gpt2_jax.training import dry_run
+from gpt2_jax.training import run as trainer
+from gpt2_jax.training.run import train
+from tests.conftest import CPU, change, plan_of
+
+
+class Counted:
+    """What the compiler would count of a step: so many bytes a row of the batch."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+
+
+@pytest.fixture
+def linear_memory(monkeypatch):
+    """A function that lets a step need `fixed` + `row` * B bytes on a device of `limit`; returns the batches compiled for."""
+
+    def pretend(*, fixed: int, row: int, limit: int | None, bend: int = 0) -> list[int]:
+        compiled_for: list[int] = []
+
+        def compile_step(plan, settings, steps, shape, *, rounds=False):
+            compiled_for.append(shape[1])
+            return Counted(shape[1])
+
+        def compiled_memory(plan, compiled):
+            return MemoryEstimate(fixed, 0, 0, row * compiled.batch_size + bend * compiled.batch_size**2)
+
+        monkeypatch.setattr(dry_run, "compile_step", compile_step)
+        monkeypatch.setattr(memory, "compiled_memory", compiled_memory)
+        monkeypatch.setattr(memory, "device_limit", lambda: limit)
+        return compiled_for
+
+    return pretend
+
+
+class Quiet:
+    def line(self, text: str) -> None:
+        """Say nothing."""
+
+
+def largest_batch(config, *, batch_size: int, limit: int | None) -> str:
+    config = change(config, data={"batch_size": batch_size})
+    needed = memory.compiled_memory(plan_of(), Counted(batch_size))
+    return dry_run._largest_batch(config, plan_of(), 8, needed, limit, Quiet())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 60, 100, 3000])
+def test_the_largest_batch_is_found_in_few_compiles(config, linear_memory, batch_size):
+    compiled_for = linear_memory(fixed=1000, row=100, limit=7099)
+    assert largest_batch(config, batch_size=batch_size, limit=7099) == "--batch-size 60 at --sequence-length 16"
+    assert len(compiled_for) <= 5
+
+
+@pytest.mark.parametrize("bend", [1, 3])
+def test_at_most_five_compiles_and_only_what_fits_is_recommended(config, linear_memory, bend):
+    compiled_for = linear_memory(fixed=1000, row=1, bend=bend, limit=10**6)
+    found = largest_batch(config, batch_size=2, limit=10**6)
+    assert len(compiled_for) <= 5
+    fits = int(re.match(r"--batch-size (\d+) at", found)[1])
+    assert 1000 + fits + bend * fits**2 <= 10**6
+    if " does not" in found:
+        too_large = int(re.search(r", (\d+) does not", found)[1])
+        assert 1000 + too_large + bend * too_large**2 > 10**6
+
+
+def test_a_batch_of_one_that_does_not_fit_is_said(config, linear_memory):
+    linear_memory(fixed=1000, row=100, limit=1050)
+    assert largest_batch(config, batch_size=3, limit=1050).startswith("none: a batch of 1 needs more than ")
+
+
+def test_a_device_that_does_not_tell_its_memory_gives_no_answer(config, linear_memory):
+    linear_memory(fixed=1000, row=100, limit=None)
+    assert largest_batch(config, batch_size=3, limit=None).startswith("not known: ")
+
+
+@pytest.mark.parametrize("limit", [2 * 10**6, 1000, None])
+def test_a_dry_run_tells_the_cost_and_writes_nothing(config, tmp_path, monkeypatch, capsys, limit):
+    """With a device that the run fits on, one that it does not, and one that tells nothing."""
+    before = sorted(tmp_path.rglob("*"))
+    compiled_for = []
+
+    def counting(plan, settings, steps, shape, *, rounds=False):
+        compiled_for.append(shape)
+        return step.compile_step(plan, settings, steps, shape, rounds=rounds)
+
+    monkeypatch.setattr(trainer, "compile_step", counting)
+    monkeypatch.setattr(dry_run, "compile_step", counting)
+    monkeypatch.setattr(memory, "device_limit", lambda: limit)
+    monkeypatch.setattr(trainer, "load_weights", lambda *_: pytest.fail("made the weights"))
+    assert train(change(config, run={"dry_run": True}), "tiny", CPU) is None
+    output = capsys.readouterr().out
+    for kind in ("parameters", "gradients", "moments", "activations", "total"):
+        assert re.search(rf"memory, {kind} +\d+\.\d\d GB", output)
+    assert re.search(r"operations +\d\.\d{3}e\+\d\d FLOP a step, \d\.\d{3}e\+\d\d in 8 steps", output)
+    if limit == 1000:
+        assert re.search(r"a step +not timed: it does not fit", output)
+    else:
+        assert re.search(r"a step +\d+\.\d ms, [\d,]+ tok/s, .* TFLOP/s", output)
+        assert re.search(r"the run +\d+\.\d\d hours for 256 tokens \(0\.13 epochs\)", output)
+    assert re.search(r"largest batch +(--batch-size|none|not known)", output)
+    assert len(compiled_for) <= 1 + 5
+    assert sorted(tmp_path.rglob("*")) == before
