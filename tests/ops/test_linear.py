@@ -23,7 +23,7 @@ from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.ops import in_place
 from gpt2_jax.ops import linear as matmul
 from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.matmul import IMPLEMENTATIONS, RUNGS, Choice, choose_implementation, linear
+from gpt2_jax.ops.linear import IMPLEMENTATIONS, RUNGS, Choice, choose_implementation, linear
 from tests.conftest import available
 
 CPU = Backend("cpu", "cpu", "test")

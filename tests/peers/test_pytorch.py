@@ -10,9 +10,9 @@ import pytest
 
 from gpt2_jax.buffer import adamw as optimizer
 from gpt2_jax.gradient_check import check_gradients
-from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from gpt2_jax.ops import norm, writer
 from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from tests.conftest import TINY, available, plan_of
 
 pytestmark = pytest.mark.torch
