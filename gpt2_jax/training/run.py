@@ -16,12 +16,13 @@ import jax
 from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import Backend, open_device
 from gpt2_jax.compute.flops import peak_flops
+from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import compile_step, create_state
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.evaluate import make_loss_function, make_token_loss_function, unigram_cross_entropy
+from gpt2_jax.evaluate import unigram_cross_entropy
 from gpt2_jax.families.family import is_descriptor
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, read_sizes
