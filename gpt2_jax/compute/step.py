@@ -58,8 +58,7 @@ def create_state(plan: Plan, params_N: np.ndarray | jax.Array) -> TrainState:
 def state_shapes(plan: Plan) -> TrainState:
     """The shapes of a state, from which a step can be compiled before there are weights."""
     params = jax.ShapeDtypeStruct((plan.layout.num_parameters,), jnp.float32)
-    shapes: TrainState = jax.eval_shape(lambda params_N: create_state(plan, params_N), params)
-    return shapes
+    return jax.eval_shape(lambda params_N: create_state(plan, params_N), params)
 
 
 def accumulated_gradient(
@@ -140,12 +139,9 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
     leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
     the new parameters to bfloat16's values.
     """
+    warmup, end = settings.warmup_steps, settings.final_learning_rate_fraction
     schedule = learning_rate_schedule(
-        settings.schedule,
-        settings.learning_rate,
-        steps=steps,
-        warmup_steps=settings.warmup_steps,
-        final_fraction=settings.final_learning_rate_fraction,
+        settings.schedule, settings.learning_rate, steps=steps, warmup_steps=warmup, final_fraction=end
     )
     optimizer = adamw(schedule, plan.layout, weight_decay=settings.weight_decay, custom_call=plan.adamw.name == "custom_call")
 
