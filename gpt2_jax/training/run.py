@@ -65,9 +65,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
             display.line(f"nothing to do: {prepared.folder} is at step {done} of {steps}; a larger --steps goes on")
             return prepared.folder
         less = memory.needing_less(plan, config.data.batch_size, config.tokens_per_step)
-        estimated = memory.estimate(
-            plan, config.data.batch_size, config.data.sequence_length, num_micro_batches=config.num_micro_batches
-        )
+        estimated = memory.estimate(plan, *config.batch_shape[1:], num_micro_batches=config.num_micro_batches)
         with memory.out_of_memory_explained(estimated, less), stop_requests() as request, ExitStack() as stack:
             compiled = _compile(prepared, display)
             needed = memory.compiled_memory(plan, compiled) or estimated
