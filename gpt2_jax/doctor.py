@@ -24,7 +24,7 @@ _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 _PLUGINS = (*_CUDA_PLUGINS, *metal_plugins.METAL_PLUGIN_NAMES, "jax-metallib")
 _SECONDS_TO_OPEN = 180
 
-# Environment variables that change what is computed or where; with what is wrong about a value, where it can be wrong.
+# Environment variables that change results or the device, each with the harm that it can do, if it can.
 VARIABLES: dict[str, str] = {
     "JAX_PLATFORMS": "",
     "XLA_FLAGS": "",
@@ -48,7 +48,7 @@ class Finding:
 
     subject: str
     found: str
-    remedy: str = ""  # what would make it better
+    remedy: str = ""  # the command that mends it
     broken: bool = False  # whether it must be made better
 
 

@@ -61,7 +61,7 @@ def num_right_answers(
     As many questions as fit into `batch_size` rows, four each, but at least one, are scored at a time.
     """
     at_a_time = max(1, batch_size // NUM_COMPLETIONS)
-    # Causal attention: what lies behind a row's end changes nothing, so rows are as short as the longest question allows.
+    # Attention is causal, so padding behind a row's end changes nothing: rows are as long as the longest question.
     width = max(example.longest for example in examples) - 1
     right = 0
     for start in range(0, len(examples), at_a_time):

@@ -36,7 +36,7 @@ def installed_version(distribution: str) -> tuple[int, ...] | None:
 
 
 def unmet_requirements(distribution: str, *, bound: str = "") -> list[str]:
-    """What an installed distribution asks of jax and jaxlib, and `bound` (like '<=0.5.0') of both, that they do not meet."""
+    """The requirements on jax and jaxlib that are not met: an installed distribution's own, and `bound` ('<=0.5.0')."""
     from packaging.requirements import Requirement  # here, as this file also runs before anything is installed
 
     declared = [Requirement(text) for text in importlib.metadata.requires(distribution) or []]

@@ -53,7 +53,7 @@ class System:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training on a system gave."""
+    """The results of training on one system."""
 
     system: System
     losses: list[float]

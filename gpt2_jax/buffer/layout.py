@@ -26,7 +26,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a model family declares of one tensor."""
+    """The declaration of one tensor of a model family."""
 
     name: str
     shape: tuple[int, ...]  # of one layer

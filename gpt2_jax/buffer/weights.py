@@ -57,7 +57,7 @@ class Weights:
         return self._apply(name, recomputed_if_asked("gelu", _activation_linear, site), site, x)
 
     def attention(self, *qkv: jax.Array) -> jax.Array:
-        """Causal attention of what norm_linear made in `attention_parts`, (B, T, C)."""
+        """Causal attention (B, T, C) of q, k and v, which norm_linear makes in `attention_parts` arrays."""
         with jax.named_scope("attention"):
             return attention_of(self.plan).compute(self.plan, *qkv)
 

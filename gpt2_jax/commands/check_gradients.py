@@ -32,11 +32,11 @@ class Arguments:
     sequence_length: int = 64
     """Tokens of each."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What this project computes in."""
+    """Dtype of this project's products and activations."""
     backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
     """Where this project computes."""
     matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas"] = "auto"
-    """Who makes this project's matrix products."""
+    """Implementation of this project's matrix products."""
     matmul_precision: Literal["default", "high", "highest"] = "highest"
     """Of float32 products; default is what scripts/train.py does. With amx, high is beyond the tolerance for d12."""
 

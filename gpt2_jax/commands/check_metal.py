@@ -30,7 +30,7 @@ class Arguments:
     config: str | None = None
     """TOML file with a run's settings, or a preset's name, to check instead."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What the functions compute in; by default what the TOML file says, and both for --size."""
+    """Dtype of products and activations; by default the TOML file's, and both for --size."""
     plugin: Literal["jax-mps", "metaljax", "jax-graft", "jax-metal"] | None = None
     """One plugin only."""
 

@@ -93,7 +93,7 @@ def find_config(name: str) -> Path:
 
 
 def _first_look(words: list[str]) -> argparse.Namespace:
-    """What decides the defaults; everything else is left to the real parser."""
+    """The flags that decide the defaults; all others are left to the real parser."""
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first_look.add_argument("--config")
     first_look.add_argument("--resume", action="store_true")
@@ -119,7 +119,7 @@ def _check_first_look(seen: argparse.Namespace, command: _RunArguments, defaults
 
 
 def _translated(words: list[str]) -> list[str]:
-    """The words with what --llmc means in their front; the translation is printed, each line a comment of TOML."""
+    """The words with the translation of --llmc in front, which is printed too, each line a comment of TOML."""
     for place, word in enumerate(words):
         if word.startswith("--llmc=") or (word == "--llmc" and place + 1 < len(words)):
             _, _, value = word.partition("=")

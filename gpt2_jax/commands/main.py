@@ -45,7 +45,7 @@ def _run(command: str, words: list[str]) -> None:
 
 
 def _no_command(words: list[str]) -> None:
-    """What the program says without the name of a command; only --help and --version end well."""
+    """The program's answer when no command is named; only --help and --version end with status 0."""
     program = program_name()
     if words == ["--version"]:
         print(__version__)

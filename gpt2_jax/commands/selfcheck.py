@@ -24,7 +24,7 @@ class Arguments:
     metal_plugin: Literal["auto", "jax-mps", "metaljax", "jax-graft", "jax-metal"] = "auto"
     """Which jax plugin for the Apple GPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products and activations are computed in."""
+    """Dtype of products and activations."""
     output: Path = Path("selfcheck.json")
     """Where the report goes."""
 

@@ -1,4 +1,4 @@
-"""Write what llm.c's Python script writes: a model in float32 and bfloat16, a debug state, and the tokenizer.
+"""Write the files that llm.c's Python script writes: a model in float32 and bfloat16, a debug state, and the tokenizer.
 
   python scripts/write_starter_pack.py --init d12 --output-dir starter
   python scripts/write_starter_pack.py --init runs/NAME/model_00000300.bin --output-dir starter

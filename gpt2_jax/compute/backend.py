@@ -24,13 +24,13 @@ from gpt2_jax.errors import Gpt2JaxError
 _PROGRAM_FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _PROGRAM_FOLDER_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _MAX_PROGRAM_BYTES = 2_000_000_000  # of all processors' folders together
-_PLATFORM_NAMES = {"cuda": ("cuda", "gpu")}  # what jax calls a platform that it started, where that is another name
+_PLATFORM_NAMES = {"cuda": ("cuda", "gpu")}  # jax's names of a platform that has started, where they differ
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute. `lacks` names what code must do without:
+    """One device to compute on. `lacks` names the capabilities that it does not have:
 
     | name | what is not there |
     | --- | --- |
@@ -47,7 +47,7 @@ class Backend:
     reason: str  # why it was chosen, for people
     lacks: frozenset[str] = frozenset()
     plugin: str = ""  # of 'metal': the distribution
-    environment: tuple[tuple[str, str], ...] = ()  # what it needs set before jax starts
+    environment: tuple[tuple[str, str], ...] = ()  # variables that must be set before jax starts
     fallback: str = ""  # why a device that is here is not used, where the user can mend it; --strict does not accept it
 
     @property
@@ -182,7 +182,7 @@ def _delete_old_programs(folder: Path) -> None:
 
 
 def _processor_fingerprint() -> int:
-    """Of what a program may be compiled for: Linux lists the processor's features."""
+    """A checksum of the processor's features, which compiled programs depend on; Linux lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

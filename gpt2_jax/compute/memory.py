@@ -1,4 +1,4 @@
-"""What a training step needs of memory: estimated before it is compiled, counted by the compiler, and measured after."""
+"""The memory that a training step needs: estimated before it is compiled, counted by the compiler, and measured after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpt2_jax.ops.recompute import saves_memory
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a training step, by what they hold."""
+    """Bytes of a training step by their use."""
 
     parameters: int
     gradients: int
@@ -38,7 +38,7 @@ class MemoryEstimate:
 
 
 def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_batches: int = 1) -> MemoryEstimate:
-    """What a step over micro-batches of B x T tokens has to keep; activations in the plan's dtype, s bytes an element.
+    """The bytes that a step over micro-batches of B x T tokens has to keep, for activations of s bytes an element.
 
     Parameters, gradients and each of the two moments are 4 N bytes; where the gradients of several micro-batches are
     not added up in place, two buffers of them are needed. A backend that cannot reuse the memory of the state it is given
@@ -74,7 +74,7 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
 
 
 def compiled_memory(plan: Plan, compiled: jax.stages.Compiled) -> MemoryEstimate | None:
-    """What the compiler assigned to a compiled step: arguments, results that are not arguments reused, temporaries.
+    """The bytes that the compiler assigned to a compiled step: arguments, results that are not arguments reused, temporaries.
 
     None where the backend does not tell.
     """
@@ -133,7 +133,7 @@ def check_memory(needed: MemoryEstimate, limit: int | None, less: list[str]) -> 
 
 @contextmanager
 def out_of_memory_explained(needed: MemoryEstimate, less: list[str]) -> Iterator[None]:
-    """XLA's error for memory that the device does not have becomes a Gpt2JaxError with what would need `less`."""
+    """XLA's error for memory that the device does not have becomes a Gpt2JaxError whose hint is the settings in `less`."""
     try:
         yield
     except RuntimeError as error:

@@ -34,13 +34,13 @@ from gpt2_jax.compute.step import make_step, state_shapes
 from gpt2_jax.config import RunConfig
 from gpt2_jax.families.family import FamilyConfig
 
-# What holds operations together rather than computes: the inliner removes calls.
+# Operations that compute nothing but hold others together; the inliner removes calls.
 _STRUCTURE = ("builtin.module", "func.func", "func.call", "func.return", "stablehlo.return")
 
 
 @dataclass(frozen=True)
 class CheckedFunction:
-    """One function as a plugin would get it, and what the plugin could not do with it."""
+    """One function as a plugin would get it, and the uses of operations that the plugin cannot compile."""
 
     name: str
     operations: Counter[str]
@@ -113,7 +113,7 @@ def violations(module: ir.Module, *, loops: bool) -> list[str]:
 
 
 def _functions_of_a_run(config: RunConfig, model: FamilyConfig, backend: Backend) -> dict[str, Callable[[], jax.stages.Traced]]:
-    """What the trainer compiles, to be traced on shapes alone."""
+    """The functions that a run compiles, by name, to be traced on shapes alone."""
     # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
     backend = dataclasses.replace(backend, lacks=backend.lacks | {"donation"})
     plan = make_plan(config.compute, backend, model)

@@ -24,7 +24,7 @@ from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
 from gpt2_jax.ops.table import Choice, Implementation, check_switched_off, choose
 
-# In the order in which they are chosen: `accepts` may ask what has been chosen before.
+# In the order of choosing: `accepts` may ask for the choices before its own.
 SEAMS: dict[str, tuple[Implementation, ...]] = {
     "linear": matmul.TABLE,
     "norm_linear": norm.TABLE,
@@ -97,7 +97,7 @@ class Plan:
         return ((seam, getattr(self, seam)) for seam in SEAMS)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values for people: what computes each seam and why, and who was refused, a line a reason."""
+        """Names and values for people: the implementation of each seam with the reason, and the refusals, one line a reason."""
         precision = self.matmul_precision or "default"
         rows = [
             ("compute", f"{self.dtype}, matmul precision {precision}, jax {jax.__version__}"),
@@ -116,7 +116,7 @@ class Plan:
         return rows + [("", f"not {', '.join(names)}: {reason}") for reason, names in refused.items()]
 
     def fallbacks(self) -> list[str]:
-        """What is computed otherwise than it could be, for a cause that the user can mend."""
+        """The better implementations that were refused for a cause that the user can mend, each with the cause."""
         found = [reason for _, choice in self.choices() for reason in choice.fallbacks]
         if self.recompute != "none" and not recompute.saves_memory(self):
             found.append(f"recompute: {self.saves_nothing()}")

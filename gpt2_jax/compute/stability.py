@@ -1,4 +1,4 @@
-"""Which updates are refused, decided on the device inside the compiled step: what is not finite, and outliers.
+"""Which updates are refused: those that are not finite, and outliers. Decided on the device, inside the compiled step.
 
 llm.c's outlier detector (llmc/outlier_detector.h): the z-score of a step's loss and gradient norm among the last 128,
 the step's own included, nan until 128 are there. llm.c keeps running sums in float64; here each score is computed anew
@@ -37,7 +37,7 @@ def empty_windows() -> np.ndarray:
 def not_finite(
     step: int, loss: float, norm: float, squared_norms: np.ndarray, layout: ParameterLayout, batches: Sequence[str]
 ) -> str:
-    """What was expected of a step and found, with the tensors and the batches to look at; for an error's first line."""
+    """The first line of the error for a step that is not finite: expected and found, the tensors and the batches to look at."""
     names = [tensor.name for tensor, value in zip(layout.tensors, squared_norms, strict=True) if not np.isfinite(value)]
     tensors = "all tensors" if len(names) == len(layout.tensors) else ", ".join(names) or "no single tensor"
     return (
@@ -49,7 +49,7 @@ def not_finite(
 def judge(
     loss: jax.Array, gradient_norm: jax.Array, windows: jax.Array, *, max_loss_z: float, max_gradient_z: float
 ) -> tuple[Verdict, jax.Array]:
-    """The verdict on a step, and the windows with its values; what is not finite leaves them as they were.
+    """The verdict on a step, and the windows with its values; values that are not finite leave them as they were.
 
     An update is an outlier if a z-score exceeds its threshold; a threshold of 0 is none.
     """

@@ -99,13 +99,13 @@ def loss_and_gradient(
 
 
 def with_squares(plan: Plan, loss: jax.Array, grads_N: jax.Array, known: jax.Array) -> _Sums:
-    """The sums of a whole step's micro-batches with each tensor's sum of squares (S,) in place of what is known of them."""
+    """Loss, gradient and each tensor's sum of squares (S,) of a whole step, from the sums over its micro-batches."""
     with jax.named_scope("gradient"):
         return loss, *writer_of(plan).squares(plan, grads_N, known)
 
 
 _Batch = tuple[jax.Array, jax.Array]  # x_BT, y_BT
-_Sums = tuple[jax.Array, jax.Array, jax.Array]  # loss, gradient, and what the writer knows of its squares
+_Sums = tuple[jax.Array, jax.Array, jax.Array]  # loss, gradient, and those squares that the writer has summed
 
 
 def micro_batch_gradient(

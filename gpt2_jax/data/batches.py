@@ -1,4 +1,4 @@
-"""What a run reads: training and validation batches, and multiple-choice questions."""
+"""The data of a run: training and validation batches, and multiple-choice questions."""
 
 from __future__ import annotations
 

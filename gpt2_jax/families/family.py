@@ -1,4 +1,4 @@
-"""What a model family is to the rest of the project, and which family a descriptor, file or folder belongs to.
+"""Model families: their record, and the family that a descriptor, a file or a folder belongs to.
 
 NumPy only. A family is declarations: its sizes, its tensors in file order, and the names by which others know it.
 """
@@ -15,7 +15,7 @@ from gpt2_jax.families import gpt2
 
 
 class FamilyConfig(Protocol):
-    """The sizes of one model: hashable, so that a plan can hold it, and what every family's sizes say."""
+    """The sizes of one model, hashable, so that a plan can hold them: the properties that every family's sizes have."""
 
     @property
     def max_sequence_length(self) -> int: ...
@@ -41,7 +41,7 @@ class FamilyConfig(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """One family: how its models are named, and by what its files are known."""
+    """One family: the names of its models, and the marks of its files."""
 
     name: str
     descriptors: tuple[str, ...]  # short names of sizes that the family publishes

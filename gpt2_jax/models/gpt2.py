@@ -14,7 +14,7 @@ CLASSIFIER = "wte"  # the token table is the classifier's weight too
 
 
 def hidden_states(w: Weights, x_BT: jax.Array) -> jax.Array:
-    """What the classifier reads, (B, T, C) in the dtype of products, for tokens x (int32, below the true vocabulary)."""
+    """The classifier's input (B, T, C) in the dtype of products, for tokens x (int32, below the true vocabulary)."""
     residual_BTC = w.embedding("wte", "wpe", x_BT)
     residual_BTC = w.layers(block, residual_BTC)
     return w.norm("lnf", residual_BTC)

@@ -27,7 +27,7 @@ def load_weights(settings: ModelSettings) -> tuple[GPT2Config, np.ndarray]:
 
 
 def read_sizes(settings: ModelSettings) -> GPT2Config:
-    """The sizes alone of what `load_weights` would load."""
+    """The sizes of the model that `load_weights` would load."""
     config = model_config_from_settings(settings)
     if config is not None:
         return config

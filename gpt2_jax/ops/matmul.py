@@ -72,7 +72,7 @@ def products_of(plan: Plan) -> Products:
 
 
 def weight_gradient(plan: Plan, dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
-    """dyᵀ x (O, I), the gradient of a weight: float32, or what the implementation makes."""
+    """dyᵀ x (O, I), the gradient of a weight: float32, or the dtype that the implementation gives it."""
     return products_of(plan).dw(plan, dy_MO, x_MI)
 
 
@@ -181,7 +181,7 @@ def _stored(operand: jax.Array | WeightView) -> tuple[jax.Array, int]:
 def _attributes(
     a: jax.Array, b: jax.Array | WeightView, transpose_a: bool, transpose_b: bool, rung: str, precision: str | None
 ) -> dict[str, Any]:
-    """What every matmul target is told; custom_calls/src/library.h explains it."""
+    """The attributes of every matmul target; custom_calls/src/custom_calls.h explains them."""
     library.load_products()
     if precision is None:
         raise ValueError(f"{rung}: expected a precision, found none")
@@ -211,7 +211,8 @@ def matmul_into(
 
 
 def rung_precision(rung: str, dtype: jnp.dtype, setting: str | None, *, weight_gradient: bool = False) -> str:
-    """What a rung multiplies operands of this dtype in under jax's `setting`; for the gradient of a weight or all else.
+    """The precision in which a rung multiplies operands of this dtype under jax's `setting`. The gradients of weights may
+    have another one than all other products.
 
     NotImplementedError with the reason where it offers nothing that would do.
     """

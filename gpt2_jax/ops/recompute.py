@@ -1,4 +1,4 @@
-"""What the backward pass computes anew rather than keep: one wrapper for every part of a model, and its barrier."""
+"""Recomputation in the backward pass: one wrapper for every part of a model, and its barrier."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def _forward(op: ThreadedOp, site: Site, x: Any, flat_N: jax.Array, slots: Slots
 def _backward(op: ThreadedOp, site: Site, saved: Any, cotangents: tuple[Any, jax.Array]) -> tuple[Any, jax.Array, Slots]:
     x, flat_N, slots = saved
     # Without a barrier XLA would find both computations equal, and keep the first one's values after all.
-    # What has been written of the gradient counts too, except where that is nothing yet.
+    # The gradient buffer is awaited too, where the ops before have written into it.
     awaited = cotangents if site.plan.writes_in_place else cotangents[0]
     x = barrier(site.plan, x, awaited)
     _, pull_back = jax.vjp(partial(op, site), x, flat_N, slots)
     dx, gradient_N, dslots = pull_back(cotangents)
-    # The gradients in slots are made before the cotangent goes on, so that what they are made of can be freed.
+    # The cotangent waits for the gradients in slots, so that their inputs' memory can be reused.
     return barrier(site.plan, dx, dslots), gradient_N, dslots
 
 
@@ -66,7 +66,7 @@ def barrier(plan: Plan, x: jax.Array, others: Any) -> jax.Array:
 
 
 def saves_memory(plan: Plan) -> bool:
-    """Whether what is computed anew is really not kept."""
+    """Whether recomputation saves memory: the compiler must heed the barrier."""
     return plan.barrier.name == "custom_call" or "barriers" not in plan.backend.lacks
 
 

@@ -1,4 +1,4 @@
-"""How a seam chooses who computes it: tables of implementations, asked in order, the reference last.
+"""How the implementation of a seam is chosen: from a table, asked in order, the reference last.
 
 A seam is one part of a training step that can be computed in several ways. Its table is a tuple of `Implementation`s.
 `choose` takes the first that accepts the plan made so far, and remembers why the others were refused.
@@ -91,7 +91,8 @@ SWITCHED_OFF = "switched off by GPT2_JAX_DISABLE"
 
 
 def switched_off() -> set[str]:
-    """What GPT2_JAX_DISABLE names, as 'seam:implementation'; a name without a seam is one of the matrix products'."""
+    """The implementations that GPT2_JAX_DISABLE names, as 'seam:implementation'; a name without a seam is of
+    the seam 'linear'."""
     names = {name.strip() for name in os.environ.get("GPT2_JAX_DISABLE", "").split(",")} - {""}
     return {name if ":" in name else f"linear:{name}" for name in names}
 

@@ -46,7 +46,7 @@ class WeightView:
 
 
 class Site(NamedTuple):
-    """Where in a model an op stands, and what it is told: the static argument of every threaded op."""
+    """An op's place in a model and its options: the static argument of every threaded op."""
 
     plan: Plan
     names: tuple[str, ...]  # of its tensors, in the op's own order

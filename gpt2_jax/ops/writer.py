@@ -44,7 +44,7 @@ class Writer(NamedTuple):
     array: Callable[[Site, jax.Array, str, jax.Array], tuple[jax.Array, jax.Array]]
     # (site, gradient_N, name, indices, rows): rows (..., C) added to those of a matrix that indices (...) name
     rows: Callable[[Site, jax.Array, str, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-    # (plan, gradient_N, slots, accumulate): the complete buffer of a micro-batch, and what is known of its squares by then
+    # (plan, gradient_N, slots, accumulate): the complete buffer of a micro-batch, and those squares that are summed by then
     finish: Callable[[Plan, jax.Array, AllSlots, bool], tuple[jax.Array, jax.Array]]
     # (plan, gradient_N, known): the buffer of the whole step, and each tensor's sum of squares (S,) float32
     squares: Callable[[Plan, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it runs: table, progress, samples."""
+"""A run's output for people: table, progress, samples."""
 
 from __future__ import annotations
 

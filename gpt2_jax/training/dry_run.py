@@ -1,4 +1,4 @@
-"""What a run would cost, found without weights and without writing anything."""
+"""The memory and the time that a run would need, found without weights and without writing anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens between steps: saving, validating, answering questions, sampling; in this order."""
+"""The events between steps, in their order: saving, validating, answering questions, sampling."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _report(run: Run, done: _InFlight, later: _InFlight | None) -> None:
 
 
 def _show(run: Run, done: _InFlight) -> str | None:
-    """Show and log one step; what ends the run, if something does."""
+    """Show and log one step; returns the reason for ending the run, if there is one."""
     config, metrics = run.config, done.metrics
     loss, norm, learning_rate = (float(value) for value in (metrics.loss, metrics.gradient_norm, metrics.learning_rate))
     loss_z, norm_z = np.asarray(metrics.verdict.z_scores).tolist()

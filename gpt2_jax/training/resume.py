@@ -1,4 +1,4 @@
-"""How a run goes on from a checkpoint: what may not change under it, and the state that it stood in."""
+"""Resuming: the settings that must stay the same, and the state that a checkpoint gives back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_settings(config: RunConfig) -> None:
 
 
 def computed_by(plan: Plan) -> str:
-    """What the bits of a run depend on beside its data and its model: another computation rounds differently."""
+    """Dtype, products, versions and processor in one line: with others the run's bits would differ."""
     products = f"{plan.linear.name} in {plan.describe_precision()}"
     if library.serves(plan):
         products += f" ({library.description()['kernel']})"

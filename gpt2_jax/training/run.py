@@ -79,7 +79,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
 
 
 def prepare(config: RunConfig, name: str, backend: Backend) -> Prepared:
-    """Settle everything that a run with these settings is, reading no weights; Gpt2JaxError for what cannot be."""
+    """Open and check everything that a run needs but its weights; Gpt2JaxError for settings that cannot be met."""
     config.validate()
     device = open_device(backend)
     newest = None
@@ -120,7 +120,7 @@ def _compile(prepared: Prepared, display: Display) -> jax.stages.Compiled:
 
 
 def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, stack: ExitStack) -> Run:
-    """Make or load the weights, and the folder; what must be undone at the run's end goes on the stack."""
+    """Make or load the weights, and the folder; the stack undoes at the run's end what has to be undone."""
     config, plan, data, folder = prepared.config, prepared.plan, prepared.data, prepared.folder
     computed_by, resumed = resume.computed_by(plan), None
     if prepared.resumes_from is not None:

@@ -1,4 +1,4 @@
-"""What a run must remember and llm.c's training state has no place for: run_STEP.json, beside the state. NumPy only."""
+"""run_STEP.json, beside llm.c's training state: values of a run that the state has no place for. NumPy only."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class RunRecord:
     batch_size: int
     sequence_length: int
     dtype: str
-    computed_by: str  # what the bits depend on beside the settings, for people: processor, products, versions
+    computed_by: str  # processor, products, versions, which the bits depend on beside the settings; for people
     windows: dict[str, np.ndarray]  # of the outlier detector, float32, nan where no value is yet
     averages: Averages
     settings: dict[str, dict[str, Any]]  # the whole configuration, for people
-    plan: tuple[tuple[str, str], ...] = ()  # who computed what and why, as the start table says it, for people
+    plan: tuple[tuple[str, str], ...] = ()  # the implementations, as in the start table, for people
 
 
 def write_run_record(path: str | os.PathLike, record: RunRecord, *, write: Writer = atomic_write) -> None:

@@ -23,7 +23,7 @@ from gpt2_jax.training.run_record import Averages
 
 @dataclass
 class Run:
-    """What a run is (settings, plan, data, folder), what it computes with, and where it stands."""
+    """A run's settings, plan, data and folder, its compiled functions, and the point that it has reached."""
 
     config: RunConfig
     plan: Plan
@@ -32,7 +32,7 @@ class Run:
     folder: Path
     display: Display
     log: RunLog
-    computed_by: str  # what the bits depend on beside settings and data
+    computed_by: str  # processor, products and versions: the bits depend on them beside settings and data
     peak_flops: float | None  # of the device; None where it is not known
     compiled: jax.stages.Compiled
     loss_function: jax.stages.Wrapped
@@ -50,11 +50,11 @@ class Run:
         return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
     def log_event(self, event: str, **values: float | int | str) -> None:
-        """Append to the log what happened at the run's step."""
+        """Append an event of the run's step to the log."""
         self.attempt(lambda: self.log.write(event, self.step, **values))
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Do what the run can do without; a failure is reported, the same one once."""
+        """Do something that the run can do without. A failure is reported; the same one only once."""
         try:
             write()
         except Gpt2JaxError as error:

@@ -1,4 +1,4 @@
-"""What a run says before it starts: every setting and what it comes to on this machine."""
+"""The table before a run: every setting, and its meaning on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of a run: the picture of its losses, and its last lines."""
+"""The end of a run: the picture of its losses, and its last lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpt2_jax.training.run_state import Run
 
 
 def summarize(run: Run) -> None:
-    """Draw the losses, and say what came of the run."""
+    """Draw the losses; print averages, peak memory, and the last validation loss beside the first."""
     plot_path = run.folder / "loss.png"
     run.attempt(lambda: plot_loss(run.log, plot_path, baseline=run.baseline))
     seconds = run.clock.average_seconds

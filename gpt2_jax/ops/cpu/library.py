@@ -80,7 +80,7 @@ def openblas_library() -> Path | None:
 
 @cache
 def description() -> dict[str, Any]:
-    """What the library is and can do on this machine; custom_calls/src/custom_calls.h has the keys."""
+    """The library's own description of itself and of this machine; custom_calls/src/custom_calls.h has the keys."""
     describe = load().gpt2_jax_custom_calls_describe
     describe.restype = ctypes.c_char_p
     result: dict[str, Any] = json.loads(describe())
@@ -102,7 +102,7 @@ def implementation(rung: str) -> dict[str, Any]:
 
 
 def refusal(plan: Plan) -> str | None:
-    """Why the library does not compute what lies between this plan's matrix products; None when it does."""
+    """Why the library does not run attention, LayerNorm, GELU, the loss and AdamW of this plan; None when it does."""
     if "custom_calls" in plan.backend.lacks:
         return f"custom calls run on the CPU, not on {plan.backend.name}"
     if plan.linear.name == "xla":
@@ -168,7 +168,7 @@ def call(target: str, result: Any, *operands: Any, aliases: dict[int, int] | Non
 
 
 def num_threads() -> int:
-    """Threads that a custom call may use: what XLA's own pool has, which NPROC sets and the process's CPUs bound."""
+    """Threads that a custom call may use: as many as XLA's own pool has. NPROC sets them, and the process's CPUs bound them."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     nproc = os.environ.get("NPROC", "")
     return min(available, int(nproc)) if nproc.isdigit() and int(nproc) > 0 else available
