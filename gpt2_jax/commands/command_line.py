@@ -40,7 +40,7 @@ def help_text(description: str | None) -> str:
 class _RunArguments:
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     config: str | None = None
-    """TOML file with settings, or the name of a preset: demo, gpt2_124m, gpt2_350m ...; see configs/."""
+    """TOML file with settings, or the name of a preset: demo, gpt2_124m, gpt2_350m ..."""
     llmc: str | None = None
     """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
