@@ -144,11 +144,12 @@ def test_check_gradients_prints_every_tensor_and_its_status_can_be_trusted(tiny_
     assert output.endswith("all within tolerance\n")
 
     program = (
-        "import runpy, sys, gpt2_jax.models.gpt2 as model; model.LAYERNORM_EPSILON = 1e-3; "
+        "import runpy, sys, gpt2_jax.ops.norm as norm; norm.LAYERNORM_EPSILON = 1e-3; "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script = str(REPOSITORY / "scripts" / "check_gradients.py")
-    command = [sys.executable, "-c", program, script, "--checkpoint", str(tmp_path / "tiny.bin"), "--sequence-length", "16"]
+    command = [sys.executable, "-c", program, script, "--checkpoint", str(tmp_path / "tiny.bin"), "--matmul", "xla"]
+    command += ["--sequence-length", "16"]
     ended = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert "FAILED: loss" in ended.stdout

@@ -52,6 +52,7 @@ def test_all_systems_compute_the_same(users_jax, dtype):
         assert len(result.seconds) == 3
         assert result.peak_memory_bytes > 50_000_000
     assert results["gpt2_jax"].estimated_bytes > 4 * 4 * CONFIG.layout.num_parameters
+    assert [name for name, _ in results["gpt2_jax"].plan][:2] == ["compute", "matmul"]
     assert results["gpt2_jax"].compiled_bytes > 4 * 4 * CONFIG.layout.num_parameters
 
 

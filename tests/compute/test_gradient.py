@@ -12,7 +12,8 @@ import pytest
 
 from gpt2_jax import jax_compat
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import accumulated_gradient, all_logits, logits_at, loss_and_gradient, token_losses
+from gpt2_jax.compute.forward import all_logits, logits_at, token_losses
+from gpt2_jax.compute.step import accumulated_gradient, loss_and_gradient
 from gpt2_jax.evaluate import make_loss_function
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.models.initialize import initialize_parameters

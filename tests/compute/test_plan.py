@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gpt2_jax.compute.plan import SEAMS, make_plan
-from gpt2_jax.compute.step import accumulated_gradient, token_losses
+from gpt2_jax.compute.forward import token_losses
+from gpt2_jax.compute.step import accumulated_gradient
 from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor

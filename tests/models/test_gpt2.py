@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.compute.step import all_logits, loss_and_gradient
+from gpt2_jax.compute.forward import all_logits
+from gpt2_jax.compute.step import loss_and_gradient
 from gpt2_jax.config import ComputeSettings
 from gpt2_jax.ops.recompute import RECOMPUTED
 from tests.conftest import TINY, available
