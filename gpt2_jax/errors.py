@@ -45,7 +45,11 @@ def as_typed(text: str) -> str:
     """
     if not _command:
         return text
-    return re.sub(r"\bpython scripts/(\w+)\.py", lambda found: _typed(_COMMANDS.get(found[1], found[1].replace("_", "-"))), text)
+    return re.sub(
+        r"\bpython scripts/(\w+)\.py",
+        lambda found: _typed(_COMMANDS.get(found[1], found[1].replace("_", "-"))),
+        text,
+    )
 
 
 def _typed(command: str) -> str:

@@ -27,7 +27,7 @@ LAYERS: list[tuple[str, ...]] = [
         *("gpt2_jax.evaluate", "gpt2_jax.generate", "gpt2_jax.gradient_check", "gpt2_jax.selfcheck", "gpt2_jax.starter_pack"),
         *("gpt2_jax.doctor", "gpt2_jax.data", "gpt2_jax.report", "gpt2_jax.training", "gpt2_jax.benchmark"),
     ),
-    ("gpt2_jax.commands",),
+    ("gpt2_jax.commands", "gpt2_jax.__main__"),
     ("scripts",),
 ]
 # The only importers of the settings; everything else is told what it needs.
@@ -40,8 +40,6 @@ READS_SETTINGS = (
 TO_MEND = [
     "gpt2_jax.compute.metal_check imports gpt2_jax.evaluate",
     "gpt2_jax.compute.metal_check imports gpt2_jax.generate",
-    "gpt2_jax.config imports gpt2_jax.families.gpt2",
-    "gpt2_jax.config imports gpt2_jax.llmc.command_line",
     "gpt2_jax.interop.pytorch imports gpt2_jax.buffer.adamw",
 ]
 WITHOUT_JAX = ("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.buffer.layout", "gpt2_jax.families", "gpt2_jax.llmc")

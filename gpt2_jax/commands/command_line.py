@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,9 @@ def parse(arguments: type[_Arguments], description: str | None, words: list[str]
 def help_text(description: str | None) -> str:
     """A command's description for --help, its commands in the form in which the program was started.
 
-    Every example is indented in the docstring of its module, since tyro joins lines that are not.
+    Examples are indented, since tyro joins lines that are not, and ruff undoes it in a docstring of nothing else.
     """
-    return as_typed(description or "")
+    return as_typed(re.sub(r"^ *(?=python scripts/)", "  ", description or "", flags=re.MULTILINE))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Say what this machine is, what is installed, what of it does harm, and what to do. Exit status 1 when something must be done.
 
-  python scripts/doctor.py
+python scripts/doctor.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Continue a text with a trained model, streaming to the terminal.
 
-  python scripts/generate.py runs/NAME/model_00000300.bin --prompt "In the beginning"
+python scripts/generate.py runs/NAME/model_00000300.bin --prompt "In the beginning"
 """
 
 from __future__ import annotations

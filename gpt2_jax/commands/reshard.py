@@ -1,7 +1,7 @@
 """Write a run's newest checkpoint for another number of processes of llm.c, whole states or ZeRO-1 parts.
 
-  python scripts/reshard_checkpoint.py runs/NAME --processes 8 --output-dir log_gpt2_124M
-  python scripts/reshard_checkpoint.py log_gpt2_124M --processes 1 --output-dir merged --no-zero --train 'data/*_train_*.bin'
+python scripts/reshard_checkpoint.py runs/NAME --processes 8 --output-dir log_gpt2_124M
+python scripts/reshard_checkpoint.py log_gpt2_124M --processes 1 --output-dir merged --no-zero --train 'data/*_train_*.bin'
 """
 
 from __future__ import annotations
