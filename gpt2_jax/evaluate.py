@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.compute.forward import token_losses
-from gpt2_jax.compute.plan import Plan
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
@@ -19,16 +16,6 @@ LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for shards of billions
 _COUNTED_AT_ONCE = 1_000_000  # np.bincount makes a copy of 8 bytes a token
-
-
-def make_loss_function(plan: Plan) -> jax.stages.Wrapped:
-    """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient."""
-    return jax.jit(lambda params_N, x_BT, y_BT: jnp.mean(token_losses(plan, params_N, x_BT, y_BT)))
-
-
-def make_token_loss_function(plan: Plan) -> jax.stages.Wrapped:
-    """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target."""
-    return jax.jit(partial(token_losses, plan))
 
 
 def validation_loss(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import takewhile
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
-from gpt2_jax.compute.forward import logits_at
+from gpt2_jax.compute.forward import next_token_logits
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.random import XorShift
@@ -20,12 +19,6 @@ from gpt2_jax.llmc.random import XorShift
 SEED = 1337  # llm.c's; every sample of a run starts from it, so that samples of different steps can be compared
 _SHORTEST_COMPILED_LENGTH = 64
 _LARGEST_EXPONENT = 80.0  # exp in float32 overflows from 88.7
-
-
-@partial(jax.jit, static_argnums=0)
-def next_token_logits(plan: Plan, params_N: jax.Array, x_1T: jax.Array, position: jax.Array) -> jax.Array:
-    """Logits (vocab_size,) float32 of the token after `position` (int32 scalar) of the one sequence x."""
-    return logits_at(plan, params_N, x_1T, position)[0]
 
 
 def generate(

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, GRADIENT_CLIP
 from gpt2_jax.compute.forward import all_logits
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_state
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss, pytorch_training_losses
+from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
+
+if TYPE_CHECKING:
+    import torch
 
 STEPS = 10
 LEARNING_RATE = 1e-4
@@ -98,6 +103,37 @@ def compare_losses(losses: list[float], reference: list[float], config: FamilyCo
 
 def _bfloat16_error(config: FamilyConfig) -> float:
     return 2.0**-8 * math.sqrt(10 * config.num_layers)
+
+
+def pytorch_training_losses(
+    model: torch.nn.Module, x_BT: np.ndarray, y_BT: np.ndarray, *, steps: int, learning_rate: float, weight_decay: float
+) -> list[float]:
+    """The losses of `steps` updates on one batch with torch.optim.AdamW and llm.c's clipping; the model is changed."""
+    import torch
+
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(BETA1, BETA2),
+        eps=EPSILON,
+    )
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = pytorch_loss(model, x_BT, y_BT)[1]
+        loss.backward()
+        losses.append(float(loss.detach()))
+        # clip_grad_norm_ would add 1e-6 to the denominator.
+        norm = torch.sqrt(sum(torch.sum(torch.square(p.grad), dtype=torch.float64) for p in parameters))
+        if norm > GRADIENT_CLIP:
+            for parameter in parameters:
+                parameter.grad *= GRADIENT_CLIP / norm
+        optimizer.step()
+    return losses
 
 
 def _training_losses(plan: Plan, params: np.ndarray, x_BT: jax.Array, y_BT: jax.Array) -> list[float]:

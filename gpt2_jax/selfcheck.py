@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.compute.backend import Backend, cpu_backend
+from gpt2_jax.compute.forward import next_token_logits
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_state
 from gpt2_jax.config import ComputeSettings, OptimizerSettings
@@ -26,7 +27,7 @@ from gpt2_jax.data.corpus import encode_documents, kjv_chapters
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
 from gpt2_jax.files import atomic_write
-from gpt2_jax.generate import generate, next_token_logits
+from gpt2_jax.generate import generate
 from gpt2_jax.gradient_check import Comparison, compare_gradients, compare_logits, compare_losses
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
 from gpt2_jax.jax_compat import version_text

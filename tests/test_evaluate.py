@@ -9,14 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.evaluate import (
-    make_loss_function,
-    make_token_loss_function,
-    num_right_answers,
-    unigram_cross_entropy,
-    validation_loss,
-)
+from gpt2_jax.evaluate import num_right_answers, unigram_cross_entropy, validation_loss
 from gpt2_jax.llmc.eval_file import MultipleChoice, check_questions
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard

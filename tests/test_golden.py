@@ -52,7 +52,8 @@ def test_llmcs_ten_losses():
 
 @pytest.mark.torch
 def test_files_of_our_own(tmp_path, tiny_params, tiny_batch):
-    from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_training_losses
+    from gpt2_jax.gradient_check import pytorch_training_losses
+    from gpt2_jax.interop.pytorch import make_pytorch_model
 
     paths = write_starter_pack(tmp_path, "tiny", plan_of(), tiny_params, *tiny_batch)
     expected, losses = check_debug_state_and_train(paths[0], paths[2])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from gpt2_jax.buffer.weights import Weights
@@ -33,6 +36,22 @@ def all_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
     with plan.precision():
         h_BTC = _hidden_states(plan, params_N, x_BT)
         return logits(Site(plan, (model.CLASSIFIER,)), h_BTC, params_N)[..., : plan.config.vocab_size]
+
+
+def make_loss_function(plan: Plan) -> jax.stages.Wrapped:
+    """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient."""
+    return jax.jit(lambda params_N, x_BT, y_BT: jnp.mean(token_losses(plan, params_N, x_BT, y_BT)))
+
+
+def make_token_loss_function(plan: Plan) -> jax.stages.Wrapped:
+    """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target."""
+    return jax.jit(partial(token_losses, plan))
+
+
+@partial(jax.jit, static_argnums=0)
+def next_token_logits(plan: Plan, params_N: jax.Array, x_1T: jax.Array, position: jax.Array) -> jax.Array:
+    """Logits (vocab_size,) float32 of the token after `position` (int32 scalar) of the one sequence x."""
+    return logits_at(plan, params_N, x_1T, position)[0]
 
 
 def _hidden_states(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:

@@ -28,12 +28,11 @@ from jaxlib.mlir.dialects import stablehlo
 from jaxlib.mlir.passmanager import PassManager
 
 from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function, next_token_logits
 from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.compute.step import make_step, state_shapes
 from gpt2_jax.config import RunConfig
-from gpt2_jax.evaluate import make_loss_function, make_token_loss_function
 from gpt2_jax.families.family import FamilyConfig
-from gpt2_jax.generate import next_token_logits
 
 # What holds operations together rather than computes: the inliner removes calls.
 _STRUCTURE = ("builtin.module", "func.func", "func.call", "func.return", "stablehlo.return")

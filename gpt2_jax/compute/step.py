@@ -58,8 +58,7 @@ def create_state(plan: Plan, params_N: np.ndarray | jax.Array) -> TrainState:
 def state_shapes(plan: Plan) -> TrainState:
     """The shapes of a state, from which a step can be compiled before there are weights."""
     params = jax.ShapeDtypeStruct((plan.layout.num_parameters,), jnp.float32)
-    shapes: TrainState = jax.eval_shape(lambda params_N: create_state(plan, params_N), params)
-    return shapes
+    return jax.eval_shape(lambda params_N: create_state(plan, params_N), params)
 
 
 def accumulated_gradient(
@@ -74,10 +73,10 @@ def accumulated_gradient(
         return loss_and_gradient(plan, params_N, grads_N, x_ABT[0], y_ABT[0])
 
     def add(total: _Sums, batch: _Batch) -> tuple[_Sums, None]:
-        loss, grads_N, known = _micro_batch(plan, params_N, total[1], batch, 1.0 / num_micro_batches, accumulate=True)
+        loss, grads_N, known = micro_batch_gradient(plan, params_N, total[1], batch, 1.0 / num_micro_batches, accumulate=True)
         return (total[0] + loss, grads_N, known), None
 
-    shapes = jax.eval_shape(lambda: _micro_batch(plan, params_N, None, (x_ABT[0], y_ABT[0]), 1.0, accumulate=True))
+    shapes = jax.eval_shape(lambda: micro_batch_gradient(plan, params_N, None, (x_ABT[0], y_ABT[0]), 1.0, accumulate=True))
     total: _Sums = jax.tree_util.tree_map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     if plan.backend.loops:
         total = lax.scan(add, total, (x_ABT, y_ABT))[0]
@@ -85,8 +84,7 @@ def accumulated_gradient(
         add_once = jax.jit(add)  # traced once, called A times
         for index in range(num_micro_batches):
             total, _ = add_once(total, (x_ABT[index], y_ABT[index]))
-    loss, grads_N, known = total
-    return loss, *writer_of(plan).squares(plan, grads_N, known)
+    return with_squares(plan, *total)
 
 
 def loss_and_gradient(
@@ -97,15 +95,20 @@ def loss_and_gradient(
     Where the plan's writer works in place the gradient is written over `grads_N`, if there is one. x and y are (B, T)
     int32, ids below the true vocabulary.
     """
-    loss, grads_N, known = _micro_batch(plan, params_N, grads_N, (x_BT, y_BT), 1.0, accumulate=False)
-    return loss, *writer_of(plan).squares(plan, grads_N, known)
+    return with_squares(plan, *micro_batch_gradient(plan, params_N, grads_N, (x_BT, y_BT), 1.0, accumulate=False))
+
+
+def with_squares(plan: Plan, loss: jax.Array, grads_N: jax.Array, known: jax.Array) -> _Sums:
+    """The sums of a whole step's micro-batches with each tensor's sum of squares (S,) in place of what is known of them."""
+    with jax.named_scope("gradient"):
+        return loss, *writer_of(plan).squares(plan, grads_N, known)
 
 
 _Batch = tuple[jax.Array, jax.Array]  # x_BT, y_BT
 _Sums = tuple[jax.Array, jax.Array, jax.Array]  # loss, gradient, and what the writer knows of its squares
 
 
-def _micro_batch(
+def micro_batch_gradient(
     plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, batch: _Batch, scale: float, *, accumulate: bool
 ) -> _Sums:
     """`scale` times the mean loss of one micro-batch, and its gradient, or with `accumulate` that added to `grads_N`."""
@@ -136,12 +139,9 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
     leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
     the new parameters to bfloat16's values.
     """
+    warmup, end = settings.warmup_steps, settings.final_learning_rate_fraction
     schedule = learning_rate_schedule(
-        settings.schedule,
-        settings.learning_rate,
-        steps=steps,
-        warmup_steps=settings.warmup_steps,
-        final_fraction=settings.final_learning_rate_fraction,
+        settings.schedule, settings.learning_rate, steps=steps, warmup_steps=warmup, final_fraction=end
     )
     optimizer = adamw(schedule, plan.layout, weight_decay=settings.weight_decay, custom_call=plan.adamw.name == "custom_call")
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, GRADIENT_CLIP
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import huggingface_names
@@ -68,37 +67,6 @@ def pytorch_gradients(model: torch.nn.Module, config: GPT2Config) -> np.ndarray:
         assert parameter.grad is not None  # every parameter of a GPT-2 takes part in its loss
         select(tensors[name])[...] = parameter.grad.numpy()
     return grads
-
-
-def pytorch_training_losses(
-    model: torch.nn.Module, x_BT: np.ndarray, y_BT: np.ndarray, *, steps: int, learning_rate: float, weight_decay: float
-) -> list[float]:
-    """The losses of `steps` updates on one batch with torch.optim.AdamW and llm.c's clipping; the model is changed."""
-    import torch
-
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-        betas=(BETA1, BETA2),
-        eps=EPSILON,
-    )
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = pytorch_loss(model, x_BT, y_BT)[1]
-        loss.backward()
-        losses.append(float(loss.detach()))
-        # clip_grad_norm_ would add 1e-6 to the denominator.
-        norm = torch.sqrt(sum(torch.sum(torch.square(p.grad), dtype=torch.float64) for p in parameters))
-        if norm > GRADIENT_CLIP:
-            for parameter in parameters:
-                parameter.grad *= GRADIENT_CLIP / norm
-        optimizer.step()
-    return losses
 
 
 def _correspondence(

@@ -1,4 +1,4 @@
-"""Token and position embeddings: a table of threaded ops. Names: wte (V, C), wpe (positions, C); x is tokens (B, T) int32."""
+"""Token and position embeddings: a table of threaded ops. Names: wte (V, C), wpe (P, C); x is tokens (B, T) int32."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def embedding_of(plan: Plan) -> ThreadedOp:
     return next(row.functions for row in TABLE if row.name == plan.embedding.name)
 
 
-def _reference(site: Site, x_BT: jax.Array, wte_VC: jax.Array, wpe_TC: jax.Array) -> jax.Array:
-    return (wte_VC[x_BT] + wpe_TC[: x_BT.shape[1]][None]).astype(site.plan.compute_dtype)
+def _reference(site: Site, x_BT: jax.Array, wte_VC: jax.Array, wpe_PC: jax.Array) -> jax.Array:
+    return (wte_VC[x_BT] + wpe_PC[: x_BT.shape[1]][None]).astype(site.plan.compute_dtype)
 
 
 def _gather_forward(site: Site, x_BT: jax.Array, flat_N: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -44,8 +44,8 @@ def _gather_backward(
     tokens, positions = site.names
     gradient_N, wte_slot = write_rows(site, gradient_N, tokens, x_BT, dy_BTC)
     unused = site.plan.layout[positions].shape[0] - x_BT.shape[1]
-    dwpe_TC = jnp.pad(jnp.sum(dy_BTC.astype(jnp.float32), axis=0), ((0, unused), (0, 0)))
-    gradient_N, wpe_slot = write_gradient(site, gradient_N, positions, dwpe_TC)
+    dwpe_PC = jnp.pad(jnp.sum(dy_BTC.astype(jnp.float32), axis=0), ((0, unused), (0, 0)))
+    gradient_N, wpe_slot = write_gradient(site, gradient_N, positions, dwpe_PC)
     return None, gradient_N, {tokens: wte_slot, positions: wpe_slot}
 
 

@@ -104,9 +104,9 @@ def validate(run: Run) -> None:
 
 def answer_questions(run: Run) -> None:
     """HellaSwag's accuracy."""
-    total = len(run.data.questions)
+    questions, total = run.data.questions, len(run.data.questions)
     run.display.line(f"scoring {total} HellaSwag questions ...")
-    right = num_right_answers(run.token_loss_function, run.state.params, run.data.questions, run.config.data.batch_size)
+    right = num_right_answers(run.token_loss_function, run.state.params, questions, run.config.data.batch_size)
     run.display.line(f"HellaSwag at step {run.step}: {right}/{total} = {right / total:.6f}")
     run.log_event("hellaswag", right=right, total=total, accuracy=right / total)
 

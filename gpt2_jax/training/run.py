@@ -16,12 +16,13 @@ import jax
 from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import Backend, open_device
 from gpt2_jax.compute.flops import peak_flops
+from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import compile_step, create_state
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.evaluate import make_loss_function, make_token_loss_function, unigram_cross_entropy
+from gpt2_jax.evaluate import unigram_cross_entropy
 from gpt2_jax.families.family import is_descriptor
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, read_sizes
@@ -64,9 +65,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
             display.line(f"nothing to do: {prepared.folder} is at step {done} of {steps}; a larger --steps goes on")
             return prepared.folder
         less = memory.needing_less(plan, config.data.batch_size, config.tokens_per_step)
-        estimated = memory.estimate(
-            plan, config.data.batch_size, config.data.sequence_length, num_micro_batches=config.num_micro_batches
-        )
+        estimated = memory.estimate(plan, *config.batch_shape[1:], num_micro_batches=config.num_micro_batches)
         with memory.out_of_memory_explained(estimated, less), stop_requests() as request, ExitStack() as stack:
             compiled = _compile(prepared, display)
             needed = memory.compiled_memory(plan, compiled) or estimated

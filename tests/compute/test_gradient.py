@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from gpt2_jax import jax_compat
+from gpt2_jax.compute.forward import all_logits, logits_at, make_loss_function, token_losses
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.forward import all_logits, logits_at, token_losses
-from gpt2_jax.compute.step import accumulated_gradient, loss_and_gradient
-from gpt2_jax.evaluate import make_loss_function
+from gpt2_jax.compute.step import accumulated_gradient, loss_and_gradient, micro_batch_gradient, with_squares
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.ops import classifier
@@ -94,8 +93,12 @@ def test_accumulates_micro_batches(tiny_params, tiny_batch, kind, dtype, recompu
     assert_squared_norms(found, TINY.layout)
 
 
-def _half_on_top(plan, params, grads, x, y):
-    return loss_and_gradient(plan, params, grads, x, y, scale=0.5, accumulate=True)
+def _scaled(plan, params, grads, x, y, *, accumulate):
+    """Half of the gradient, as a step over two micro-batches makes it."""
+    return with_squares(plan, *micro_batch_gradient(plan, params, grads, (x, y), 0.5, accumulate=accumulate))
+
+
+_half_on_top = partial(_scaled, accumulate=True)
 
 
 @kinds
@@ -141,7 +144,7 @@ def test_the_classifier_in_chunks_of_rows(tiny_params, tiny_batch, kind, dtype, 
     monkeypatch.setattr(classifier, "CLASSIFIER_ROWS", 5)
     monkeypatch.setattr(classifier, "_LOW_ROWS", 5)
     plan = plan_of_kind(kind, dtype)
-    halved = jax.jit(partial(loss_and_gradient, plan, scale=0.5))
+    halved = jax.jit(partial(_scaled, plan, accumulate=False))
     found = halved(jnp.asarray(tiny_params), jnp.full((N,), jnp.nan), *tiny_batch)
     wanted = expected("loss_and_gradient", TINY, dtype, tiny_params, *tiny_batch)
     assert_close((2 * found[0], 2 * found[1]), wanted, plan)

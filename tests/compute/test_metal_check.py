@@ -20,12 +20,11 @@ from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON
 from gpt2_jax.buffer.rounding import stochastically_rounded
 from gpt2_jax.compute import metal_check
 from gpt2_jax.compute.backend import metal_backend
+from gpt2_jax.compute.forward import make_loss_function, next_token_logits
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.compute.step import create_state, make_step
 from gpt2_jax.config import OptimizerSettings, RunConfig, format_config, load_config
-from gpt2_jax.evaluate import make_loss_function
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.generate import next_token_logits
 from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.models.weights import model_config_from_settings
 from tests.conftest import CPU, REPOSITORY, plan_of

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.compute.plan import SEAMS, make_plan
 from gpt2_jax.compute.forward import token_losses
+from gpt2_jax.compute.plan import SEAMS, make_plan
 from gpt2_jax.compute.step import accumulated_gradient
 from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError

@@ -56,7 +56,7 @@ def test_the_buffer_and_its_squares(implementation, dtype, accumulate):
         slots["wte"] = [slots["wte"][0] + of_rows]
         slots = {name: tuple(each) for name, each in slots.items()}
         assert jax.tree.map(jnp.shape, slots) == jax.tree.map(jnp.shape, empty_slots(plan))
-        return writer_of(plan).finish(plan, gradient_N, slots, accumulate)
+        return writer_of(plan).squares(plan, *writer_of(plan).finish(plan, gradient_N, slots, accumulate))
 
     found_N, squares = write(jnp.asarray(before), factors, arrays, rows)
     wanted_N = np.concatenate([wanted[tensor.name].reshape(-1) for tensor in layout.tensors])
@@ -107,7 +107,8 @@ def test_rows_that_cancel_leave_no_negative_squares(implementation, dtype):
         added = site._replace(added=("wte",))
         gradient_N, of_rows = write_rows(added, gradient_N, "wte", jnp.arange(table.shape[0], dtype=jnp.int32), rows)
         slots["wte"] = [of_product + of_rows]
-        return writer_of(plan).finish(plan, gradient_N, {name: tuple(each) for name, each in slots.items()}, False)
+        slots = {name: tuple(each) for name, each in slots.items()}
+        return writer_of(plan).squares(plan, *writer_of(plan).finish(plan, gradient_N, slots, False))
 
     _, squares = write(jnp.zeros(plan.layout.num_parameters), dy, x)
     assert (

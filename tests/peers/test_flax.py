@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpt2_jax.compute.forward import all_logits
-from gpt2_jax.evaluate import make_loss_function
+from gpt2_jax.compute.forward import all_logits, make_loss_function
 from tests.conftest import TINY, plan_of
 
 nnx = pytest.importorskip("flax.nnx")
