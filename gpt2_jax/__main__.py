@@ -2,4 +2,5 @@
 
 from gpt2_jax.commands.main import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,7 @@ class ModelSettings:
 @dataclass(frozen=True)
 class DataSettings:
     train: str = "data/kjv_train.bin"
-    """Training shards: a path or a glob. python scripts/prepare_data.py makes the default."""
+    """Training shards: a path or a glob; the default is the built-in text, once it is prepared."""
     validation: str = "data/kjv_val.bin"
     """Validation shards."""
     batch_size: int = 4
@@ -214,7 +214,7 @@ def load_saved_config(out_dir: str | Path) -> RunConfig | None:
 
 def load_config(path: str | Path) -> RunConfig:
     """Settings of a TOML file over the defaults; Gpt2JaxError for an unknown section or key, or a value of a wrong type."""
-    text = read_text_file(path, "a TOML file with settings", "ls configs/", max_bytes=_MAX_BYTES)
+    text = read_text_file(path, "a TOML file with settings", "--config demo   (a preset, by its name)", max_bytes=_MAX_BYTES)
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of an integer or a nesting that Python has no room for

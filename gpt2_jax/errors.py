@@ -34,28 +34,33 @@ def started_as(command: str) -> None:
 
 
 def program_name() -> str:
-    """This process's command as it was typed: 'gpt2-jax train', 'python -m gpt2_jax train' or 'scripts/train.py'."""
-    started = Path(sys.argv[0])
-    if started.name == "__main__.py":
-        return f"python -m gpt2_jax {_command}".strip()
-    return f"{started.name} {_command}".strip() if started.suffix != ".py" else sys.argv[0]
+    """This process's command as it was typed: 'gpt2-jax train', 'python -m gpt2_jax train' or 'python scripts/train.py'."""
+    return _typed(_command)
 
 
 def as_typed(text: str) -> str:
-    """A text whose commands `python scripts/NAME.py` are said in the form in which this program was started."""
+    """A text whose commands `python scripts/NAME.py` are said in the form in which this program was started.
+
+    A process that runs no command, but uses the package as a library, gets the text as it is.
+    """
+    if not _command:
+        return text
+    return re.sub(
+        r"\bpython scripts/(\w+)\.py",
+        lambda found: _typed(_COMMANDS.get(found[1], found[1].replace("_", "-"))),
+        text,
+    )
+
+
+def _typed(command: str) -> str:
+    """A command in the form in which this program was started."""
     started = Path(sys.argv[0])
-
-    def typed(match: re.Match[str]) -> str:
-        command = _COMMANDS.get(match[1], match[1].replace("_", "-"))
-        if not _command:  # used as a library
-            return match[0]
-        if started.name == "__main__.py":
-            return f"python -m gpt2_jax {command}"
-        if started.suffix == ".py":
-            return f"python {shlex.quote(str(started.with_name(match[1] + '.py')))}"
-        return f"{started.name} {command}"
-
-    return re.sub(r"\bpython scripts/(\w+)\.py", typed, text)
+    if started.name == "__main__.py":
+        return f"python -m gpt2_jax {command}".rstrip()
+    if started.suffix == ".py":
+        script = _SCRIPTS.get(command, command.replace("-", "_"))
+        return f"python {shlex.quote(str(started.with_name(f'{script}.py')))}"
+    return f"{started.name} {command}".rstrip()
 
 
 def run_program(main: Callable[[], None]) -> None:

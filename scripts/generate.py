@@ -1,3 +1,4 @@
 from gpt2_jax.commands.main import run
 
-run("generate")
+if __name__ == "__main__":
+    run("generate")

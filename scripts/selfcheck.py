@@ -1,3 +1,4 @@
 from gpt2_jax.commands.main import run
 
-run("selfcheck")
+if __name__ == "__main__":
+    run("selfcheck")

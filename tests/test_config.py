@@ -7,6 +7,7 @@ import typing
 
 import pytest
 
+from gpt2_jax.commands.command_line import parse_command_line
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.config import (
     ComputeSettings,
@@ -14,12 +15,11 @@ from gpt2_jax.config import (
     RunConfig,
     format_config,
     load_config,
-    model_config_from_settings,
-    parse_command_line,
     saved_config_path,
 )
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
+from gpt2_jax.models.weights import model_config_from_settings
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from tests.conftest import REPOSITORY
 

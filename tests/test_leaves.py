@@ -1,4 +1,7 @@
-"""The leaves of the house import the standard library, NumPy and each other, so that every room can use them."""
+"""The leaves of the house import the standard library, NumPy and each other, so that every room can use them.
+
+The settings also name tyro, which makes the command line of them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-LEAVES = ("errors", "files", "machine")
+LEAVES = ("errors", "files", "machine", "config")
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -19,4 +22,5 @@ def test_a_leaf_imports_no_room(leaf):
     imported += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     allowed = {f"gpt2_jax.{name}" for name in LEAVES}
     foreign = [name for name in imported if name.split(".")[0] not in {"numpy", *sys.stdlib_module_names}]
+    foreign = [name for name in foreign if (leaf, name) != ("config", "tyro")]
     assert [name for name in foreign if name not in allowed] == []

@@ -38,7 +38,7 @@ class Arguments:
     matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas"] = "auto"
     """Implementation of this project's matrix products."""
     matmul_precision: Literal["default", "high", "highest"] = "highest"
-    """Of float32 products; default is what scripts/train.py does. With amx, high is beyond the tolerance for d12."""
+    """Of float32 products; default is what training does. With amx, high is beyond the tolerance for d12."""
 
 
 def main(words: list[str]) -> None:

@@ -2,7 +2,7 @@
 
   python scripts/check_metal.py                          GPT-2 124M, two micro-batches, in both dtypes, for every plugin
   python scripts/check_metal.py --size d48 --dtype bfloat16 --plugin jax-metal
-  python scripts/check_metal.py --config configs/demo.toml
+  python scripts/check_metal.py --config demo
 
 Exit status 1 when an operation is used that jax-metal 0.1.1 does not know, or in a way that it cannot take.
 """

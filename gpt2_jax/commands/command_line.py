@@ -7,6 +7,8 @@ A run's settings are resolved in this order, later ones winning: the defaults, t
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -18,7 +20,6 @@ import tyro
 import gpt2_jax
 from gpt2_jax.config import RunConfig, load_config, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError, as_typed, program_name
-from gpt2_jax.llmc.command_line import translate
 
 _Arguments = TypeVar("_Arguments")
 
@@ -29,9 +30,9 @@ def parse(arguments: type[_Arguments], description: str | None, words: list[str]
 
 
 def help_text(description: str | None) -> str:
-    """A command's description for --help, its examples in the form in which the program was started.
+    """A command's description for --help, its commands in the form in which the program was started.
 
-    Examples are indented, since tyro joins lines that are not.
+    Examples are indented, since tyro joins lines that are not, and ruff undoes it in a docstring of nothing else.
     """
     return as_typed(re.sub(r"^ *(?=python scripts/)", "  ", description or "", flags=re.MULTILINE))
 
@@ -40,7 +41,7 @@ def help_text(description: str | None) -> str:
 class _RunArguments:
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     config: str | None = None
-    """TOML file with settings, or the name of a preset: demo, gpt2_124m, gpt2_350m ...; see configs/."""
+    """TOML file with settings, or the name of a preset: demo, gpt2_124m, gpt2_350m ..."""
     llmc: str | None = None
     """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -53,7 +54,9 @@ def parse_command_line(words: list[str], description: str | None) -> tuple[RunCo
     Flags are the settings' names (--batch-size for data.batch_size). A wrong flag ends the program with status 2 and
     a suggestion; a wrong key in a TOML file is a Gpt2JaxError with one.
     """
-    words = _translated(words)
+    llmc, words = _without_llmc(words)
+    if llmc is not None:
+        words = _translated(llmc) + words
     seen = _first_look(words)
     path = None if seen.config is None else find_config(seen.config)
     if path is not None:
@@ -69,7 +72,6 @@ def parse_command_line(words: list[str], description: str | None) -> tuple[RunCo
         description=help_text(description),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    _check_first_look(seen, command, defaults)
     command.settings.validate()
     name = Path(path or command.settings.model.init).stem.replace(":", "-")
     return command.settings, name, command.print_config
@@ -78,7 +80,7 @@ def parse_command_line(words: list[str], description: str | None) -> tuple[RunCo
 def find_config(name: str) -> Path:
     """The file of --config: a path, or the name of a preset. Gpt2JaxError, listing the presets, for neither."""
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if os.path.isfile(path) or path.suffix == ".toml" or len(path.parts) != 1:
         return path
     # A wheel has the presets inside the package, a source checkout beside it; those of the checkout are the newer ones.
     roots = [Path(root) for root in gpt2_jax.__path__]
@@ -86,14 +88,16 @@ def find_config(name: str) -> Path:
     folders = [parent / "configs" for parent in (*roots, *checkouts)]
     presets = {preset.stem: preset for folder in folders for preset in folder.glob("*.toml")}
     if name not in presets:
+        close = difflib.get_close_matches(name, presets, n=1)
         raise Gpt2JaxError(
-            f"--config: expected a TOML file or one of {', '.join(sorted(presets))}, found {name!r}", "--config demo"
+            f"--config: expected a TOML file or one of {', '.join(sorted(presets))}, found {name!r}",
+            f"--config {close[0] if close else 'demo'}",
         )
     return presets[name]
 
 
 def _first_look(words: list[str]) -> argparse.Namespace:
-    """The flags that decide the defaults; all others are left to the real parser."""
+    """What decides the defaults; everything else is left to the real parser."""
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first_look.add_argument("--config")
     first_look.add_argument("--resume", action="store_true")
@@ -104,31 +108,29 @@ def _first_look(words: list[str]) -> argparse.Namespace:
         return argparse.Namespace(config=None, resume=False, out_dir=None)
 
 
-def _check_first_look(seen: argparse.Namespace, command: _RunArguments, defaults: RunConfig) -> None:
-    """Gpt2JaxError where the real parser understood a flag that decides the defaults, and the first look did not."""
-    resumes = command.settings.run.resume
-    missed = {
-        "--llmc": command.llmc is not None,
-        "--config": command.config != seen.config,
-        "--resume": resumes and not seen.resume and not defaults.run.resume,
-        "--out-dir": resumes and command.settings.run.out_dir != (seen.out_dir or defaults.run.out_dir),
-    }
-    for flag, was_missed in missed.items():
-        if was_missed:
-            raise Gpt2JaxError(f"{flag}: expected it written out, and once, found another form", f"{flag}, or {flag}=VALUE")
+def _without_llmc(words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --llmc, of several the last, and the words without it."""
+    llmc = None
+    others = []
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag != "--llmc":
+            others.append(word)
+            continue
+        llmc = value if equals else next(rest, None)
+        if llmc is None:
+            raise Gpt2JaxError("--llmc: expected llm.c's command line in quotes, found no value", '--llmc "-i train.bin -b 64"')
+    return llmc, others
 
 
-def _translated(words: list[str]) -> list[str]:
-    """The words with the translation of --llmc in front, which is printed too, each line a comment of TOML."""
-    for place, word in enumerate(words):
-        if word.startswith("--llmc=") or (word == "--llmc" and place + 1 < len(words)):
-            _, _, value = word.partition("=")
-            rest = words[:place] + words[place + 1 :] if value else words[:place] + words[place + 2 :]
-            command_line = value or words[place + 1]
-            translation = translate(command_line)
-            here = as_typed(f"python scripts/train.py {shlex.join(translation.arguments)}")
-            print(f"# train_gpt2cu {command_line}\n# is here: {here}")
-            for remark in translation.remarks:
-                print(f"# {remark}")
-            return translation.arguments + rest
-    return words
+def _translated(command_line: str) -> list[str]:
+    """The flags that a command line of llm.c means; the translation is printed, each line a comment of TOML."""
+    from gpt2_jax.llmc.command_line import translate  # here, since it imports numpy, which the benches must not do so early
+
+    translation = translate(command_line)
+    here = as_typed(f"python scripts/train.py {shlex.join(translation.arguments)}")
+    print(f"# train_gpt2cu {command_line}\n# is here: {here}")
+    for remark in translation.remarks:
+        print(f"# {remark}")
+    return translation.arguments

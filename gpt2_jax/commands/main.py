@@ -6,7 +6,6 @@ import difflib
 import importlib
 import sys
 
-from gpt2_jax import __version__
 from gpt2_jax.errors import Gpt2JaxError, program_name, run_program, started_as
 
 COMMANDS = {
@@ -40,25 +39,22 @@ def main() -> None:
 
 def _run(command: str, words: list[str]) -> None:
     started_as(command)
-    module = importlib.import_module(f"gpt2_jax.commands.{command.replace('-', '_')}")
-    run_program(lambda: module.main(words))
+    # Imported within run_program: Ctrl-C while modules load ends like Ctrl-C later.
+    run_program(lambda: importlib.import_module(f"gpt2_jax.commands.{command.replace('-', '_')}").main(words))
 
 
 def _no_command(words: list[str]) -> None:
-    """The program's answer when no command is named; only --help and --version end with status 0."""
+    """What the program says without the name of a command; only --help ends well."""
     program = program_name()
-    if words == ["--version"]:
-        print(__version__)
-    elif words in ([], ["-h"], ["--help"]):
-        width = max(map(len, COMMANDS))
-        print(f"usage: {program} COMMAND ...\n")
-        for name, what in COMMANDS.items():
-            print(f"  {name:<{width}}  {what}")
-        print(f"\n{program} COMMAND --help explains a command's flags.")
-        sys.exit(0 if words else 2)
-    else:
+    if words and words[0] not in ("-h", "--help"):
         close = difflib.get_close_matches(words[0], COMMANDS, n=1)
         raise Gpt2JaxError(
             f"{program}: expected one of {', '.join(COMMANDS)}, found {words[0]!r}",
             f"{program} {close[0] if close else '--help'}",
         )
+    width = max(map(len, COMMANDS))
+    print(f"usage: {program} COMMAND ...\n")
+    for name, what in COMMANDS.items():
+        print(f"  {name:<{width}}  {what}")
+    print(f"\n{program} COMMAND --help explains a command's flags.")
+    sys.exit(0 if words else 2)

@@ -1,9 +1,9 @@
 """Make token shards for training: DATA_train.bin and DATA_val.bin in llm.c's format.
 
-python scripts/prepare_data.py                       the built-in text (King James Bible), no network
-python scripts/prepare_data.py --source tinyshakespeare   llm.c's recipe, downloaded
-python scripts/prepare_data.py --source my_book.txt  any UTF-8 text file
-python scripts/prepare_data.py --hellaswag hellaswag_val.jsonl   HellaSwag's questions, for train.py --hellaswag
+python scripts/prepare_data.py                                  the built-in text (King James Bible), no network
+python scripts/prepare_data.py --source tinyshakespeare         llm.c's recipe, downloaded
+python scripts/prepare_data.py --source my_book.txt             any UTF-8 text file
+python scripts/prepare_data.py --hellaswag hellaswag_val.jsonl  HellaSwag's questions, for training with --hellaswag
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
   python scripts/write_starter_pack.py --init d12 --output-dir starter
   python scripts/write_starter_pack.py --init runs/NAME/model_00000300.bin --output-dir starter
 
-llm.c's test programs then check this project's logits, loss and gradients against their own.
+llm.c's test programs then check this project's logits, loss and gradients against their own. The batch of
+the debug state is by default of the built-in text, which has to be prepared once: python scripts/prepare_data.py
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Arguments:
     sequence_length: int = 64
     """Tokens of each sequence."""
     tokens: str = "data/kjv_val.bin"
-    """Token shard whose first tokens are the batch; python scripts/prepare_data.py makes the default."""
+    """Token shard whose first tokens are the batch."""
     backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
     """Where logits, loss and gradients are computed."""
 

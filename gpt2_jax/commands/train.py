@@ -1,9 +1,11 @@
 """Train a GPT-2 and leave llm.c checkpoints, a log and a loss curve.
 
-python scripts/train.py --config configs/demo.toml            learn the built-in text in a few minutes
-python scripts/train.py --init d12 --train 'data/*_train_*.bin' --batch-size 8
-python scripts/train.py --init gpt2_124M.bin --train my.bin   fine-tune
-python scripts/train.py --resume --out-dir runs/NAME          continue a run
+  python scripts/train.py --config demo                          learn the built-in text in a few minutes
+  python scripts/train.py --init d12 --train 'data/*_train_*.bin' --batch-size 8
+  python scripts/train.py --init gpt2_124M.bin --train my.bin    fine-tune
+  python scripts/train.py --resume --out-dir runs/NAME           continue a run
+
+The built-in text has to be prepared once: python scripts/prepare_data.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import gpt2_jax
 from gpt2_jax.commands.command_line import find_config, parse_command_line
 from gpt2_jax.config import format_config
 from gpt2_jax.errors import Gpt2JaxError
@@ -22,17 +23,33 @@ def test_llmcs_command_line_is_translated_in_every_form(words, capsys):
     assert capsys.readouterr().out.startswith(f"# train_gpt2cu {LLMC}\n# is here: ")
 
 
-def test_llmcs_command_line_twice_is_refused():
-    with pytest.raises(Gpt2JaxError, match="--llmc: expected it written out, and once"):
-        parse_command_line([f"--llmc={LLMC}", f"--llmc={LLMC}"], "")
+def test_of_two_command_lines_of_llmcs_the_last_counts():
+    config, _, _ = parse_command_line([f"--llmc={LLMC}", "--steps", "3", "--llmc", "-e d24"], "")
+    assert (config.model.init, config.run.steps) == ("d24", 3)
 
 
-@pytest.mark.parametrize("flag", ["--llmc", "--config"])
-def test_a_flag_without_its_value_is_refused(flag, capsys):
+@pytest.mark.parametrize("words", [["--llmc", ""], ["--llmc="]])
+def test_an_empty_command_line_of_llmcs_is_its_defaults_and_swallows_no_flag(words):
+    config, _, _ = parse_command_line([*words, "--steps", "3"], "")
+    assert (config.data.train, config.run.steps) == ("dev/data/tinyshakespeare/tiny_shakespeare_train.bin", 3)
+
+
+def test_llmc_as_the_last_word_is_refused():
+    with pytest.raises(Gpt2JaxError) as refused:
+        parse_command_line(["--steps", "3", "--llmc"], "")
+    assert refused.value.problem == "--llmc: expected llm.c's command line in quotes, found no value"
+    assert refused.value.hint.startswith('--llmc "-i ')
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["--config"], "--config"), (["--resume", "--out-dir"], "--out-dir"), (["--resume=yes", "--out-dir", "x"], "yes")],
+)
+def test_a_missing_value_and_one_too_many_are_refused(words, named, capsys):
     with pytest.raises(SystemExit) as ended:
-        parse_command_line([flag], "")
+        parse_command_line(words, "")
     assert ended.value.code == 2
-    assert flag in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -48,9 +65,36 @@ def test_every_preset_is_found_by_name():
         assert find_config(path.stem) == path
 
 
-def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(Gpt2JaxError, match=r"expected a TOML file or one of demo, gpt2_124m.*found 'dem0'"):
-        parse_command_line(["--config", "dem0"], "")
+def test_a_file_without_a_suffix_is_a_path_and_a_folder_hides_no_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("[run]\nsteps = 7\n")
+    (tmp_path / "demo").mkdir()
+    assert parse_command_line(["--config", "mine"], "")[0].run.steps == 7
+    assert parse_command_line(["--config", "demo"], "")[0].run.steps == 500
+
+
+def test_a_wheel_has_its_presets_inside(tmp_path, monkeypatch):
+    (tmp_path / "gpt2_jax" / "configs").mkdir(parents=True)
+    preset = tmp_path / "gpt2_jax" / "configs" / "inside.toml"
+    preset.touch()
+    monkeypatch.setattr(gpt2_jax, "__path__", [str(tmp_path / "gpt2_jax")])
+    assert find_config("inside") == preset
+    with pytest.raises(Gpt2JaxError, match="expected a TOML file or one of inside, found 'demo'"):
+        find_config("demo")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("dem0", "demo"), ("gpt2_124M", "gpt2_124m"), ("x" * 300, "demo")])
+def test_an_unknown_preset_is_refused_with_the_known_ones(name, hint):
+    known = ", ".join(sorted(path.stem for path in (REPOSITORY / "configs").glob("*.toml")))
+    with pytest.raises(Gpt2JaxError) as refused:
+        parse_command_line(["--config", name], "")
+    assert refused.value.problem == f"--config: expected a TOML file or one of {known}, found {name!r}"
+    assert refused.value.hint == f"--config {hint}"
+
+
+def test_an_empty_config_is_refused():
+    with pytest.raises(Gpt2JaxError, match="expected a TOML file with settings, found a folder"):
+        parse_command_line(["--config=", "--steps", "3"], "")
 
 
 @pytest.mark.parametrize("words", [["--resume", "--out-dir", "{}"], ["--resume", "--out-dir={}"], ["--out_dir={}", "--resume"]])

@@ -6,24 +6,35 @@ import ast
 import dataclasses
 import importlib
 import json
+import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gpt2_jax import errors
 from gpt2_jax.commands import main as program
-from gpt2_jax.commands.command_line import _RunArguments, help_text
+from gpt2_jax.commands.command_line import _RunArguments
 from gpt2_jax.errors import as_typed, program_name
 from tests.conftest import REPOSITORY
 
 FORMS = {
     "/usr/bin/gpt2-jax": ("gpt2-jax train", "gpt2-jax prepare"),
     "/x/gpt2_jax/__main__.py": ("python -m gpt2_jax train", "python -m gpt2_jax prepare"),
-    "scripts/train.py": ("scripts/train.py", "python scripts/prepare_data.py"),
-    "../repo/scripts/train.py": ("../repo/scripts/train.py", "python ../repo/scripts/prepare_data.py"),
-    "/a b/scripts/train.py": ("/a b/scripts/train.py", "python '/a b/scripts/prepare_data.py'"),
+    "scripts/train.py": ("python scripts/train.py", "python scripts/prepare_data.py"),
+    "../repo/scripts/train.py": ("python ../repo/scripts/train.py", "python ../repo/scripts/prepare_data.py"),
+    "/a b/scripts/train.py": ("python '/a b/scripts/train.py'", "python '/a b/scripts/prepare_data.py'"),
 }
+
+
+def script_of(command):
+    return errors._SCRIPTS.get(command, command.replace("-", "_")) + ".py"
+
+
+def module_of(command):
+    return importlib.import_module(f"gpt2_jax.commands.{command.replace('-', '_')}")
 
 
 @pytest.fixture
@@ -56,26 +67,38 @@ def test_every_command_has_a_script_a_module_and_a_line():
     modules = {path.stem for path in (REPOSITORY / "gpt2_jax" / "commands").glob("*.py")}
     assert len(program.COMMANDS) == len(scripts) == 11
     assert {command.replace("-", "_") for command in program.COMMANDS} == modules - {"__init__", "command_line", "main"}
-    for command in program.COMMANDS:
-        script = errors._SCRIPTS.get(command, command.replace("-", "_")) + ".py"
-        lines = (REPOSITORY / "scripts" / script).read_text().splitlines()
-        assert lines[-1] == f'run("{command}")'
-        assert len(lines) == 3
+    assert {script_of(command) for command in program.COMMANDS} == scripts
 
 
 @pytest.mark.parametrize("command", program.COMMANDS)
-def test_help_keeps_the_lines_of_its_examples(started, command, capsys):
-    started("/usr/bin/gpt2-jax", command)
-    module = importlib.import_module(f"gpt2_jax.commands.{command.replace('-', '_')}")
-    examples = [line for line in help_text(module.__doc__).splitlines() if line.startswith("  gpt2-jax ")]
-    assert examples
+def test_a_script_is_a_front_of_its_command_and_does_nothing_when_it_is_imported(started, command, capsys):
+    path = str(REPOSITORY / "scripts" / script_of(command))
+    statements = ast.parse(Path(path).read_text(encoding="utf-8")).body
+    assert [type(statement) for statement in statements] == [ast.ImportFrom, ast.If]
+    started(path, words=["--help"])
+    runpy.run_path(path, run_name="imported")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python {path} ")
+
+
+@pytest.mark.parametrize("argv0", ["/usr/bin/gpt2-jax", "/x/gpt2_jax/__main__.py", "scripts/NAME"])
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_help_keeps_the_lines_of_its_examples(started, command, argv0, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    started(argv0.replace("NAME", script_of(command)), command)
+    module = module_of(command)
+    written = [line.strip() for line in module.__doc__.splitlines() if line.strip().startswith("python scripts/")]
+    assert written
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert f"usage: gpt2-jax {command} " in shown
-    # Wherever the terminal is wide enough an example stands on a line of its own.
-    assert [example for example in examples if len(example) < 75 and f"\n{example.rstrip()}\n" not in shown] == []
+    assert shown.startswith(f"usage: {program_name()} ")
+    assert [example for example in written if f"\n  {as_typed(example)}\n" not in shown] == []
+    assert ("scripts/" in shown) == argv0.startswith("scripts/")
 
 
 def test_an_unknown_command_names_the_nearest_one(started, capsys):
@@ -115,10 +138,33 @@ def test_which_extra_is_told_without_anything_installed():
     assert ended.stdout.strip() in ("", "cuda", "metal", "mps")
 
 
-def test_importing_a_command_imports_no_jax():
-    modules = [f"gpt2_jax.commands.{command.replace('-', '_')}" for command in program.COMMANDS]
-    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules!r}]; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, cwd=REPOSITORY).returncode == 0
+def test_ctrl_c_while_a_command_is_imported_ends_with_130(started, monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    started("/usr/bin/gpt2-jax", "", ["train"])
+    monkeypatch.setattr(program.importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_nothing_is_imported_before_its_time():
+    """Only the command that is asked for; no jax before the backend is chosen; no numpy before a bench sets its threads."""
+    code = """
+import importlib, sys
+from gpt2_jax.commands.main import COMMANDS
+modules = [f"gpt2_jax.commands.{command.replace('-', '_')}" for command in COMMANDS]
+assert not set(modules) & set(sys.modules)
+for bench in ("gpt2_jax.commands.bench_matmul", "gpt2_jax.commands.bench_train"):
+    importlib.import_module(bench)
+    assert "numpy" not in sys.modules, bench
+for module in modules:
+    importlib.import_module(module)
+    assert "jax" not in sys.modules, module
+"""
+    ended = subprocess.run([sys.executable, "-c", code], timeout=120, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def flags_of(arguments, prefix=""):
@@ -135,18 +181,32 @@ def flags_of(arguments, prefix=""):
     return found
 
 
+def frozen_flags():
+    return json.loads((REPOSITORY / "tests" / "commands" / "flags.json").read_text(encoding="utf-8"))
+
+
 def test_flags_and_their_defaults_are_frozen():
     """Scripts and notes of users name them: a change belongs into flags.json, and into the release notes."""
-    found = {"train": flags_of(_RunArguments)}
+    found = {"train": flags_of(_RunArguments), "doctor": {}}
     for command in program.COMMANDS:
-        module = importlib.import_module(f"gpt2_jax.commands.{command.replace('-', '_')}")
-        if hasattr(module, "Arguments"):
-            found[command] = flags_of(module.Arguments)
-    frozen = json.loads((REPOSITORY / "tests" / "commands" / "flags.json").read_text())
-    assert found == frozen
+        if command not in found:
+            found[command] = flags_of(module_of(command).Arguments)
+    assert found == frozen_flags()
 
 
-def test_scripts_are_parsed_by_nobody():
-    """Fronts only: no definition in them."""
-    for path in (REPOSITORY / "scripts").glob("*.py"):
-        assert [type(node).__name__ for node in ast.parse(path.read_text()).body] == ["ImportFrom", "Expr"], path
+# Of the others that are on or off only the change of the default is a flag.
+OFF_AS_WELL = {"train": {"--no-shuffle", "--no-master-weights"}, "reshard": {"--no-zero"}}
+WITHOUT_FLAG = {"generate": {"--checkpoint"}, "reshard": {"--folder"}}  # by their place
+
+
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_help_has_the_frozen_flags_and_no_others(started, command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    started("/usr/bin/gpt2-jax", command)
+    with pytest.raises(SystemExit):
+        module_of(command).main(["--help"])
+    # At the border of a box, which is a space where the terminal cannot show lines.
+    shown = re.findall(r"[│\s] (--[a-z][a-z-]*)(?:, (--[a-z-]+))?", capsys.readouterr().out)
+    flags = {"--" + name.replace("_", "-") for name in frozen_flags()[command]}
+    expected = (flags | OFF_AS_WELL.get(command, set())) - WITHOUT_FLAG.get(command, set())
+    assert {flag for pair in shown for flag in pair if flag} == expected

@@ -84,7 +84,7 @@ def test_interrupted_and_resumed_run_ends_with_the_files_of_a_straight_one(tiny_
     assert 17 <= step < STEPS
     assert f"stopped by SIGTERM after step {step} of {STEPS}; the newest checkpoint is of step {step}" in output
     command = shlex.split(output.splitlines()[-1])
-    assert command[:2] == ["python", "scripts/train.py"]
+    assert command[:2] == ["python", str(REPOSITORY / "scripts" / "train.py")]
 
     with training(*command[2:]) as process:
         ended(process)
@@ -109,7 +109,7 @@ def test_first_ctrl_c_saves_and_ends_with_130(tiny_shards, tmp_path):
         process.send_signal(signal.SIGINT)
         output, _ = ended(process)
         assert process.returncode == 130
-    assert f"to go on:\npython scripts/train.py --resume --out-dir {folder}\n" in output
+    assert f"to go on:\npython {REPOSITORY / 'scripts' / 'train.py'} --resume --out-dir {folder}\n" in output
     assert len(complete_steps(folder)) == 1
 
 

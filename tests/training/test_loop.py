@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_jax.commands.command_line import parse_command_line
 from gpt2_jax.compute.stability import Verdict
 from gpt2_jax.compute.step import Metrics, create_state
-from gpt2_jax.config import RunConfig, parse_command_line
+from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import open_data
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from gpt2_jax.commands.command_line import parse_command_line
 from gpt2_jax.compute import memory
-from gpt2_jax.config import load_config, parse_command_line, saved_config_path
+from gpt2_jax.config import load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.loader import TokenLoader
