@@ -81,7 +81,7 @@ def read_huggingface_config(path: str | os.PathLike) -> GPT2Config:
             num_heads=int(config["n_head"]),
             channels=int(config["n_embd"]),
         )
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Gpt2JaxError(f"{path}: expected a GPT-2 config with its five sizes, found: {error!r}", _HINT) from None
     # What our forward pass has fixed; a key left out has transformers' default, which is ours.
     for key, expected in (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5), ("tie_word_embeddings", True)):

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from gpt2_jax.config import DataSettings
 from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.token_shard import open_token_shard
+from tests.conftest import TINY
 
 PART = np.array([3, 4], np.uint16)
 
 
-def opened(shards, *, hellaswag: str = "", **changes) -> RunData:
-    values = {
-        "batch_size": 2,
-        "sequence_length": 16,
-        "num_micro_batches": 3,
-        "vocab_size": 203,
-        "max_sequence_length": 16,
-        "shuffle": False,
-        "overfits_one_batch": False,
-        "validates": True,
-    }
-    return open_data(*shards, hellaswag, **{**values, **changes})
+def opened(shards, *, hellaswag: str = "", validates: bool = True, vocab_size: int = 203, **changes) -> RunData:
+    values = {"batch_size": 2, "sequence_length": 16, "shuffle": False, "overfit_one_batch": False, **changes}
+    settings = DataSettings(train=shards[0], validation=shards[1], **values)
+    model = dataclasses.replace(TINY, vocab_size=vocab_size)
+    return open_data(settings, model, hellaswag=hellaswag, num_micro_batches=3, validates=validates)
 
 
 def test_a_step_reads_the_next_micro_batches_in_the_files_order(tiny_shards):
@@ -40,7 +37,7 @@ def test_a_step_reads_the_next_micro_batches_in_the_files_order(tiny_shards):
 
 
 def test_one_batch_that_is_overfitted_is_the_first_of_the_validation_data(tiny_shards):
-    data = opened(tiny_shards, overfits_one_batch=True, shuffle=True)
+    data = opened(tiny_shards, overfit_one_batch=True, shuffle=True)
     tokens = np.asarray(open_token_shard(tiny_shards[1])).astype(np.int32)
     for _ in range(2):
         batch = data.next_batch()

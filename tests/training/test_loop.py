@@ -21,8 +21,8 @@ from gpt2_jax.data.batches import open_data
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.rounding import RoundingStream
-from gpt2_jax.report.display import RunLog
-from gpt2_jax.training import checkpoint, events, loop
+from gpt2_jax.report.log import RunLog
+from gpt2_jax.training import checkpoint, events, loop, summary
 from gpt2_jax.training.interrupts import StopRequest
 from gpt2_jax.training.loop import train_loop
 from gpt2_jax.training.run_record import Averages
@@ -89,21 +89,15 @@ def fake_run(config, tiny_params, tmp_path):
         changed: RunConfig = change(config, **sections)
         plan, folder = plan_of(TINY), Path(changed.run.out_dir)
         folder.mkdir(exist_ok=True)
-        data, happened = changed.data, []
+        happened = []
         return Run(
             config=changed,
             plan=plan,
             data=open_data(
-                data.train,
-                data.validation,
-                changed.evaluation.hellaswag,
-                batch_size=data.batch_size,
-                sequence_length=data.sequence_length,
+                changed.data,
+                TINY,
+                hellaswag=changed.evaluation.hellaswag,
                 num_micro_batches=changed.num_micro_batches,
-                vocab_size=TINY.vocab_size,
-                max_sequence_length=TINY.max_sequence_length,
-                shuffle=data.shuffle,
-                overfits_one_batch=False,
                 validates=changed.evaluation.validate_every > 0,
             ),
             steps=changed.run.steps,
@@ -133,7 +127,7 @@ def noted(monkeypatch):
             event = lambda run, name=name: run.display.happened.append(f"{name} {run.step}")  # noqa: E731
             monkeypatch.setattr(events, name, event)
         monkeypatch.setattr(loop, "save", events.save)
-        monkeypatch.setattr(loop, "plot_loss", lambda *_, **__: None)
+        monkeypatch.setattr(summary, "plot_loss", lambda *_, **__: None)
         return run
 
     return note

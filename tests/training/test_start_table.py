@@ -22,19 +22,8 @@ LOSES_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks | {"barriers"})
 
 def lines(config: RunConfig, backend=CPU, matmul="xla") -> list[str]:
     config = change(config, compute={"matmul": matmul})
-    data = open_data(
-        config.data.train,
-        config.data.validation,
-        "",
-        batch_size=config.data.batch_size,
-        sequence_length=config.data.sequence_length,
-        num_micro_batches=config.num_micro_batches,
-        vocab_size=TINY.vocab_size,
-        max_sequence_length=TINY.max_sequence_length,
-        shuffle=config.data.shuffle,
-        overfits_one_batch=config.data.overfit_one_batch,
-        validates=True,
-    )
+    accumulates = config.num_micro_batches
+    data = open_data(config.data, TINY, hellaswag="", num_micro_batches=accumulates, validates=True)
     plan = make_plan(config.compute, backend, TINY)
     rows = start_table(config, plan, "a CPU", data, 60, NEEDED, Path("runs/x"))
     return [f"{name}: {value}" for name, value in rows]
