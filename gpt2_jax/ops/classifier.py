@@ -21,7 +21,7 @@ from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_grad
 from gpt2_jax.ops.recompute import barrier
 from gpt2_jax.ops.table import Implementation, always
 from gpt2_jax.ops.threaded import Site, Slots
-from gpt2_jax.ops.writer import write_gradient, write_product
+from gpt2_jax.ops.writer import write_gradient, write_product, writer_of
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
@@ -82,10 +82,16 @@ def _reference_gradient(
     return loss, dh_BTC, gradient_N, slots
 
 
-def _write(site: Site, gradient_N: jax.Array, dlogits: jax.Array, h: jax.Array) -> tuple[jax.Array, Slots]:
+def _write(
+    site: Site, gradient_N: jax.Array, dlogits: jax.Array, h: jax.Array, earlier: jax.Array | None = None
+) -> tuple[jax.Array, Slots]:
+    """Write the table's gradient; `earlier` is the slot of the rows before, to which these are added."""
     (name,) = site.names
     dlogits_RV, h_RC = dlogits.reshape(-1, dlogits.shape[-1]), h.reshape(-1, h.shape[-1])
     gradient_N, slot = write_product(site, gradient_N, name, dlogits_RV, h_RC)
+    # A slot that holds a gradient has that of these rows alone; one that holds squares has those of all rows.
+    if earlier is not None and not writer_of(site.plan).writes_at_once:
+        slot = earlier + slot
     return gradient_N, {name: slot}
 
 
@@ -134,7 +140,7 @@ def _call_gradient(
             h_RC = barrier(site.plan, h_RC, (dh[-1], gradient_N))
             site = site._replace(added=site.names)
         losses_R, dlogits_RV = _call_rows(site, h_RC, y_R, flat_N, scale / y_BT.size)
-        gradient_N, slots = _write(site, gradient_N, dlogits_RV, h_RC)
+        gradient_N, slots = _write(site, gradient_N, dlogits_RV, h_RC, slots.get(site.names[0]))
         losses.append(losses_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, site.names[0])))
     return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape), gradient_N, slots

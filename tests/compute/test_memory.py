@@ -19,7 +19,7 @@ from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.machine import process_peak
 from gpt2_jax.ops.classifier import CLASSIFIER_ROWS
 from gpt2_jax.ops.recompute import RECOMPUTED
-from tests.conftest import CPU, TINY, available, plan_of
+from tests.conftest import CPU, TINY, available, can_alias, plan_of
 
 KEEPS_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks - {"barriers"})
 LOSES_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks | {"barriers"})
@@ -52,6 +52,7 @@ def test_custom_calls_keep_no_scores_and_have_the_logits_of_one_chunk(matmul):
     assert estimate.activations == B * 16 * (2 * a_layer + 2 * 32 * s) + CLASSIFIER_ROWS * 256 * 4
 
 
+@can_alias
 @by_custom_calls
 def test_several_micro_batches_need_a_second_gradient_only_where_they_are_not_added_in_place(matmul):
     buffer = 4 * TINY.layout.num_parameters
@@ -81,7 +82,7 @@ def test_memory_is_expected_to_be_saved_where_recomputing_saves_it(matmul, backe
         memory.estimate(plan_of(matmul=matmul, backend=backend, recompute=level), 2, 16).activations
         for level in ("none", "block")
     )
-    assert (block < none) == saves
+    assert (block < none) == (saves and (matmul == "xla" or jax_compat.ffi_call_can_alias()))
 
 
 @pytest.mark.skipif(not jax_compat.ffi_call_can_alias(), reason="this jax cannot alias a custom call's argument and result")

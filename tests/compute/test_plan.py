@@ -20,7 +20,7 @@ from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
 from gpt2_jax.ops.table import SWITCHED_OFF
-from tests.conftest import CPU, TINY, plan_of
+from tests.conftest import CPU, TINY, can_alias, plan_of
 
 needs_library = pytest.mark.skipif(not library.is_built(), reason="the library of custom calls was not built")
 LOSES_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks | {"barriers"})
@@ -154,6 +154,7 @@ def test_strict_refuses_a_library_that_was_not_built(not_built):
     assert "lib.so was not built" in error.problem
 
 
+@can_alias
 @needs_library
 def test_strict_accepts_what_the_hardware_refuses(rungs):
     rungs(but=["amx"])

@@ -10,7 +10,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS, ON_NVIDIA_ONLY, RUNGS
 from gpt2_jax.ops.table import Choice, Fallback, Implementation, always, choose
-from tests.conftest import available, plan_of
+from tests.conftest import available, can_alias, plan_of
 from tests.implementations import plan_of_kind
 
 PLAN = plan_of()
@@ -91,6 +91,7 @@ def test_rungs_are_switched_off_by_their_bare_names(monkeypatch):
     assert "naive" not in refusals or refusals["naive"] != "switched off by GPT2_JAX_DISABLE"
 
 
+@can_alias
 @pytest.mark.parametrize("rung", available(["threaded"]))
 @pytest.mark.parametrize("seam", sorted(set(SEAMS) - {"linear", "writer", "embedding"}))
 def test_one_seams_custom_call_is_switched_off_alone(seam, rung, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt2_jax import jax_compat
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.memory import MemoryEstimate
 from gpt2_jax.compute.plan import make_plan
@@ -98,6 +99,8 @@ def test_recomputing_that_saves_nothing_is_said(config, recompute):
     ],
 )
 def test_recomputing_that_saves_memory_or_is_not_asked_for_is_not_remarked_on(config, recompute, backend, matmul):
+    if matmul != "xla" and not jax_compat.ffi_call_can_alias():
+        pytest.skip("this jax cannot alias a custom call's argument and result")
     found = lines(change(config, compute={"recompute": recompute}), backend, matmul)
     assert not any("little or no memory" in line for line in found)
 
