@@ -9,7 +9,8 @@ import numpy as np
 
 from gpt2_jax.config import ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor, is_descriptor
+from gpt2_jax.families.family import family_of_descriptor, is_descriptor
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import initialize_parameters
@@ -41,7 +42,9 @@ def model_config_from_settings(settings: ModelSettings) -> GPT2Config | None:
     sizes = {name: getattr(settings, name) for name in GPT2Config.__dataclass_fields__}
     overrides = {name: value for name, value in sizes.items() if value is not None}
     if is_descriptor(settings.init):
-        return dataclasses.replace(config_from_descriptor(settings.init), **overrides)
+        config = family_of_descriptor(settings.init).config_from_descriptor(settings.init)
+        assert isinstance(config, GPT2Config)  # the only family so far
+        return dataclasses.replace(config, **overrides)
     if overrides:
         raise Gpt2JaxError(
             f"--{next(iter(overrides)).replace('_', '-')}: expected a size only with a descriptor such as d12, "

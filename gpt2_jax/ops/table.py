@@ -46,11 +46,6 @@ class Choice:
     refusals: tuple[tuple[str, str], ...] = ()
     fallbacks: tuple[str, ...] = ()  # refusals that --strict does not accept
 
-    def refusals_by_reason(self) -> list[str]:
-        """'not a, b: reason' for people to read, a line a reason."""
-        reasons = dict.fromkeys(reason for _, reason in self.refusals)
-        return [f"not {', '.join(name for name, why in self.refusals if why == reason)}: {reason}" for reason in reasons]
-
 
 def always(plan: Plan) -> None:
     """`accepts` of a reference implementation."""

@@ -9,7 +9,7 @@ from gpt2_jax.compute.plan import SEAMS
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS, ON_NVIDIA_ONLY, RUNGS
-from gpt2_jax.ops.table import Choice, Fallback, Implementation, always, choose
+from gpt2_jax.ops.table import Fallback, Implementation, always, choose
 from tests.conftest import available, can_alias, plan_of
 from tests.implementations import plan_of_kind
 
@@ -128,11 +128,6 @@ def test_auto_chooses_something_for_every_seam_and_says_why():
     for seam, choice in plan_of(matmul="auto").choices():
         assert choice.name in [row.name for row in SEAMS[seam]]
         assert choice.reason
-
-
-def test_refusals_of_one_reason_are_one_line():
-    choice = Choice("xla", "", (("naive", "not built"), ("amx", "no AMX"), ("simd", "not built")))
-    assert choice.refusals_by_reason() == ["not naive, simd: not built", "not amx: no AMX"]
 
 
 @pytest.mark.parametrize("name", RUNGS)
