@@ -13,7 +13,7 @@ from gpt2_jax.gradient_check import check_gradients
 from gpt2_jax.ops import norm, writer
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS
-from tests.conftest import TINY, available, plan_of
+from tests.conftest import TINY, available, can_alias, plan_of
 
 pytestmark = pytest.mark.torch
 
@@ -48,6 +48,7 @@ def failures(params, batch, matmul) -> list[str]:
     return [row.name for row in rows if not row.passed and row.name != "10 steps' losses"]
 
 
+@can_alias
 @pytest.mark.parametrize("matmul", available(["threaded"]))
 @pytest.mark.parametrize("broken", ["gain of every norm", "position table", "token table", "last shift"])
 def test_what_the_running_step_computes_is_what_is_checked(tiny_params, tiny_batch, monkeypatch, matmul, broken):
@@ -86,6 +87,7 @@ def test_what_the_running_step_computes_is_what_is_checked(tiny_params, tiny_bat
     )
 
 
+@can_alias
 @pytest.mark.parametrize("matmul", available(["threaded"]))
 def test_a_gradient_that_is_added_to_what_was_in_the_buffer_is_found(tiny_params, tiny_batch, monkeypatch, matmul):
     """The buffer holds the last step's gradient, which must be replaced."""
