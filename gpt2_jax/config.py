@@ -21,6 +21,9 @@ from gpt2_jax.files import read_text_file
 
 _MAX_BYTES = 100_000  # of a file with settings
 
+# mps is PyTorch's name for metal, and nanoGPT's flag is --device.
+BackendName = Annotated[Literal["auto", "cpu", "cuda", "metal", "mps"], tyro.conf.arg(aliases=("--device",))]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -44,8 +47,8 @@ class ModelSettings:
 class DataSettings:
     train: str = "data/kjv_train.bin"
     """Training shards: a path or a glob; the default is the built-in text, once it is prepared."""
-    validation: str = "data/kjv_val.bin"
-    """Validation shards."""
+    validation: str = ""
+    """Validation shards; empty: those beside --train whose name says val instead of train (my_val.bin for my_train.bin)."""
     batch_size: int = 4
     """Sequences of one micro-batch, B."""
     sequence_length: int = 1024
@@ -60,7 +63,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the learning rate falls after the warmup."""
@@ -70,6 +73,14 @@ class OptimizerSettings:
     """The schedule ends at this fraction of the peak."""
     weight_decay: float = 0.0
     """Decoupled decay of the matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment, the mean of gradients."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment, the mean of their squares."""
+    epsilon: float = 1e-8
+    """What AdamW adds to the root of the second moment."""
+    gradient_clip: float = 1.0
+    """Scale a gradient whose norm is larger down to this norm; 0: never."""
     skip_loss_z: float = 0.0
     """Refuse an update whose loss lies more than so many standard deviations above the last 128 steps' mean; 0: never."""
     skip_gradient_z: float = 0.0
@@ -98,8 +109,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    steps: int = 0
+    steps: Annotated[int, tyro.conf.arg(aliases=("--max-iters",))] = 0
     """Optimizer steps of the whole run, counted from 1 (a resumed run's earlier steps included); 0: one epoch."""
+    seed: int = 42
+    """Of the random weights and of the order of the training data; the default gives llm.c's."""
     out_dir: str = ""
     """Run folder for checkpoints, log and plot; empty: runs/NAME-TIMESTAMP. One that holds a run needs --resume."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -116,7 +129,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
+    backend: BackendName = "auto"
     """auto takes the accelerator that is there and says why; the others are an order, never replaced silently."""
     metal_plugin: Literal["auto", "jax-mps", "metaljax", "jax-graft", "jax-metal"] = "auto"
     """Which jax plugin for the Apple GPU; auto takes the first of these that is installed and fits the installed jax."""
@@ -156,6 +169,7 @@ class RunConfig:
             (self.evaluation, "sample_every", 0),
             (self.evaluation, "sample_tokens", 1),
             (self.run, "steps", 0),
+            (self.run, "seed", 0),
             (self.run, "checkpoint_every", 0),
             (self.run, "keep_checkpoints", 0),
             (self.run, "major_checkpoint_every", 0),
@@ -166,10 +180,17 @@ class RunConfig:
             raise Gpt2JaxError(
                 "--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off"
             )
-        for name in ("learning_rate", "weight_decay", "final_learning_rate_fraction", "skip_loss_z", "skip_gradient_z"):
-            value = getattr(self.optimizer, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise Gpt2JaxError(f"{_flag(name)}: expected a finite number of at least 0, found {value}")
+        for field_ in dataclasses.fields(self.optimizer):
+            value = getattr(self.optimizer, field_.name)
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+                raise Gpt2JaxError(f"{_flag(field_.name)}: expected a finite number of at least 0, found {value}")
+        for name in ("beta1", "beta2"):
+            if getattr(self.optimizer, name) >= 1:
+                raise Gpt2JaxError(f"--{name}: expected a number below 1, found {getattr(self.optimizer, name)}")
+        if self.optimizer.epsilon == 0:
+            raise Gpt2JaxError("--epsilon: expected a number above 0, found 0.0")
+        if self.run.seed >= 2**32:
+            raise Gpt2JaxError(f"--seed: expected less than 2^32, found {self.run.seed}")
         micro_batch = self.data.batch_size * self.data.sequence_length
         if self.data.total_batch_size % micro_batch:
             below = self.data.total_batch_size // micro_batch * micro_batch

@@ -30,10 +30,11 @@ FLAGS = {
     *("--train", "--validation", "--batch-size", "--sequence-length", "--total-batch-size", "--shuffle", "--no-shuffle"),
     "--overfit-one-batch",
     *("--learning-rate", "--schedule", "--warmup-steps", "--final-learning-rate-fraction", "--weight-decay"),
+    *("--beta1", "--beta2", "--epsilon", "--gradient-clip"),
     *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
     *("--dry-run", "--strict"),
-    *("--steps", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
+    *("--steps", "--seed", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute"),
 }
 
@@ -61,14 +62,14 @@ def test_the_flags_are_frozen(capsys):
 
 def test_command_line_over_file_over_defaults(tmp_path):
     path = write(tmp_path / "mine.toml", "[run]\nsteps = 7\n[optimizer]\nlearning_rate = 1\nschedule = 'wsd'\n")
-    config, name, only_print = parse("--config", path, "--steps", "9", "--print-config")
+    config, name, only_print, _ = parse("--config", path, "--steps", "9", "--print-config")
     assert (config.run.steps, config.optimizer.learning_rate, config.optimizer.schedule) == (9, 1.0, "wsd")
     assert config.data.batch_size == RunConfig().data.batch_size
     assert (name, only_print) == ("mine", True)
 
 
 def test_printed_settings_load_back(tmp_path):
-    config, _, _ = parse("--init", 'odd "name".bin', "--no-shuffle", "--learning-rate", "1e-9", "--steps", "3")
+    config, *_ = parse("--init", 'odd "name".bin', "--no-shuffle", "--learning-rate", "1e-9", "--steps", "3")
     assert load_config(write(tmp_path / "printed.toml", format_config(config))) == config
 
 
@@ -86,7 +87,7 @@ def test_the_choices_of_metal_plugin_are_the_plugins():
 
 @pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_presets_are_valid(preset):
-    config, name, _ = parse("--config", preset)
+    config, name, *_ = parse("--config", preset)
     assert name == preset.stem
     assert model_config_from_settings(config.model) is not None
 
@@ -106,7 +107,7 @@ RECIPES = {
 def test_recipes_are_llmcs(recipe):
     preset = load_config(REPOSITORY / "configs" / f"{recipe}.toml")
     files = f"-i {preset.data.train} -j {preset.data.validation}"
-    translated, _, _ = parse("--llmc", f"{COMMON} {RECIPES[recipe]} {files}")
+    translated, *_ = parse("--llmc", f"{COMMON} {RECIPES[recipe]} {files}")
     assert preset == translated
 
 
@@ -133,7 +134,7 @@ def test_wrong_files_are_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize("folder", ["missing", "x" * 300])
 def test_resuming_what_has_no_settings_takes_the_command_lines(tmp_path, folder):
-    config, _, _ = parse("--resume", "--out-dir", tmp_path / folder, "--steps", 7)
+    config, *_ = parse("--resume", "--out-dir", tmp_path / folder, "--steps", 7)
     assert config.run.steps == 7
 
 
@@ -178,16 +179,16 @@ def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
 
 
 def test_resume_takes_the_run_folders_settings(tmp_path):
-    config, _, _ = parse("--steps", "3", "--batch-size", "2")
+    config, *_ = parse("--steps", "3", "--batch-size", "2")
     write(saved_config_path(tmp_path), format_config(config))
-    resumed, _, _ = parse("--resume", "--out-dir", tmp_path, "--steps", "5")
+    resumed, *_ = parse("--resume", "--out-dir", tmp_path, "--steps", "5")
     assert (resumed.run.steps, resumed.data.batch_size, resumed.run.resume) == (5, 2, True)
 
 
 def test_accumulation_counts():
-    config, _, _ = parse("--batch-size", "2", "--sequence-length", "8", "--total-batch-size", "64")
+    config, *_ = parse("--batch-size", "2", "--sequence-length", "8", "--total-batch-size", "64")
     assert (config.num_micro_batches, config.tokens_per_step) == (4, 64)
-    config, _, _ = parse("--batch-size", "2", "--sequence-length", "8")
+    config, *_ = parse("--batch-size", "2", "--sequence-length", "8")
     assert (config.num_micro_batches, config.tokens_per_step) == (1, 16)
 
 

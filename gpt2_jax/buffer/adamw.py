@@ -45,7 +45,7 @@ def global_norm(grads_N: jax.Array) -> jax.Array:
 
 
 def clip_scale(norm: jax.Array, max_norm: float = GRADIENT_CLIP) -> jax.Array:
-    """Factor that clips a gradient of this norm: 1 / norm if it is above `max_norm` = 1, else 1.
+    """Factor that clips a gradient of this norm: max_norm / norm if it is above `max_norm`, else 1.
 
     Unlike torch's clip_grad_norm_ there is no epsilon in the denominator.
     """

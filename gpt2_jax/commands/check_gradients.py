@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
-from gpt2_jax.config import ModelSettings
+from gpt2_jax.config import BackendName, ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
 
 
@@ -33,7 +33,7 @@ class Arguments:
     """Tokens of each."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of this project's products and activations."""
-    backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
+    backend: BackendName = "auto"
     """Where this project computes."""
     matmul: Literal["auto", "xla", "naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas"] = "auto"
     """Implementation of this project's matrix products."""

@@ -1,24 +1,26 @@
 """Command lines to settings: the flags of a command from its dataclass, and those of a run from its settings.
 
 A run's settings are resolved in this order, later ones winning: the defaults, the TOML file or preset of --config (with
---resume: the run folder's own config.toml), llm.c's command line of --llmc, the command line itself.
+--resume: the run folder's own config.toml), llm.c's command line of --llmc, the command line itself. Training shards that
+the command line names bring their own validation shards, and not the file's.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import tyro
 
 import gpt2_jax
-from gpt2_jax.config import RunConfig, load_config, load_saved_config
+from gpt2_jax.config import DataSettings, ModelSettings, RunConfig, load_config, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError, as_typed, program_name
 
 _Arguments = TypeVar("_Arguments")
@@ -48,8 +50,17 @@ class _RunArguments:
     """Print the resolved settings as TOML and stop."""
 
 
-def parse_command_line(words: list[str], description: str | None) -> tuple[RunConfig, str, bool]:
-    """The resolved settings, the run's name (of its TOML file or descriptor), and whether only to print them.
+class RunCommand(NamedTuple):
+    """What a run's command line says."""
+
+    settings: RunConfig
+    name: str  # of the TOML file or descriptor
+    only_print: bool
+    names_a_run: bool  # False: it says nothing of model and data, so that the defaults decide what is trained
+
+
+def parse_command_line(words: list[str], description: str | None) -> RunCommand:
+    """The resolved settings, and what else the command line says.
 
     Flags are the settings' names (--batch-size for data.batch_size). A wrong flag ends the program with status 2 and
     a suggestion; a wrong key in a TOML file is a Gpt2JaxError with one.
@@ -72,9 +83,13 @@ def parse_command_line(words: list[str], description: str | None) -> tuple[RunCo
         description=help_text(description),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    command.settings.validate()
-    name = Path(path or command.settings.model.init).stem.replace(":", "-")
-    return command.settings, name, command.print_config
+    settings = command.settings
+    if seen.train is not None and seen.validation is None:
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, validation=""))
+    settings.validate()
+    name = Path(path or settings.model.init).stem.replace(":", "-")
+    names_a_run = seen.config is not None or llmc is not None or seen.resume or _names_model_or_data(words)
+    return RunCommand(settings, name, command.print_config, names_a_run)
 
 
 def find_config(name: str) -> Path:
@@ -102,10 +117,19 @@ def _first_look(words: list[str]) -> argparse.Namespace:
     first_look.add_argument("--config")
     first_look.add_argument("--resume", action="store_true")
     first_look.add_argument("--out-dir", "--out_dir")
+    first_look.add_argument("--train")
+    first_look.add_argument("--validation")
     try:
         return first_look.parse_known_args(words)[0]
     except argparse.ArgumentError:
-        return argparse.Namespace(config=None, resume=False, out_dir=None)
+        return first_look.parse_args([])
+
+
+def _names_model_or_data(words: list[str]) -> bool:
+    """Whether a flag of these words is one of the model or of the data."""
+    fields = [*dataclasses.fields(ModelSettings), *dataclasses.fields(DataSettings)]
+    flags = {word.partition("=")[0].lstrip("-").removeprefix("no-").replace("-", "_") for word in words if word.startswith("-")}
+    return not flags.isdisjoint(field.name for field in fields)
 
 
 def _without_llmc(words: list[str]) -> tuple[str | None, list[str]]:

@@ -6,13 +6,13 @@ python scripts/generate.py runs/NAME/model_00000300.bin --prompt "In the beginni
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
-from gpt2_jax.config import ModelSettings
+from gpt2_jax.config import BackendName, ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
 
 
@@ -32,7 +32,7 @@ class Arguments:
     """The same seed gives the same text."""
     tokenizer: str | None = None
     """A llm.c tokenizer file; by default GPT-2's own vocabulary."""
-    backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
+    backend: BackendName = "auto"
     """Where the forward pass is computed."""
 
     def validate(self) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from gpt2_jax.commands.command_line import parse
-from gpt2_jax.config import DataSettings, load_saved_config
+from gpt2_jax.config import RunConfig, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.loader import loader_states
 from gpt2_jax.training.checkpoint import newest_step, reshard_checkpoint
@@ -41,7 +41,8 @@ class Arguments:
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, __doc__, words)
     saved = load_saved_config(arguments.folder)
-    data = DataSettings() if saved is None else saved.data
+    saved = RunConfig() if saved is None else saved
+    data = saved.data
     B, T = arguments.batch_size or data.batch_size, arguments.sequence_length or data.sequence_length
     tokens = arguments.processes * B * T
     total = arguments.total_batch_size or data.total_batch_size or tokens
@@ -53,7 +54,13 @@ def main(words: list[str]) -> None:
         )
     step, micro_batches = newest_step(arguments.folder), total // tokens
     loaders = loader_states(
-        arguments.train or data.train, B, T, arguments.processes, shuffle=data.shuffle, num_batches=step * micro_batches
+        arguments.train or data.train,
+        B,
+        T,
+        arguments.processes,
+        shuffle=data.shuffle,
+        seed=saved.run.seed,
+        num_batches=step * micro_batches,
     )
     for path in reshard_checkpoint(
         arguments.folder, step, arguments.output_dir, loaders, num_micro_batches=micro_batches, zero=arguments.zero

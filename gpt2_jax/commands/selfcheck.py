@@ -15,11 +15,12 @@ from typing import Literal
 
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
+from gpt2_jax.config import BackendName
 
 
 @dataclass(frozen=True)
 class Arguments:
-    backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
+    backend: BackendName = "auto"
     """The device to check."""
     metal_plugin: Literal["auto", "jax-mps", "metaljax", "jax-graft", "jax-metal"] = "auto"
     """Which jax plugin for the Apple GPU."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
-from gpt2_jax.config import ModelSettings
+from gpt2_jax.config import BackendName, ModelSettings
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Arguments:
     """Tokens of each sequence."""
     tokens: str = "data/kjv_val.bin"
     """Token shard whose first tokens are the batch."""
-    backend: Literal["auto", "cpu", "cuda", "metal"] = "auto"
+    backend: BackendName = "auto"
     """Where logits, loss and gradients are computed."""
 
 

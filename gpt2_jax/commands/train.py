@@ -1,8 +1,9 @@
 """Train a GPT-2 and leave llm.c checkpoints, a log and a loss curve.
 
+  python scripts/train.py                                        the demo on a CPU, GPT-2 124M on an accelerator
   python scripts/train.py --config demo                          learn the built-in text in a few minutes
   python scripts/train.py --init d12 --train 'data/*_train_*.bin' --batch-size 8
-  python scripts/train.py --init gpt2_124M.bin --train my.bin    fine-tune
+  python scripts/train.py --init gpt2_124M.bin --train data/my_train.bin     fine-tune, validate on data/my_val.bin
   python scripts/train.py --resume --out-dir runs/NAME           continue a run
 
 The built-in text has to be prepared once: python scripts/prepare_data.py
@@ -11,25 +12,37 @@ The built-in text has to be prepared once: python scripts/prepare_data.py
 from __future__ import annotations
 
 from gpt2_jax.commands.command_line import parse_command_line
-from gpt2_jax.compute.backend import select_backend
-from gpt2_jax.config import format_config
+from gpt2_jax.compute.backend import Backend, select_backend
+from gpt2_jax.config import ComputeSettings, format_config
+from gpt2_jax.errors import as_typed
 from gpt2_jax.machine import keep_freed_memory
 
 
 def main(words: list[str]) -> None:
-    config, name, only_print = parse_command_line(words, __doc__)
-    if only_print:
-        print(format_config(config))
-        return
-    compute = config.compute
+    command = parse_command_line(words, __doc__)
     # Before anything imports jax.
-    backend = select_backend(
-        compute.backend, metal_plugin=compute.metal_plugin, full_float32=compute.matmul_precision == "highest"
-    )
+    backend = None if command.only_print and command.names_a_run else _backend(command.settings.compute)
+    if backend is not None and backend.platform == "cpu" and not command.names_a_run:
+        print(
+            as_typed(
+                "# nothing says what to train, and there is no accelerator: this is the demo, as with --config demo;\n"
+                "# GPT-2 124M is python scripts/train.py --init d12"
+            )
+        )
+        command = parse_command_line(["--config", "demo", *words], __doc__)
+    if command.only_print or backend is None:
+        print(format_config(command.settings))
+        return
 
     if backend.platform == "cpu":
         keep_freed_memory()
 
     from gpt2_jax.training.run import train
 
-    train(config, name, backend)
+    train(command.settings, command.name, backend)
+
+
+def _backend(compute: ComputeSettings) -> Backend:
+    return select_backend(
+        compute.backend, metal_plugin=compute.metal_plugin, full_float32=compute.matmul_precision == "highest"
+    )

@@ -65,9 +65,11 @@ def select_backend(requested: str, *, metal_plugin: str = "auto", full_float32: 
     """Choose the backend and set JAX_PLATFORMS, and what else it needs, for it; call this before jax computes anything.
 
     'auto' takes what is there and says why; 'cpu', 'cuda' and 'metal' are an order: Gpt2JaxError, saying what is missing,
-    when it cannot be had, or when jax has started on another platform. `metal_plugin` names one plugin for the Apple GPU;
-    `full_float32` asks for products without a shorter format inside, for comparing with others.
+    when it cannot be had, or when jax has started on another platform; 'mps' is another name of 'metal'. `metal_plugin`
+    names one plugin for the Apple GPU; `full_float32` asks for products without a shorter format inside, for comparing
+    with others.
     """
+    requested = "metal" if requested == "mps" else requested
     if metal_plugin != "auto":
         if requested not in ("auto", "metal"):
             raise Gpt2JaxError(f"--metal-plugin: expected --backend metal, found {requested}", "--backend metal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -143,7 +144,16 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
     schedule = learning_rate_schedule(
         settings.schedule, settings.learning_rate, steps=steps, warmup_steps=warmup, final_fraction=end
     )
-    optimizer = adamw(schedule, plan.layout, weight_decay=settings.weight_decay, custom_call=plan.adamw.name == "custom_call")
+    optimizer = adamw(
+        schedule,
+        plan.layout,
+        weight_decay=settings.weight_decay,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        epsilon=settings.epsilon,
+        max_norm=settings.gradient_clip or math.inf,
+        custom_call=plan.adamw.name == "custom_call",
+    )
 
     def step(
         state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, tensor_seeds: jax.Array | None = None

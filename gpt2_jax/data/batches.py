@@ -1,8 +1,17 @@
-"""The data of a run: training and validation batches, and multiple-choice questions."""
+"""The data of a run: training and validation batches, and multiple-choice questions.
+
+Validation data are of the training data's kind: named by the user, or the shards beside the training shards. Another text
+is never taken for them.
+"""
 
 from __future__ import annotations
 
+import filecmp
+import glob
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +21,7 @@ from gpt2_jax.llmc.eval_file import MultipleChoice, check_questions, read_eval_f
 from gpt2_jax.llmc.loader import Place, TokenLoader
 
 if TYPE_CHECKING:
-    from gpt2_jax.config import DataSettings
+    from gpt2_jax.config import DataSettings, RunConfig
     from gpt2_jax.families.family import FamilyConfig
 
 
@@ -34,6 +43,13 @@ class RunData:
     num_micro_batches: int
     overfits_one_batch: bool
 
+    @property
+    def trained_validation_paths(self) -> list[str]:
+        """Validation shards that are trained on too: the same file, or one with the same bytes."""
+        if self.validation is None or self.overfits_one_batch:
+            return []
+        return [path for path in self.validation.paths if any(_same_bytes(path, other) for other in self.train.paths)]
+
     def next_batch(self) -> Batch:
         """The micro-batches of the next step; the same in every step when one batch is to be overfitted."""
         if self.overfits_one_batch:
@@ -45,11 +61,10 @@ class RunData:
         return Batch(np.stack([x for x, _ in batches]), np.stack([y for _, y in batches]), places)
 
 
-def open_data(
-    settings: DataSettings, model: FamilyConfig, *, hellaswag: str, num_micro_batches: int, validates: bool
-) -> RunData:
+def open_data(config: RunConfig, model: FamilyConfig) -> RunData:
     """Open what a run with these settings reads; Gpt2JaxError for files that are not there or do not fit the model."""
-    T = settings.sequence_length
+    settings, hellaswag = config.data, config.evaluation.hellaswag
+    T, validates, overfits = settings.sequence_length, config.evaluation.validate_every > 0, settings.overfit_one_batch
     if model.max_sequence_length < T:
         raise Gpt2JaxError(
             f"--sequence-length: expected at most the model's {model.max_sequence_length}, found {T}",
@@ -57,12 +72,41 @@ def open_data(
         )
 
     def loader(paths: str, *, shuffle: bool = False) -> TokenLoader:
-        return TokenLoader(paths, settings.batch_size, T, vocab_size=model.vocab_size, shuffle=shuffle)
+        B, seed = settings.batch_size, config.run.seed
+        return TokenLoader(paths, B, T, vocab_size=model.vocab_size, shuffle=shuffle, seed=seed)
 
-    overfits = settings.overfit_one_batch
-    train = loader(settings.validation) if overfits else loader(settings.train, shuffle=settings.shuffle)
-    validation = loader(settings.validation) if validates else None
+    # The training shards first: where nothing has been prepared, their error names the command that does.
+    train = loader(validation_pattern(settings)) if overfits else loader(settings.train, shuffle=settings.shuffle)
+    validation = loader(validation_pattern(settings)) if validates else None
     questions = read_eval_file(hellaswag) if hellaswag else []
     if questions:
         check_questions(questions, hellaswag, vocab_size=model.vocab_size, sequence_length=T)
-    return RunData(train, validation, questions, num_micro_batches, overfits)
+    return RunData(train, validation, questions, config.num_micro_batches, overfits)
+
+
+def validation_pattern(settings: DataSettings) -> str:
+    """The path or glob of the validation shards: as set, or that of the shards beside the training shards, in whose path
+    val, valid or validation stands for train (or at the end of the name). Gpt2JaxError where there are none."""
+    if settings.validation:
+        return settings.validation
+    candidates = _beside(settings.train)
+    for pattern in candidates:
+        if os.path.lexists(pattern) or glob.glob(pattern):
+            return pattern
+    raise Gpt2JaxError(
+        f"--validation: expected validation shards beside --train {settings.train}, found no {' or '.join(candidates)}",
+        "--validation FILE, or --validate-every 0 to train without validation",
+    )
+
+
+def _beside(train: str) -> list[str]:
+    """The names that validation shards of these training shards may have, the likeliest first."""
+    path, names = Path(train), []
+    if words := list(re.finditer(r"(?<![A-Za-z])train(ing)?(?![A-Za-z])", train)):
+        last = words[-1]
+        names = [train[: last.start()] + name + train[last.end() :] for name in ("val", "valid", "validation")]
+    return [*names, str(path.with_name(f"{path.stem}_val{path.suffix}"))] if path.name else names
+
+
+def _same_bytes(path: str, other: str) -> bool:
+    return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)

@@ -69,6 +69,8 @@ def translate(command_line: str) -> Translation:
     values = _DEFAULTS | given
     arguments: list[str] = []
     remarks: list[str] = []
+    if "-i" in given and "-j" not in given:
+        remarks.append(f"without -j llm.c validates on {values.pop('-j')}; here on the shards beside -i")
     for flag, value in values.items():
         if flag in _TEXTS:
             arguments += [_TEXTS[flag], value]

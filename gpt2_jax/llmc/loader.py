@@ -2,7 +2,7 @@
 
 A sample is num_processes * B * T consecutive tokens of a shard; what is left over at a shard's end is dropped. In
 sequential order samples and shards follow one another for ever; shuffled, both are permuted by an mt19937 seeded
-with 42 + rank (llm.c llmc/dataloader.h).
+with seed + rank, of which llm.c's seed is 42 (llm.c llmc/dataloader.h).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.random import Mt19937
 from gpt2_jax.llmc.token_shard import HINT, open_token_shard
 
-_SHUFFLE_SEED = 42
+SHUFFLE_SEED = 42  # llm.c's
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class TokenLoader:
         *,
         vocab_size: int,
         shuffle: bool = False,
+        seed: int = SHUFFLE_SEED,
         process_rank: int = 0,
         num_processes: int = 1,
     ):
         """Open every shard once and check it. Raises Gpt2JaxError when the pattern names no file, or a shard is no
         shard or holds less than one batch (num_processes * B * T + 1 tokens)."""
         # A literal path wins over a pattern, so that a folder whose name holds '[' works, and a folder is an error.
+        self.pattern = pattern
         self.paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
         if not self.paths:
             raise Gpt2JaxError(f"{pattern}: expected at least one token shard, found no file of that name or pattern", HINT)
@@ -77,7 +79,7 @@ class TokenLoader:
                 )
             self.num_tokens += size
             self.num_batches += (size - 1) // self._sample_tokens
-        self._generator = Mt19937(_SHUFFLE_SEED + process_rank) if shuffle else None
+        self._generator = Mt19937((seed + process_rank) % 2**32) if shuffle else None
         self._shard_order = np.arange(len(self.paths), dtype=np.int32)
         self.reset()
 
@@ -173,7 +175,7 @@ class TokenLoader:
 
 
 def loader_states(
-    pattern: str, batch_size: int, sequence_length: int, num_processes: int, *, shuffle: bool, num_batches: int
+    pattern: str, batch_size: int, sequence_length: int, num_processes: int, *, shuffle: bool, seed: int, num_batches: int
 ) -> list[LoaderState]:
     """Where the loaders of all processes, by rank, stand after so many batches each."""
     states = []
@@ -184,6 +186,7 @@ def loader_states(
             sequence_length,
             vocab_size=2**16,
             shuffle=shuffle,
+            seed=seed,
             process_rank=rank,
             num_processes=num_processes,
         )

@@ -8,10 +8,10 @@ from gpt2_jax.buffer.layout import Normal, ParameterLayout, PlacedTensor
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.llmc.random import Mt19937
 
-_SEED = 42
+SEED = 42  # llm.c's
 
 
-def initialize_parameters(config: FamilyConfig, seed: int = _SEED) -> np.ndarray:
+def initialize_parameters(config: FamilyConfig, seed: int = SEED) -> np.ndarray:
     """The flat buffer (num_parameters,) float32 of a fresh model, as its family declares the initialization.
 
     Normals are drawn in module order: the tensors that the model has once, then layer by layer those of a layer (for

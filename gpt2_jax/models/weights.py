@@ -13,15 +13,15 @@ from gpt2_jax.families.family import family_of_descriptor, is_descriptor
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
-from gpt2_jax.models.initialize import initialize_parameters
+from gpt2_jax.models.initialize import SEED, initialize_parameters
 
 
-def load_weights(settings: ModelSettings) -> tuple[GPT2Config, np.ndarray]:
+def load_weights(settings: ModelSettings, seed: int = SEED) -> tuple[GPT2Config, np.ndarray]:
     """Sizes and flat buffer (num_parameters,) float32 of what `settings.init` names: a descriptor (llm.c's random
-    initialization), a llm.c model file, or a Hugging Face GPT-2 folder. Gpt2JaxError for anything else."""
+    initialization with this seed), a llm.c model file, or a Hugging Face GPT-2 folder. Gpt2JaxError for anything else."""
     config = model_config_from_settings(settings)
     if config is not None:
-        return config, initialize_parameters(config)
+        return config, initialize_parameters(config, seed)
     if os.path.isdir(settings.init):
         return read_huggingface_folder(settings.init)
     return read_model_file(settings.init)

@@ -68,7 +68,7 @@ class RunLog:
         by_step: dict[int, dict[str, Any]] = {}
         # A line that was cut short may end within a character.
         text = read_text_file(self.path, "a log", errors="replace") if os.path.lexists(self.path) else ""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):

@@ -24,8 +24,8 @@ from gpt2_jax.training.run_record import RunRecord
 
 
 def check_settings(config: RunConfig) -> None:
-    """Gpt2JaxError for other model or data settings than the run folder's, if it says what they were: one that llm.c
-    wrote does not."""
+    """Gpt2JaxError for other model or data settings, or another seed, than the run folder's, if it says what they were:
+    one that llm.c wrote does not."""
     saved = load_saved_config(config.run.out_dir)
     if saved is None:
         return
@@ -33,6 +33,7 @@ def check_settings(config: RunConfig) -> None:
         before, now = getattr(saved, section), getattr(config, section)
         for field in dataclasses.fields(before):
             _expect_the_same(f"{section}.{field.name}", getattr(before, field.name), getattr(now, field.name))
+    _expect_the_same("run.seed", saved.run.seed, config.run.seed)
 
 
 def computed_by(plan: Plan) -> str:

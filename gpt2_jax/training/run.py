@@ -92,13 +92,7 @@ def prepare(config: RunConfig, name: str, backend: Backend) -> Prepared:
             refuse_used_folder(Path(config.run.out_dir))
         model = read_sizes(config.model)
     plan = make_plan(config.compute, backend, model)
-    data = open_data(
-        config.data,
-        model,
-        hellaswag=config.evaluation.hellaswag,
-        num_micro_batches=config.num_micro_batches,
-        validates=config.evaluation.validate_every > 0,
-    )
+    data = open_data(config, model)
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
     if steps < 1:
         raise Gpt2JaxError(
@@ -130,7 +124,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         params = resumed.params
     else:
         display.line(f"making the weights of {config.model.init} ...")
-        params = load_weights(config.model)[1]
+        params = load_weights(config.model, config.run.seed)[1]
     begins_in_bfloat16 = config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
     if config.rounds_parameters or begins_in_bfloat16:
         params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins

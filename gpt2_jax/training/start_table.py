@@ -25,9 +25,9 @@ def start_table(
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
         f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
     )
-    path, order = config.data.train, "shuffled" if config.data.shuffle else "in order"
+    path, order = data.train.pattern, "shuffled" if config.data.shuffle else "in order"
     if data.overfits_one_batch:
-        path, order = config.data.validation, "of which the first batch is all"
+        order = "of which the first batch is all"
     rows: list[tuple[str, object]] = [
         ("backend", f"{backend.name}: {backend.reason}"),
         ("device", device),
@@ -39,7 +39,9 @@ def start_table(
         ("training data", f"{path}: {data.train.num_tokens:,} tokens, {order}"),
     ]
     if data.validation is not None:
-        rows.append(("validation data", f"{config.data.validation}: {data.validation.num_tokens:,} tokens"))
+        rows.append(("validation data", f"{data.validation.pattern}: {data.validation.num_tokens:,} tokens"))
+    if shared := data.trained_validation_paths:
+        rows.append(("warning", f"validation data that are trained on too, so their loss says little: {', '.join(shared)}"))
     rows += [
         ("batch", f"{micro_batches} = {config.tokens_per_step:,} tokens a step"),
         ("memory", f"{needed} in a step"),

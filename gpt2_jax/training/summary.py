@@ -16,11 +16,22 @@ def summarize(run: Run) -> None:
     run.display.line(f"average: {seconds * 1000:.2f} ms a step, {run.config.tokens_per_step / seconds:.0f} tok/s")
     peak, of = measured_peak()
     run.display.line(f"peak memory: {gigabytes(peak)} {of}")
-    losses: list[float] = []
-    run.attempt(lambda: losses.extend(run.log.finite_values("validation", "loss").values()))
+    losses: dict[int, float] = {}
+    run.attempt(lambda: losses.update(run.log.finite_values("validation", "loss")))
     if run.baseline is not None and losses:
-        verdict = "below it: more than word frequencies was learned" if losses[-1] < run.baseline else "not below it yet"
-        run.display.line(
-            f"validation loss {losses[0]:.4f} -> {losses[-1]:.4f}; unigram cross-entropy {run.baseline:.4f}: {verdict}"
-        )
+        run.display.line(f"{_progress(losses)}; unigram cross-entropy {run.baseline:.4f}: {_verdict(losses, run.baseline)}")
     run.display.line(f"loss curve: {plot_path}\nlog:        {run.log.path}\nrun folder: {run.folder}")
+
+
+def _progress(losses: dict[int, float]) -> str:
+    """The first and the last validation loss, and the lowest where it is neither."""
+    (first, *_), (*_, last), lowest = losses, losses, min(losses, key=losses.__getitem__)
+    between = "" if lowest in (first, last) else f" (lowest at step {lowest}: {losses[lowest]:.4f})"
+    return f"validation loss {losses[first]:.4f} -> {losses[last]:.4f}{between}"
+
+
+def _verdict(losses: dict[int, float], baseline: float) -> str:
+    first, last = next(iter(losses.values())), [*losses.values()][-1]
+    if len(losses) > 1 and last >= first:
+        return "not below the run's first validation: the run made the model no better on this text"
+    return "below it: more than word frequencies was learned" if last < baseline else "not below it yet"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,11 @@ def test_clipping_has_no_epsilon():
     assert float(clip_scale(jnp.float32(0.5))) == 1.0
     assert float(clip_scale(jnp.float32(1.0))) == 1.0
     assert float(clip_scale(jnp.float32(4.0))) == 0.25
+
+
+def test_no_limit_clips_nothing():
+    assert float(clip_scale(jnp.float32(4.0), math.inf)) == 1.0
+    assert float(clip_scale(jnp.float32(4.0), 2.0)) == 0.5
 
 
 def test_global_norm_of_a_long_buffer_is_accurate():

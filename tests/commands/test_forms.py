@@ -196,6 +196,7 @@ def test_flags_and_their_defaults_are_frozen():
 
 # Of the others that are on or off only the change of the default is a flag.
 OFF_AS_WELL = {"train": {"--no-shuffle", "--no-master-weights"}, "reshard": {"--no-zero"}}
+ALIASES = {"--lr": "--learning-rate", "--max-iters": "--steps", "--device": "--backend"}
 WITHOUT_FLAG = {"generate": {"--checkpoint"}, "reshard": {"--folder"}}  # by their place
 
 
@@ -206,7 +207,8 @@ def test_help_has_the_frozen_flags_and_no_others(started, command, capsys, monke
     with pytest.raises(SystemExit):
         module_of(command).main(["--help"])
     # At the border of a box, which is a space where the terminal cannot show lines.
-    shown = re.findall(r"[│\s] (--[a-z][a-z-]*)(?:, (--[a-z-]+))?", capsys.readouterr().out)
+    shown = re.findall(r"[│\s] (--[a-z][a-z0-9-]*)(?: [A-Z]+| \{[^}]*\})?(?:, (--[a-z0-9-]+))?", capsys.readouterr().out)
     flags = {"--" + name.replace("_", "-") for name in frozen_flags()[command]}
+    flags |= {alias for alias, flag in ALIASES.items() if flag in flags and command != "bench-train"}
     expected = (flags | OFF_AS_WELL.get(command, set())) - WITHOUT_FLAG.get(command, set())
     assert {flag for pair in shown for flag in pair if flag} == expected

@@ -8,8 +8,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON, GRADIENT_CLIP
 from gpt2_jax.compute import step as compute
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_state, state_shapes
@@ -183,3 +185,30 @@ def test_looking_at_a_state_on_the_host_does_not_keep_its_memory_from_the_next_s
         # XLA may hand the buffers on in another order.
         assert {buffer.unsafe_buffer_pointer() for buffer in (state.params, state.optimizer.m, state.optimizer.v)} == places
         assert (saved[0] != np.asarray(state.params.copy())).any()
+
+
+@pytest.mark.parametrize("implementation", available(["xla", "threaded"]))
+@pytest.mark.parametrize("clip", [0.0, 0.25])
+def test_adamws_settings_are_optaxs(tiny_params, tiny_batch, implementation, clip):
+    """Two steps against optax; float32, so some roundings of an update that is at most the learning rate."""
+    plan, rate = plan_of(matmul=implementation), 1e-2
+    chosen = {"beta1": 0.7, "beta2": 0.8, "epsilon": 1e-3, "gradient_clip": clip}
+    step = make_step(plan, schedule="constant", learning_rate=rate, weight_decay=0.0, **chosen)
+    adam = optax.adam(rate, b1=0.7, b2=0.8, eps=1e-3)
+    twin = optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
+    state, params, moments = create_state(plan, tiny_params), jnp.asarray(tiny_params), twin.init(jnp.asarray(tiny_params))
+    x, y = tiny_batch[0][None], tiny_batch[1][None]
+    for _ in range(2):
+        grads = accumulated_gradient(plan, params, None, x, y)[1]
+        assert float(jnp.linalg.norm(grads)) > 0.5  # else nothing is clipped
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it
+            updates, moments = twin.update(grads, moments)
+        params = optax.apply_updates(params, updates)
+        state, _ = step(state, x, y)
+    np.testing.assert_allclose(np.asarray(state.params), np.asarray(params), rtol=0, atol=rate * 1e-4)
+
+
+def test_the_settings_defaults_are_llmcs():
+    settings = OptimizerSettings()
+    assert (settings.beta1, settings.beta2, settings.epsilon) == (BETA1, BETA2, EPSILON) == (0.9, 0.95, 1e-8)
+    assert settings.gradient_clip == GRADIENT_CLIP == 1.0

@@ -7,21 +7,25 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gpt2_jax.config import DataSettings
+from gpt2_jax.config import DataSettings, EvaluationSettings, RunConfig, RunSettings
 from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
-from gpt2_jax.llmc.token_shard import open_token_shard
+from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 from tests.conftest import TINY
 
 PART = np.array([3, 4], np.uint16)
 
 
-def opened(shards, *, hellaswag: str = "", validates: bool = True, vocab_size: int = 203, **changes) -> RunData:
-    values = {"batch_size": 2, "sequence_length": 16, "shuffle": False, "overfit_one_batch": False, **changes}
-    settings = DataSettings(train=shards[0], validation=shards[1], **values)
-    model = dataclasses.replace(TINY, vocab_size=vocab_size)
-    return open_data(settings, model, hellaswag=hellaswag, num_micro_batches=3, validates=validates)
+def opened(shards, *, hellaswag: str = "", validates: bool = True, vocab_size: int = 203, seed: int = 42, **changes) -> RunData:
+    values = {"batch_size": 2, "sequence_length": 16, "shuffle": False, "total_batch_size": 96, **changes}
+    config = RunConfig(
+        data=DataSettings(train=shards[0], validation=shards[1], **values),
+        evaluation=EvaluationSettings(hellaswag=hellaswag, validate_every=int(validates)),
+        run=RunSettings(seed=seed),
+    )
+    return open_data(config, dataclasses.replace(TINY, vocab_size=vocab_size))
 
 
 def test_a_step_reads_the_next_micro_batches_in_the_files_order(tiny_shards):
@@ -62,3 +66,67 @@ def test_what_does_not_fit_the_model_is_refused(tiny_shards, tmp_path):
         opened(tiny_shards, hellaswag=path, sequence_length=4)
     with pytest.raises(Gpt2JaxError, match="token ids below 4, found one of 4 tokens and id 4"):
         opened(tiny_shards, hellaswag=path, vocab_size=4)
+
+
+BESIDE = [
+    ("mine_train.bin", "mine_val.bin"),
+    ("train.bin", "val.bin"),
+    ("fineweb_train_*.bin", "fineweb_val_*.bin"),
+    ("Stories-train-*.bin", "Stories-valid-*.bin"),
+    ("train/part_*.bin", "validation/part_*.bin"),
+    ("mine.bin", "mine_val.bin"),
+    ("restrained.bin", "restrained_val.bin"),
+]
+
+
+@pytest.mark.parametrize(("train", "validation"), BESIDE)
+def test_validation_data_are_the_shards_beside_the_training_shards(tmp_path, train, validation):
+    for number, pattern in enumerate((train, validation, "kjv_val.bin")):
+        path = tmp_path / pattern.replace("*", "000001")
+        path.parent.mkdir(exist_ok=True)
+        write_token_shard(path, np.full(100, number))
+    data = opened((str(tmp_path / train), ""))
+    assert data.validation.pattern == str(tmp_path / validation)
+    assert {int(token) for token in data.validation.next_batch()[0].ravel()} == {1}
+    assert data.trained_validation_paths == []
+
+
+@pytest.mark.parametrize("train", [train for train, _ in BESIDE])
+def test_another_text_is_never_validated_on(tmp_path, train):
+    for pattern in (train, "kjv_val.bin", "other_train.bin", "kjv_train.bin"):
+        path = tmp_path / pattern.replace("*", "000001")
+        path.parent.mkdir(exist_ok=True)
+        write_token_shard(path, np.zeros(100))
+    with pytest.raises(Gpt2JaxError, match="expected validation shards beside --train") as refused:
+        opened((str(tmp_path / train), ""))
+    assert refused.value.hint.startswith("--validation FILE, or --validate-every 0")
+    assert opened((str(tmp_path / train), ""), validates=False).validation is None
+
+
+def test_validation_data_that_are_trained_on_are_named(tmp_path):
+    for name, token in (("a_train.bin", 1), ("b_train.bin", 2), ("b_val.bin", 2), ("c_val.bin", 3)):
+        write_token_shard(tmp_path / name, np.full(100, token))
+    (tmp_path / "linked_val.bin").hardlink_to(tmp_path / "a_train.bin")
+    everything, held_out = str(tmp_path / "*_train.bin"), str(tmp_path / "c_val.bin")
+    shared = opened((everything, str(tmp_path / "*_val.bin"))).trained_validation_paths
+    assert shared == [str(tmp_path / "b_val.bin"), str(tmp_path / "linked_val.bin")]
+    assert opened((everything, held_out)).trained_validation_paths == []
+    assert opened((held_out, held_out)).trained_validation_paths == [held_out]
+    assert opened((held_out, held_out), overfit_one_batch=True).trained_validation_paths == []
+
+
+def test_the_seed_changes_the_order_and_the_default_is_llmcs(tmp_path):
+    write_token_shard(tmp_path / "x_train.bin", np.arange(3000) % 200)
+    shards = (str(tmp_path / "x_train.bin"),) * 2
+    places = {seed: opened(shards, shuffle=True, seed=seed).next_batch().places for seed in (42, 43)}
+    assert places[42] != places[43]
+    assert places[42] == places_of_llmcs_order(shards[0])
+
+
+def places_of_llmcs_order(path):
+    loader = TokenLoader(path, 2, 16, vocab_size=203, shuffle=True)
+    places = []
+    for _ in range(3):
+        loader.next_batch()
+        places.append(loader.last_place)
+    return places

@@ -12,7 +12,7 @@ from tests.conftest import TINY
 
 
 def settings(llmc: str, *more: str):
-    config, _, _ = parse_command_line(["--llmc", llmc, *more], "Train.")
+    config, *_ = parse_command_line(["--llmc", llmc, *more], "Train.")
     return config
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from gpt2_jax.config import ModelSettings
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.models.initialize import initialize_parameters
+from gpt2_jax.models.weights import load_weights
 from tests.conftest import TINY
 
 
@@ -50,3 +53,10 @@ def test_equals_pytorchs_stream_in_module_order():
     for found, std in drawn:
         expected = torch.empty(found.shape).normal_(0.0, std, generator=generator).numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=5.8 * std * 2**-21)
+
+
+def test_another_seed_gives_other_weights():
+    assert not np.array_equal(initialize_parameters(TINY, 43), initialize_parameters(TINY))
+    settings = ModelSettings(init="d6", **dataclasses.asdict(TINY))
+    np.testing.assert_array_equal(load_weights(settings, 43)[1], initialize_parameters(TINY, 43))
+    np.testing.assert_array_equal(load_weights(settings)[1], initialize_parameters(TINY, 42))

@@ -93,13 +93,7 @@ def fake_run(config, tiny_params, tmp_path):
         return Run(
             config=changed,
             plan=plan,
-            data=open_data(
-                changed.data,
-                TINY,
-                hellaswag=changed.evaluation.hellaswag,
-                num_micro_batches=changed.num_micro_batches,
-                validates=changed.evaluation.validate_every > 0,
-            ),
+            data=open_data(changed, TINY),
             steps=changed.run.steps,
             folder=folder,
             display=Recorder(happened),
@@ -252,7 +246,7 @@ def test_a_loss_that_is_not_finite_saves_first_and_the_hint_goes_on(fake_run, re
 
     command = shlex.split(raised.value.hint.partition("   (")[0])
     assert command[:2] == ["python", "scripts/train.py"]
-    settings, _, _ = parse_command_line(command[2:], "Train.")
+    settings, *_ = parse_command_line(command[2:], "Train.")
     assert (settings.run.resume, settings.run.out_dir) == (True, str(folder))
     assert settings.optimizer.nonfinite == "skip"
 
@@ -378,10 +372,27 @@ def test_a_validation_loss_that_is_not_finite_is_no_crash(fake_run):
     assert f"run folder: {run.folder}" in run.display.text
 
 
-@pytest.mark.parametrize(("last", "words"), [(3.5, "below it: more than word frequencies"), (4.5, "not below it yet")])
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (3.5, "below it: more than word frequencies"),
+        (4.5, "not below it yet"),
+        (5.5, "not below the run's first validation: the run made the model no better"),
+        (5.0, "not below the run's first validation"),
+    ],
+)
 def test_the_end_says_what_was_learned(fake_run, last, words):
     run = fake_run(run={"steps": 1}, evaluation={"validate_every": 1, "validation_batches": 1, "sample_every": 0})
     losses = iter([5.0, last])
     run.loss_function, run.baseline = lambda *_: np.float32(next(losses)), 4.0
     train_loop(run, StopRequest())
     assert f"validation loss 5.0000 -> {last:.4f}; unigram cross-entropy 4.0000: {words}" in run.display.text
+
+
+def test_a_fine_tuning_that_made_a_good_model_worse_is_said_to_have(fake_run):
+    run = fake_run(run={"steps": 2}, evaluation={"validate_every": 1, "validation_batches": 1, "sample_every": 0})
+    losses = iter([3.5, 3.2, 3.6])
+    run.loss_function, run.baseline = lambda *_: np.float32(next(losses)), 4.0
+    train_loop(run, StopRequest())
+    assert "validation loss 3.5000 -> 3.6000 (lowest at step 1: 3.2000)" in run.display.text
+    assert "more than word frequencies" not in run.display.text

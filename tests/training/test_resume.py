@@ -99,3 +99,9 @@ def test_resuming_a_folder_without_a_complete_checkpoint_is_refused(config):
     (folder / "DONE_00000008").unlink()
     with pytest.raises(Gpt2JaxError, match="complete checkpoint"):
         train(change(config, run={"resume": True}), "tiny", CPU)
+
+
+def test_resuming_with_another_seed_is_refused(config):
+    train(config, "tiny", CPU)
+    with pytest.raises(Gpt2JaxError, match=r"expected the run's run.seed = 42, found 7"):
+        train(change(config, run={"resume": True, "seed": 7}), "tiny", CPU)

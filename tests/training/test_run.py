@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_checkpoint_to_go_on_from(
         checkpoint.load_checkpoint(folder, step).params, read_model_file(tmp_path / "poisoned.bin")[1]
     )
     command = shlex.split(raised.value.hint.partition("   (")[0])
-    goes_on, name, _ = parse_command_line(command[2:], "Train.")
+    goes_on, name, *_ = parse_command_line(command[2:], "Train.")
     train(goes_on, name, CPU)
     assert checkpoint.newest_step(folder) == 8
     assert f"update skipped: step {step + 1}: " in capsys.readouterr().out
