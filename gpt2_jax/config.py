@@ -29,8 +29,8 @@ BackendName = Annotated[Literal["auto", "cpu", "cuda", "metal", "mps"], tyro.con
 class ModelSettings:
     init: str = "d12"
     """Where the weights come from: a descriptor for random ones (d6 d12 d24 d36 d48 ..., gpt3:c768 ...), a llm.c model
-    file (.bin), or a Hugging Face GPT-2 folder (config.json, model.safetensors). Files mean fine-tuning: their
-    weights, a fresh optimizer."""
+    file (.bin), a run folder (its newest complete checkpoint), or a Hugging Face GPT-2 folder (config.json,
+    model.safetensors). Files mean fine-tuning: their weights, a fresh optimizer."""
     num_layers: int | None = None
     """Other than the descriptor's; like the next four only with a descriptor."""
     num_heads: int | None = None
@@ -200,7 +200,8 @@ class RunConfig:
                 f"--total-batch-size {max(below, micro_batch)}",
             )
         if self.run.resume and not self.run.out_dir:
-            raise Gpt2JaxError("--resume: expected the run's folder, found no --out-dir", "--resume --out-dir runs/NAME")
+            newest = "runs/latest" if os.path.islink("runs/latest") else "runs/NAME"
+            raise Gpt2JaxError("--resume: expected the run's folder, found no --out-dir", f"--resume --out-dir {newest}")
 
     @property
     def num_micro_batches(self) -> int:

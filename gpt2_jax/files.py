@@ -5,6 +5,7 @@ The one way in which this project writes a file: to a temporary name beside it, 
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import socket
@@ -26,7 +27,7 @@ def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise Gpt2JaxError(f"{path}: expected {what}, found no such file", hint) from None
+        raise Gpt2JaxError(f"{path}: expected {what}, found no such file{near(path)}", hint) from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         cause = getattr(error, "strerror", None) or error
         raise Gpt2JaxError(f"{path}: expected {what}, found a path that cannot be opened: {cause}", hint) from None
@@ -35,6 +36,21 @@ def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise Gpt2JaxError(f"{path}: expected {what}, found something that is not a regular file", hint)
     return status.st_size
+
+
+def near(path: str | os.PathLike) -> str:
+    """What there is instead of a path that is not there, for an error: the names most like it where it ought to be, or in
+    the nearest folder above it that exists; empty where nothing is like it."""
+    missing = Path(path)
+    while not os.path.isdir(missing.parent) and missing != missing.parent:
+        missing = missing.parent
+    try:
+        names = sorted(os.listdir(missing.parent))
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.6)
+    where = "" if missing.parent == Path() else f" in {missing.parent}"
+    return f"; there is {' and '.join(close)}{where}" if close else ""
 
 
 def read_text_file(

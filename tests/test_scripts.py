@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.llmc.checkpoint_set import complete_steps, newest_step
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.state_file import read_state_files
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
-from gpt2_jax.training.checkpoint import complete_steps, load_checkpoint, newest_step
+from gpt2_jax.training.checkpoint import load_checkpoint
 from tests.conftest import REPOSITORY, TINY
 from tests.llmc.test_command_line import ALL_FLAGS
 
@@ -61,7 +62,8 @@ def test_a_reader_that_stops_early_is_no_crash():
 
 def test_train_runs_into_a_new_folder_by_default(tiny_shards, tmp_path):
     run("train.py", *TINY_FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--steps", 1, cwd=tmp_path)
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = {path.resolve() for path in (tmp_path / "runs").iterdir()}
+    assert (tmp_path / "runs" / "latest").resolve() == folder
     assert re.fullmatch(r"d6-\d{8}-\d{6}", folder.name)
     assert (folder / "DONE_00000001").exists()
 

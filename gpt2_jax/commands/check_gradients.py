@@ -2,7 +2,7 @@
 
   python scripts/check_gradients.py                              GPT-2 124M, a batch of 1 x 64 random tokens
   python scripts/check_gradients.py --backend cuda --dtype bfloat16
-  python scripts/check_gradients.py --checkpoint runs/NAME/model_00000300.bin
+  python scripts/check_gradients.py --checkpoint runs/NAME --step 300
 
 PyTorch always computes in float32 on the CPU. Needs pip install -e '.[test]'.
 """
@@ -26,7 +26,9 @@ class Arguments:
     size: str = "d12"
     """Descriptor of a randomly initialized model: d6, d12, gpt3:c768 ..."""
     checkpoint: str | None = None
-    """A llm.c model file to check instead."""
+    """A run folder (its newest complete checkpoint), a llm.c model file or a Hugging Face folder to check instead."""
+    step: int | None = None
+    """Of a run folder the checkpoint of this step."""
     batch_size: int = 1
     """Sequences."""
     sequence_length: int = 64
@@ -49,10 +51,12 @@ def main(words: list[str]) -> None:
     from gpt2_jax.compute.plan import make_plan
     from gpt2_jax.config import ComputeSettings
     from gpt2_jax.gradient_check import check_gradients
-    from gpt2_jax.models.weights import load_weights
+    from gpt2_jax.models.weights import load_weights, model_source
 
     device = open_device(backend)
-    config, params = load_weights(ModelSettings(init=arguments.checkpoint or arguments.size))
+    source = model_source(arguments.checkpoint or arguments.size, arguments.step)
+    print(f"checking {source}", flush=True)
+    config, params = load_weights(ModelSettings(init=source))
     if arguments.batch_size < 1 or not 1 <= arguments.sequence_length <= config.max_sequence_length:
         raise Gpt2JaxError(
             f"expected --batch-size of at least 1 and --sequence-length 1 to {config.max_sequence_length}, "

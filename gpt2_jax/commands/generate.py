@@ -1,10 +1,12 @@
 """Continue a text with a trained model, streaming to the terminal.
 
-python scripts/generate.py runs/NAME/model_00000300.bin --prompt "In the beginning"
+python scripts/generate.py runs/latest --prompt "In the beginning"
+python scripts/generate.py runs/NAME --step 300 --prompt "In the beginning"
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,7 +21,9 @@ from gpt2_jax.errors import Gpt2JaxError
 @dataclass(frozen=True)
 class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A llm.c model file, or a Hugging Face GPT-2 folder."""
+    """A run folder (its newest complete checkpoint), a llm.c model file, or a Hugging Face GPT-2 folder."""
+    step: int | None = None
+    """Of a run folder the checkpoint of this step instead."""
     prompt: str = ""
     """Text to continue; empty: begin a document."""
     max_tokens: int = 256
@@ -53,10 +57,13 @@ def main(words: list[str]) -> None:
     from gpt2_jax.config import ComputeSettings
     from gpt2_jax.data.tokenizer import gpt2_tokenizer, tokenizer_from_file
     from gpt2_jax.generate import complete
-    from gpt2_jax.models.weights import load_weights
+    from gpt2_jax.models.weights import load_weights, model_source
 
+    source = model_source(arguments.checkpoint, arguments.step)
+    if source != arguments.checkpoint:
+        print(f"reading {source}", file=sys.stderr, flush=True)  # not among the text, which may go into a file
     tokenizer = gpt2_tokenizer() if arguments.tokenizer is None else tokenizer_from_file(arguments.tokenizer)
-    config, params = load_weights(ModelSettings(init=arguments.checkpoint))
+    config, params = load_weights(ModelSettings(init=source))
     open_device(backend)
     plan = make_plan(ComputeSettings(), backend, config)
     print(arguments.prompt, end="", flush=True)

@@ -1,4 +1,4 @@
-"""Write a run's newest checkpoint for another number of processes of llm.c, whole states or ZeRO-1 parts.
+"""Write a run's newest checkpoint, or that of --step, for another number of processes of llm.c, whole states or ZeRO-1 parts.
 
 python scripts/reshard_checkpoint.py runs/NAME --processes 8 --output-dir log_gpt2_124M
 python scripts/reshard_checkpoint.py log_gpt2_124M --processes 1 --output-dir merged --no-zero --train 'data/*_train_*.bin'
@@ -14,8 +14,9 @@ import tyro
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.config import RunConfig, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.checkpoint_set import step_of
 from gpt2_jax.llmc.loader import loader_states
-from gpt2_jax.training.checkpoint import newest_step, reshard_checkpoint
+from gpt2_jax.training.checkpoint import reshard_checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Arguments:
     """Processes that the written checkpoint is for, llm.c's -pn."""
     output_dir: str
     """Folder to write it to."""
+    step: int | None = None
+    """Of this step's checkpoint rather than the newest complete one's."""
     zero: bool = True
     """Each process keeps its part of moments and master weights (llm.c's -z 1), or all of them (-z 0)."""
     train: str | None = None
@@ -52,7 +55,7 @@ def main(words: list[str]) -> None:
             f"sequence length = {tokens} tokens, found {total}",
             "a smaller --batch-size, or another --total-batch-size",
         )
-    step, micro_batches = newest_step(arguments.folder), total // tokens
+    step, micro_batches = step_of(arguments.folder, arguments.step), total // tokens
     loaders = loader_states(
         arguments.train or data.train,
         B,

@@ -1,7 +1,7 @@
 """Write the files that llm.c's Python script writes: a model in float32 and bfloat16, a debug state, and the tokenizer.
 
   python scripts/write_starter_pack.py --init d12 --output-dir starter
-  python scripts/write_starter_pack.py --init runs/NAME/model_00000300.bin --output-dir starter
+  python scripts/write_starter_pack.py --init runs/NAME --step 300 --output-dir starter
 
 llm.c's test programs then check this project's logits, loss and gradients against their own. The batch of
 the debug state is by default of the built-in text, which has to be prepared once: python scripts/prepare_data.py
@@ -22,7 +22,10 @@ class Arguments:
     output_dir: str
     """Folder for the four files."""
     init: str = "d12"
-    """A descriptor (d12, gpt3:c768), a llm.c model file, or a Hugging Face GPT-2 folder."""
+    """A descriptor (d12, gpt3:c768), a run folder (its newest complete checkpoint), a llm.c model file, or a Hugging Face
+    GPT-2 folder."""
+    step: int | None = None
+    """Of a run folder the checkpoint of this step."""
     batch_size: int = 4
     """Sequences of the debug state's batch."""
     sequence_length: int = 64
@@ -39,14 +42,15 @@ def main(words: list[str]) -> None:
 
     from gpt2_jax.compute.plan import make_plan
     from gpt2_jax.config import ComputeSettings
-    from gpt2_jax.models.weights import load_weights
+    from gpt2_jax.models.weights import load_weights, model_source
     from gpt2_jax.starter_pack import first_batch, write_starter_pack
 
-    print(f"making {arguments.init} ...", flush=True)
-    config, params = load_weights(ModelSettings(init=arguments.init))
+    source = model_source(arguments.init, arguments.step)
+    print(f"making {source} ...", flush=True)
+    config, params = load_weights(ModelSettings(init=source))
     # The reference, at the highest precision.
     plan = make_plan(ComputeSettings(matmul="xla", matmul_precision="highest"), backend, config)
     batch = first_batch(arguments.tokens, config.vocab_size, arguments.batch_size, arguments.sequence_length)
-    name = Path(arguments.init).stem.replace(":", "-").removeprefix("gpt2_")
+    name = Path(source).stem.replace(":", "-").removeprefix("gpt2_")
     for path in write_starter_pack(Path(arguments.output_dir), name, plan, params, *batch):
         print(f"{path}: {path.stat().st_size:,} bytes", flush=True)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import near
 from gpt2_jax.llmc.random import Mt19937
-from gpt2_jax.llmc.token_shard import HINT, open_token_shard
+from gpt2_jax.llmc.token_shard import hint_for, open_token_shard
 
 SHUFFLE_SEED = 42  # llm.c's
 
@@ -60,7 +61,8 @@ class TokenLoader:
         self.pattern = pattern
         self.paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
         if not self.paths:
-            raise Gpt2JaxError(f"{pattern}: expected at least one token shard, found no file of that name or pattern", HINT)
+            found = f"found no file of that name or pattern{near(pattern)}"
+            raise Gpt2JaxError(f"{pattern}: expected at least one token shard, {found}", hint_for(pattern))
         self.batch_size, self.sequence_length, self.vocab_size = batch_size, sequence_length, vocab_size
         self._rank_tokens = batch_size * sequence_length
         self._num_samples = 0

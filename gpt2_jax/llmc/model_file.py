@@ -8,6 +8,8 @@ order changed within one day and cannot be told from the file.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 
 import ml_dtypes
 import numpy as np
@@ -25,9 +27,26 @@ from gpt2_jax.llmc.header import (
     read_header,
 )
 
-_HINT = "python scripts/write_starter_pack.py --init d12 --output-dir DIR   (writes gpt2_d12.bin)"
+_PUBLISHED = ("gpt2_124M.bin", "gpt2_124M_bf16.bin", "gpt2_124M_debug_state.bin", "gpt2_tokenizer.bin")
+_PUBLISHED_URL = "https://huggingface.co/datasets/chrisdryden/llmcDatasets/resolve/main/"  # llm.c's starter pack
+_HUB_NAMES = {"355m": "gpt2-medium", "350m": "gpt2-medium", "774m": "gpt2-large", "1558m": "gpt2-xl"}
 _VERSION_OF_DTYPE = {"float32": 3, "bfloat16": 5}
 _LAYERNORM_TENSORS = ("ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
+
+
+def hint_for(path: str | os.PathLike) -> str:
+    """What helps where this model file cannot be read: another checkpoint of a run; else the command that brings the GPT-2
+    of this name, llm.c's published file or OpenAI's weights from the hub."""
+    folder, name = os.path.split(path)
+    if re.fullmatch(r"model_\d+\.bin", name):
+        return (
+            f"{shlex.quote(folder or '.')}   (a run folder stands for its newest complete checkpoint), or another of its files"
+        )
+    if name in _PUBLISHED:
+        return f"curl -fL -o {shlex.quote(str(path))} {_PUBLISHED_URL}{name}"
+    hub = next((hub for size, hub in _HUB_NAMES.items() if size in name.lower() or hub == name), "gpt2")
+    url = f"https://huggingface.co/openai-community/{hub}/resolve/main/"
+    return f"curl -fL --create-dirs -o '{hub}/#1' '{url}{{config.json,model.safetensors}}'   (GPT-2's weights: --init {hub})"
 
 
 def read_model_config(path: str | os.PathLike) -> GPT2Config:
@@ -59,7 +78,7 @@ def read_model_file(path: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
         raise Gpt2JaxError(
             f"{path}: expected zeros in the padding rows {config.vocab_size} to {config.padded_vocab_size - 1} of wte, "
             f"found other values",
-            _HINT,
+            hint_for(path),
         )
     return config, params
 
@@ -99,17 +118,17 @@ def write_model_file(
 def _read_checked_header(path: str | os.PathLike) -> tuple[GPT2Config, int]:
     """Sizes and version, after every check that needs no body."""
     what = "a model file"
-    header, size = read_header(path, what=what, magic=MAGIC_MODEL, versions=(3, 5, 1, 4), hint=_HINT)
+    header, size = read_header(path, what=what, magic=MAGIC_MODEL, versions=(3, 5, 1, 4), hint=hint_for(path))
     version, max_sequence_length, vocab_size, num_layers, num_heads, channels, padded_vocab_size = map(int, header[1:8])
     try:
         config = GPT2Config(max_sequence_length, vocab_size, num_layers, num_heads, channels)
     except Gpt2JaxError as error:
-        raise Gpt2JaxError(f"{path}: {error}", _HINT) from None
+        raise Gpt2JaxError(f"{path}: {error}", hint_for(path)) from None
     if version != 1 and padded_vocab_size != config.padded_vocab_size:
         raise Gpt2JaxError(
             f"{path}: expected a padded vocabulary of {config.padded_vocab_size} rows for {vocab_size} tokens, "
             f"found {padded_vocab_size}",
-            _HINT,
+            hint_for(path),
         )
     layout = config.layout
     if version == 1:
@@ -119,7 +138,7 @@ def _read_checked_header(path: str | os.PathLike) -> tuple[GPT2Config, int]:
     else:
         float32_elements = sum(layout[name].size for name in _LAYERNORM_TENSORS) if version == 4 else 0
         expected = HEADER_BYTES + 2 * layout.num_parameters + 2 * float32_elements
-    check_size(path, what=f"{what} of version {version}", size=size, expected=expected, hint=_HINT)
+    check_size(path, what=f"{what} of version {version}", size=size, expected=expected, hint=hint_for(path))
     return config, version
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 
 import numpy as np
@@ -12,8 +13,31 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.family import family_of_descriptor, is_descriptor
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
+from gpt2_jax.llmc.checkpoint_set import set_paths, step_of
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import SEED, initialize_parameters
+
+
+def model_source(init: str, step: int | None = None) -> str:
+    """`init` itself, or of a run folder its model file: that of the newest complete checkpoint, or that of `step`.
+
+    Gpt2JaxError for a folder that is neither a run's nor Hugging Face's, and for a step with anything but a run folder.
+    """
+    if is_run_folder(init):
+        return str(set_paths(init, step_of(init, step))[0])
+    if step is not None:
+        raise Gpt2JaxError(f"--step: expected a run folder, found {init}", "a folder such as runs/NAME, or leave --step out")
+    if os.path.isdir(init) and not os.path.lexists(os.path.join(init, "config.json")):
+        raise Gpt2JaxError(
+            f"{init}: expected a run folder (model_*.bin, DONE_*) or a Hugging Face folder (config.json), found neither",
+            "runs/NAME, or the path of a model file",
+        )
+    return init
+
+
+def is_run_folder(path: str) -> bool:
+    """Whether a folder holds checkpoints of a run, complete or not."""
+    return bool(glob.glob(os.path.join(glob.escape(path), "model_????????.bin")))
 
 
 def load_weights(settings: ModelSettings, seed: int = SEED) -> tuple[GPT2Config, np.ndarray]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.files import write_together
+from gpt2_jax.llmc.checkpoint_set import complete_steps, set_paths, state_paths
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded
@@ -50,7 +50,7 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     cannot be written; what was written of the set is removed then.
     """
     step, layout = checkpoint.step, checkpoint.model.layout
-    model_path, state_path, record_path, done_path = _paths(folder, step)
+    model_path, state_path, record_path, done_path = set_paths(folder, step)
     params, master = checkpoint.params, None
     if checkpoint.dtype == "bfloat16" and checkpoint.master_weights:
         params, master = stochastically_rounded(params, layout, checkpoint.rounding.last_seeds()), checkpoint.params
@@ -82,17 +82,17 @@ def reshard_checkpoint(
     `num_micro_batches` each. Gpt2JaxError for a folder that has a set of this step, and when a file cannot be written;
     what was written is removed then.
     """
-    model_path, state_path, _, _ = _paths(folder, step)
+    model_path, state_path, _, _ = set_paths(folder, step)
     layout = read_model_config(model_path).layout
-    state = read_state_files(_state_paths(folder, step, num_processes_of(state_path)), layout)
+    state = read_state_files(state_paths(folder, step, num_processes_of(state_path)), layout)
     processes = []
     for rank, loader in enumerate(loaders):
         stream = RoundingStream(FIRST_STATE + rank, FIRST_STATE + rank)
         for _ in range(step):
             stream.step_done(num_micro_batches, applied=True)
         processes.append(ProcessState(loader, stream.state, stream.last_update_state))
-    new_model_path, _, _, new_done_path = _paths(output_folder, step)
-    new_paths = _state_paths(output_folder, step, len(loaders))
+    new_model_path, _, _, new_done_path = set_paths(output_folder, step)
+    new_paths = state_paths(output_folder, step, len(loaders))
     if os.path.lexists(new_done_path):  # written over, it would be a mixture if the writing were interrupted
         raise Gpt2JaxError(f"{output_folder}: expected no set of step {step} in it, found one", "another --output-dir")
     try:
@@ -107,43 +107,15 @@ def reshard_checkpoint(
     return new_paths
 
 
-def newest_step(folder: str | os.PathLike) -> int:
-    """The step of the newest complete set in a run folder. Gpt2JaxError when it holds none."""
-    steps = complete_steps(folder)
-    if not steps:
-        raise Gpt2JaxError(
-            f"{folder}: expected a run folder with a complete checkpoint "
-            f"(model_*.bin, state_*.bin and DONE_* of one step), found none",
-            "start the run anew, without --resume and in another --out-dir",
-        )
-    return steps[-1]
-
-
-def complete_steps(folder: str | os.PathLike) -> list[int]:
-    """The steps of all complete sets, ascending."""
-    try:
-        names = os.listdir(folder)
-    except (OSError, ValueError):  # no such folder, no folder, a name that no folder can have
-        names = []
-    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"DONE_(\d{8})", name)))
-    return [step for step in steps if _is_complete(folder, step)]
-
-
-def read_sizes(folder: str | os.PathLike, step: int) -> GPT2Config:
-    """The sizes of a complete set's model."""
-    return read_model_config(_paths(folder, step)[0])
-
-
 def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: bool = True) -> Checkpoint:
     """Read a complete set, of one process or of several, whose states are merged.
 
     The parameters are the state's master weights, if it has them and they are wanted, else the model file's. Raises
     Gpt2JaxError for a damaged file, or a state whose step is not its name's.
     """
-    model_path, state_path, record_path, _ = _paths(folder, step)
+    model_path, state_path, record_path, _ = set_paths(folder, step)
     model = read_model_config(model_path)
-    state_paths = _state_paths(folder, step, num_processes_of(state_path))
-    state = read_state_files(state_paths, model.layout)
+    state = read_state_files(state_paths(folder, step, num_processes_of(state_path)), model.layout)
     if state.step != step:
         raise Gpt2JaxError(f"{state_path}: expected the state of step {step}, found step {state.step} in its header")
     if state.master is not None and master_weights:
@@ -177,38 +149,11 @@ def delete_old_checkpoints(folder: str | os.PathLike, step: int, *, every: int, 
     old = [found for found in complete_steps(folder) if 0 < found <= step - keep * every]
     deleted = [found for found in old if not (major_every and found % major_every == 0)]
     for found in deleted:
-        model_path, state_path, record_path, done_path = _paths(folder, found)
+        model_path, state_path, record_path, done_path = set_paths(folder, found)
         # Without its DONE file first, the rest is no checkpoint any more, whatever happens.
-        for path in (done_path, *_state_paths(folder, found, num_processes_of(state_path)), model_path, record_path):
+        for path in (done_path, *state_paths(folder, found, num_processes_of(state_path)), model_path, record_path):
             _remove(path)
     return deleted
-
-
-def _paths(folder: str | os.PathLike, step: int) -> tuple[Path, Path, Path, Path]:
-    """Of a set: the model, rank 0's state, the record and the marker."""
-    folder = Path(folder)
-    model_path, record_path = folder / f"model_{step:08d}.bin", folder / f"run_{step:08d}.json"
-    return model_path, _state_path(folder, step, 0), record_path, folder / f"DONE_{step:08d}"
-
-
-def _state_path(folder: str | os.PathLike, step: int, rank: int) -> Path:
-    return Path(folder) / f"state_{step:08d}_{rank:05d}.bin"
-
-
-def _state_paths(folder: str | os.PathLike, step: int, num_processes: int) -> list[Path]:
-    return [_state_path(folder, step, rank) for rank in range(num_processes)]
-
-
-def _is_complete(folder: str | os.PathLike, step: int) -> bool:
-    """Whether every file of a set that has its DONE file is there; a damaged one is, and is the reader's to report."""
-    model_path, state_path, _, _ = _paths(folder, step)
-    if not (os.path.exists(model_path) and os.path.exists(state_path)):
-        return False
-    try:
-        num_processes = num_processes_of(state_path)
-    except Gpt2JaxError:
-        return True
-    return all(os.path.exists(_state_path(folder, step, rank)) for rank in range(num_processes))
 
 
 def _remove(path: Path) -> None:

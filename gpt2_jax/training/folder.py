@@ -27,8 +27,9 @@ def refuse_used_folder(folder: Path) -> None:
 
 
 def folder_of(config: RunConfig, name: str) -> Path:
-    """The run's folder: the one that the settings name, or a new one under runs/."""
-    return Path(config.run.out_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    """The run's folder: the one that the settings name, or of a link the one that it names; or a new one under runs/."""
+    folder = Path(config.run.out_dir or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    return folder.parent / os.readlink(folder) if os.path.islink(folder) else folder
 
 
 @contextmanager
@@ -43,4 +44,18 @@ def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
         with atomic_write(saved_config_path(folder)) as file:
             settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
             file.write(format_config(settled).encode("utf-8"))
+        _link_latest(folder, say)
         yield
+
+
+def _link_latest(folder: Path, say: Callable[[str], None]) -> None:
+    """Make runs/latest name this run folder of runs/. A file or folder of that name that is no link stays."""
+    link = folder.parent / "latest"
+    if folder.absolute().parent.name != "runs" or (os.path.lexists(link) and not os.path.islink(link)):
+        return
+    new = folder.parent / f".latest-{os.getpid()}"
+    try:
+        os.symlink(folder.name, new, target_is_directory=True)
+        os.replace(new, link)
+    except OSError as error:
+        say(f"{link}: expected to name this run, found: {error.strerror or error}; the run goes on without it")

@@ -6,6 +6,7 @@ weights are made, so that the memory a run needs is the compiler's own count.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import unigram_cross_entropy
 from gpt2_jax.families.family import is_descriptor
+from gpt2_jax.llmc.checkpoint_set import newest_step, set_paths
+from gpt2_jax.llmc.model_file import read_model_config
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
-from gpt2_jax.models.weights import load_weights, read_sizes
+from gpt2_jax.models.weights import load_weights, model_source, read_sizes
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint, resume
@@ -85,11 +88,13 @@ def prepare(config: RunConfig, name: str, backend: Backend) -> Prepared:
     newest = None
     if config.run.resume:
         resume.check_settings(config)
-        newest = checkpoint.newest_step(config.run.out_dir)
-        model = checkpoint.read_sizes(config.run.out_dir, newest)
+        newest = newest_step(config.run.out_dir)
+        model = read_model_config(set_paths(config.run.out_dir, newest)[0])
     else:
         if config.run.out_dir and not config.run.dry_run:
             refuse_used_folder(Path(config.run.out_dir))
+        init = model_source(config.model.init)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=init))
         model = read_sizes(config.model)
     plan = make_plan(config.compute, backend, model)
     data = open_data(config, model)

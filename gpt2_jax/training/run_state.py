@@ -14,10 +14,10 @@ from gpt2_jax.compute.step import TrainState
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.checkpoint_set import complete_steps
 from gpt2_jax.llmc.rounding import RoundingStream
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
-from gpt2_jax.training import checkpoint
 from gpt2_jax.training.run_record import Averages
 
 
@@ -46,7 +46,7 @@ class Run:
     failures: set[str] = field(default_factory=set)
 
     def newest_checkpoint(self) -> str:
-        steps = checkpoint.complete_steps(self.folder)
+        steps = complete_steps(self.folder)
         return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
     def log_event(self, event: str, **values: float | int | str) -> None:

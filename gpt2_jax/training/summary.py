@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+
 from gpt2_jax.compute.memory import measured_peak
+from gpt2_jax.errors import as_typed
 from gpt2_jax.machine import gigabytes
 from gpt2_jax.report.plots import plot_loss
 from gpt2_jax.training.run_state import Run
 
 
 def summarize(run: Run) -> None:
-    """Draw the losses; print averages, peak memory, and the last validation loss beside the first."""
+    """Draw the losses; print averages, peak memory, and the last validation loss beside the first; and the commands
+    that come next."""
     plot_path = run.folder / "loss.png"
     run.attempt(lambda: plot_loss(run.log, plot_path, baseline=run.baseline))
     seconds = run.clock.average_seconds
@@ -21,6 +25,14 @@ def summarize(run: Run) -> None:
     if run.baseline is not None and losses:
         run.display.line(f"{_progress(losses)}; unigram cross-entropy {run.baseline:.4f}: {_verdict(losses, run.baseline)}")
     run.display.line(f"loss curve: {plot_path}\nlog:        {run.log.path}\nrun folder: {run.folder}")
+    folder = shlex.quote(str(run.folder))
+    run.display.line(
+        as_typed(
+            f"talk to it:   python scripts/generate.py {folder}\n"
+            f"go on:        python scripts/train.py --resume --out-dir {folder} --steps {2 * run.steps}\n"
+            f"fine-tune it: python scripts/train.py --init {folder} --train data/my_train.bin"
+        )
+    )
 
 
 def _progress(losses: dict[int, float]) -> str:

@@ -126,7 +126,7 @@ def test_the_module_runs_a_command():
     command = [sys.executable, "-m", "gpt2_jax", "train", "--steps", "1", "--train", "none.bin"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert ended.returncode == 2
-    assert ended.stderr.endswith("---> HINT: python -m gpt2_jax prepare\n")
+    assert "---> HINT: python -m gpt2_jax prepare --source TEXT_FILE " in ended.stderr
 
 
 def test_which_extra_is_told_without_anything_installed():

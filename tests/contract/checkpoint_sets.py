@@ -6,16 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax.llmc.checkpoint_set import newest_step
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.rounding import rounded_to_nearest
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
-from gpt2_jax.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    newest_step,
-    reshard_checkpoint,
-)
+from gpt2_jax.training.checkpoint import Checkpoint, load_checkpoint, reshard_checkpoint
 from gpt2_jax.training.run_record import Averages, RunRecord
 from tests.conftest import TINY
 

@@ -15,13 +15,8 @@ import numpy as np
 import pytest
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.training.checkpoint import (
-    Checkpoint,
-    complete_steps,
-    load_checkpoint,
-    newest_step,
-    save_checkpoint,
-)
+from gpt2_jax.llmc.checkpoint_set import complete_steps, newest_step
+from gpt2_jax.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tests.contract.checkpoint_sets import (
     MODEL_BYTES,
     assert_newest_is,

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.checkpoint_set import newest_step
 from gpt2_jax.llmc.rounding import RoundingStream
-from gpt2_jax.training.checkpoint import (
-    load_checkpoint,
-    newest_step,
-    save_checkpoint,
-)
+from gpt2_jax.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.contract.checkpoint_sets import (
     assert_newest_is,
     checkpoint_of,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpt2_jax.training.checkpoint import (
-    complete_steps,
-    delete_old_checkpoints,
-    save_checkpoint,
-)
+from gpt2_jax.llmc.checkpoint_set import complete_steps
+from gpt2_jax.training.checkpoint import delete_old_checkpoints, save_checkpoint
 from tests.contract.checkpoint_sets import (
     checkpoint_of,
     names,

@@ -12,15 +12,11 @@ import pytest
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.llmc.checkpoint_set import complete_steps, newest_step
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.model_file import read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
-from gpt2_jax.training.checkpoint import (
-    complete_steps,
-    load_checkpoint,
-    newest_step,
-    save_checkpoint,
-)
+from gpt2_jax.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import TINY
 from tests.contract.checkpoint_sets import (
     MODEL_BYTES,

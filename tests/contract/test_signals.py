@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt2_jax.llmc.checkpoint_set import complete_steps
 from gpt2_jax.report.log import RunLog
-from gpt2_jax.training.checkpoint import complete_steps
 from gpt2_jax.training.interrupts import stop_requests
 from gpt2_jax.training.run_record import read_run_record
 from tests.conftest import REPOSITORY

@@ -327,3 +327,24 @@ def test_last_place_is_where_the_batch_was_read(tmp_path, shuffle):
         tokens = next_tokens(loader)
         shard = open_token_shard(loader.last_place.path)
         assert shard[loader.last_place.token : loader.last_place.token + B * T + 1].tolist() == tokens
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found", "hint"),
+    [
+        ("mine_trian.bin", "; there is mine_train.bin in", "python scripts/prepare_data.py --source TEXT_FILE"),
+        ("dta/mine_train.bin", "; there is data in", "python scripts/prepare_data.py --source TEXT_FILE"),
+        ("data/fineweb10B/fineweb_train_*.bin", "", "curl -fL --create-dirs -o "),
+        ("data/edu_fineweb100B/edu_fineweb_val_*.bin", "", "curl -fL --create-dirs -o "),
+        ("data/kjv_train.bin", "", "python scripts/prepare_data.py"),
+        ("dev/data/tinyshakespeare/tiny_shakespeare_train.bin", "", "python scripts/prepare_data.py --source tinyshakespeare"),
+    ],
+)
+def test_missing_shards_say_what_there_is_and_how_to_get_them(tmp_path, pattern, found, hint):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "mine_train.bin").touch()
+    with pytest.raises(Gpt2JaxError) as raised:
+        TokenLoader(str(tmp_path / pattern), 1, 4, vocab_size=50)
+    assert f"found no file of that name or pattern{found}" in raised.value.problem
+    assert raised.value.hint.startswith(hint)
+    assert ("fineweb-edu" in raised.value.hint) == ("edu" in pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import struct
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def refusal(path: Path) -> str:
         read_model_file(path)
     assert str(raised.value) == str(raised_by_file.value)
     assert str(path) in str(raised.value)
-    assert "---> HINT: python scripts/write_starter_pack.py" in str(raised.value)
+    assert "---> HINT: curl -fL --create-dirs -o 'gpt2/#1' 'https://huggingface.co/openai-community/gpt2/" in str(raised.value)
     return str(raised.value)
 
 
@@ -279,3 +280,27 @@ def test_parameters_may_be_any_view_of_the_buffer(path, tiny_params):
     every_second = np.stack([tiny_params, tiny_params * 2], axis=1)[:, 0]
     write_model_file(path, TINY, every_second)
     assert path.read_bytes()[1024:] == tiny_params.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("gpt2_124M.bin", "curl -fL -o {path} https://huggingface.co/datasets/"),
+        ("gpt2_124M_bf16.bin", "curl -fL -o {path} https://huggingface.co/datasets/"),
+        (
+            "gpt2_1558M.bin",
+            "curl -fL --create-dirs -o 'gpt2-xl/#1' 'https://huggingface.co/openai-community/gpt2-xl/resolve/main/{{config",
+        ),
+        ("gpt2-medium", "curl -fL --create-dirs -o 'gpt2-medium/#1'"),
+        ("model_500.bin", "{folder}   (a run folder stands for its newest complete checkpoint)"),
+    ],
+)
+def test_a_missing_model_file_says_how_to_get_it(tmp_path, name, hint):
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    (folder / "model_00000500.bin").touch()
+    with pytest.raises(Gpt2JaxError, match="found no such file") as raised:
+        read_model_config(folder / name)
+    quoted = {"path": shlex.quote(str(folder / name)), "folder": shlex.quote(str(folder))}
+    assert raised.value.hint.startswith(hint.format(**quoted))
+    assert ("there is model_00000500.bin in " in raised.value.problem) == (name == "model_500.bin")

@@ -19,6 +19,7 @@ from gpt2_jax.compute.step import Metrics, create_state
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import open_data
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc import checkpoint_set
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.rounding import RoundingStream
 from gpt2_jax.report.log import RunLog
@@ -241,7 +242,7 @@ def test_a_loss_that_is_not_finite_saves_first_and_the_hint_goes_on(fake_run, re
     # A step that had begun is done, and read too.
     step = 2 if ready else 3
     assert run.display.happened[-1] == f"read {step}"
-    assert checkpoint.complete_steps(folder) == [step]
+    assert checkpoint_set.complete_steps(folder) == [step]
     np.testing.assert_array_equal(checkpoint.load_checkpoint(folder, step).params, tiny_params)
 
     command = shlex.split(raised.value.hint.partition("   (")[0])
@@ -257,7 +258,7 @@ def test_an_update_that_is_skipped_is_said_and_the_run_goes_on(fake_run):
     train_loop(run, StopRequest())
     assert run.display.text.count("update skipped: step 2: expected a finite loss") == 1
     assert [row["loss"] for row in run.log.records("train")] == [3.0, None, 3.0, 3.0]
-    assert checkpoint.complete_steps(run.folder) == [4]
+    assert checkpoint_set.complete_steps(run.folder) == [4]
 
 
 # Scripts read these: a key may be added, but not be renamed or taken away.
@@ -315,7 +316,7 @@ def test_old_checkpoints_are_deleted(fake_run):
     sections = {"run": {"checkpoint_every": 2, "keep_checkpoints": 1, "major_checkpoint_every": 4}}
     run = fake_run(evaluation={"validate_every": 0, "sample_every": 0}, **sections)
     train_loop(run, StopRequest())
-    assert checkpoint.complete_steps(run.folder) == [4, 8]
+    assert checkpoint_set.complete_steps(run.folder) == [4, 8]
 
 
 def test_a_full_disk_is_reported_and_the_run_goes_on(fake_run, monkeypatch):
@@ -333,12 +334,12 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(fake_run, monkeypatch):
     train_loop(run, StopRequest())
     said = r"NO checkpoint of step 4: .*No space left on device.*\n.*the newest checkpoint is of step 2"
     assert re.search(said, run.display.text)
-    assert checkpoint.complete_steps(run.folder) == [2, 6, 8]
+    assert checkpoint_set.complete_steps(run.folder) == [2, 6, 8]
 
     full.add("model_00000009.bin")
     with pytest.raises(Gpt2JaxError, match=r"model_00000009.bin: .*No space left"):
         train_loop(fake_run(at=8, **change_steps(sections, 9)), StopRequest())
-    assert checkpoint.newest_step(run.folder) == 8
+    assert checkpoint_set.newest_step(run.folder) == 8
 
 
 def change_steps(sections, steps):
@@ -353,7 +354,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(fake_run,
     monkeypatch.setattr(RunLog, "write", refuse)
     train_loop(run, StopRequest())
     assert run.display.text.count("log.jsonl: expected to append to the log, found: No space left on device") == 1
-    assert checkpoint.newest_step(run.folder) == 8
+    assert checkpoint_set.newest_step(run.folder) == 8
 
 
 def test_a_log_that_became_a_folder_does_not_end_the_run(fake_run):

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax.commands.command_line import parse_command_line
+from gpt2_jax.commands.command_line import parse, parse_command_line
+from gpt2_jax.commands.generate import Arguments as GenerateArguments
 from gpt2_jax.compute import memory
 from gpt2_jax.config import load_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc import checkpoint_set
 from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
@@ -25,7 +27,7 @@ from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint
 from gpt2_jax.training import run as trainer
-from gpt2_jax.training.run import train
+from gpt2_jax.training.run import prepare, train
 from gpt2_jax.training.run_record import read_run_record
 from tests.conftest import CPU, TINY, available, change
 
@@ -56,6 +58,15 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     assert re.search(r"compiled in [\d.]+ s\n", output)
     assert load_config(saved_config_path(folder)) == config
     assert re.search(r"peak memory: \d+\.\d\d GB of the process\n", output)
+    commands = re.findall(r"^(talk to it|go on|fine-tune it): +python scripts/(.*)$", output, re.MULTILINE)
+    assert [what for what, _ in commands] == ["talk to it", "go on", "fine-tune it"]
+    words = {what: shlex.split(command)[1:] for what, command in commands}
+    assert parse(GenerateArguments, "", words["talk to it"]).checkpoint == str(folder)
+    goes_on, fine_tunes = (parse_command_line(words[what], "").settings for what in ("go on", "fine-tune it"))
+    assert (goes_on.run.resume, goes_on.run.steps, goes_on.data) == (True, 16, config.data)
+    assert prepare(
+        change(fine_tunes, data=dataclasses.asdict(config.data), run={"steps": 1}), "x", CPU
+    ).config.model.init == str(folder / "model_00000008.bin")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -257,7 +268,7 @@ def test_a_missing_library_of_custom_calls_is_said_and_trains_through_xla(config
 
 def test_an_epoch_is_the_default(config):
     folder = train(change(config, run={"steps": 0}, evaluation={"validate_every": 0, "sample_every": 0}), "tiny", CPU)
-    assert checkpoint.newest_step(folder) == 2000 // 32
+    assert checkpoint_set.newest_step(folder) == 2000 // 32
 
 
 def poisoned(config, tmp_path):
@@ -280,7 +291,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_checkpoint_to_go_on_from(
     assert "step 1: expected a finite loss and gradient, found a loss of nan" in message
     assert "not finite in all tensors" in message
     assert f"for the batch of {tiny_shards[0]} at token 0" in message
-    step = checkpoint.newest_step(folder)
+    step = checkpoint_set.newest_step(folder)
     assert step in (1, 2)
     np.testing.assert_array_equal(
         checkpoint.load_checkpoint(folder, step).params, read_model_file(tmp_path / "poisoned.bin")[1]
@@ -288,7 +299,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_checkpoint_to_go_on_from(
     command = shlex.split(raised.value.hint.partition("   (")[0])
     goes_on, name, *_ = parse_command_line(command[2:], "Train.")
     train(goes_on, name, CPU)
-    assert checkpoint.newest_step(folder) == 8
+    assert checkpoint_set.newest_step(folder) == 8
     assert f"update skipped: step {step + 1}: " in capsys.readouterr().out
 
 
