@@ -119,8 +119,14 @@ class RunSettings:
     """Continue from the newest complete checkpoint in --out-dir."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write nothing and train nothing: say what the run would need and how long it would take."""
+    max_minutes: float = 0.0
+    """Stop after so many minutes, with a checkpoint from which the run can go on; 0: no limit."""
     checkpoint_every: int = 0
     """Steps between checkpoints; one is always written after the last step. 0: only that one."""
+    checkpoint_minutes: float = 10.0
+    """Save also whenever so many minutes have passed without a checkpoint; of these only the newest is kept. 0: never."""
+    keep_best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the checkpoint of the lowest validation loss, saved at that validation and deleted by no other setting."""
     keep_checkpoints: int = 0
     """Checkpoints to keep, older ones are deleted; 0: all."""
     major_checkpoint_every: int = 0
@@ -180,10 +186,10 @@ class RunConfig:
             raise Gpt2JaxError(
                 "--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off"
             )
-        for field_ in dataclasses.fields(self.optimizer):
-            value = getattr(self.optimizer, field_.name)
-            if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
-                raise Gpt2JaxError(f"{_flag(field_.name)}: expected a finite number of at least 0, found {value}")
+        for section in (self.optimizer, self.run):
+            for name, value in dataclasses.asdict(section).items():
+                if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+                    raise Gpt2JaxError(f"{_flag(name)}: expected a finite number of at least 0, found {value}")
         for name in ("beta1", "beta2"):
             if getattr(self.optimizer, name) >= 1:
                 raise Gpt2JaxError(f"--{name}: expected a number below 1, found {getattr(self.optimizer, name)}")

@@ -91,8 +91,8 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
     before that, the temporary files are removed and no old file has changed.
 
     `marker` is an empty file whose presence tells that the others are complete: an old one is removed before the first
-    file gets its name, and a new one appears after the last. If giving the names fails halfway, all files are removed, as
-    they would be some of the old and some of the new. A failing disk is reported as a Gpt2JaxError.
+    file gets its name, and a new one appears after the last. If giving the names fails halfway, the old files get theirs
+    back, and the old marker returns. A failing disk is reported as a Gpt2JaxError.
     """
     temporaries: dict[Path, Path] = {}  # by the final paths, in the order of writing
 
@@ -120,9 +120,9 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
 
 def _give_names(temporaries: dict[Path, Path], marker: Path | None) -> None:
     """Rename complete temporary files to the paths that they are listed by; the marker, if there is one, is the last."""
-    unchanged = "nothing was changed"
-    mixed = "those written before it are new" if marker is None else "all that were written with it are removed"
+    unchanged, mixed = "nothing was changed", "those written before it are new"
     folders = {path.parent for path in temporaries}
+    old: dict[Path, Path] = {}  # the name that an old file waits under until all new ones have theirs
     named: list[Path] = []
     had_marker = marker is not None and os.path.lexists(marker)
     try:
@@ -133,19 +133,25 @@ def _give_names(temporaries: dict[Path, Path], marker: Path | None) -> None:
             _sync_folders({marker.parent}, unchanged)
         for path, temporary in temporaries.items():
             if path == marker:
-                _sync_folders(folders, mixed)
-            with _reported(path, "to write it", mixed if named else unchanged):
+                _sync_folders(folders, unchanged)
+            with _reported(path, "to write it", mixed if named and marker is None else unchanged):
+                if marker is not None and os.path.lexists(path):
+                    waiting = _temporary_name(path, "old")
+                    os.replace(path, waiting)
+                    old[path] = waiting
                 os.replace(temporary, path)
             named.append(path)
         _sync_folders(folders, "what was written is complete but may not outlive a crash of the machine")
     except BaseException:
-        if marker is not None and not os.path.lexists(marker):
-            if named:
-                _remove_all(temporaries)
-            elif had_marker:
-                with suppress(OSError):
+        if marker is not None and marker not in named:
+            _remove_all(path for path in named if path not in old)
+            with suppress(OSError):
+                for path, waiting in old.items():
+                    os.replace(waiting, path)
+                if had_marker:
                     marker.touch()
         raise
+    _remove_all(old.values())
 
 
 def _remove_all(paths: Iterable[Path]) -> None:
@@ -163,17 +169,18 @@ def _reported(path: Path, expected: str, consequence: str) -> Iterator[None]:
         raise Gpt2JaxError(f"{path}: expected {expected}, found: {error.strerror or error}; {consequence}") from error
 
 
-def _temporary_name(path: Path) -> Path:
+def _temporary_name(path: Path, kind: str = "tmp") -> Path:
     """A hidden name beside `path` that no other process takes: it has this host's name and this process's id.
 
     Two hosts that share a folder may have processes of the same id.
     """
-    return path.with_name(f".{path.name}.{_host_in_a_name(socket.gethostname())}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_host_in_a_name(socket.gethostname())}.{os.getpid()}.{kind}")
 
 
 def remove_temporaries(folder: str | os.PathLike, host: str, process: int) -> None:
     """Remove the temporary files that a process which is gone has left in a folder."""
-    _remove_all(Path(folder).glob(f".*.{_host_in_a_name(host)}.{process}.tmp"))
+    for kind in ("tmp", "old"):
+        _remove_all(Path(folder).glob(f".*.{_host_in_a_name(host)}.{process}.{kind}"))
 
 
 def _host_in_a_name(host: str) -> str:

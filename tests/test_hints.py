@@ -82,7 +82,7 @@ def test_there_are_hints_to_walk():
 def test_a_command_in_a_hint_parses(hint, monkeypatch):
     monkeypatch.setattr(errors, "_command", "")
     for command in commands(hint):
-        words = shlex.split(command.replace("{}", "7"))
+        words = shlex.split(command.replace("--config {}", "--config demo").replace("{}", "7"))
         script, words = words[1].removeprefix("scripts/").removesuffix(".py"), words[2:]
         assert (REPOSITORY / "scripts" / f"{script}.py").exists(), (HINTS[hint], command)
         name = errors._COMMANDS.get(script, script.replace("_", "-"))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import near
 from gpt2_jax.llmc.state_file import num_processes_of
 
 
@@ -18,12 +20,31 @@ def newest_step(folder: str | os.PathLike) -> int:
     """The step of the newest complete set in a run folder. Gpt2JaxError when it holds none."""
     steps = complete_steps(folder)
     if not steps:
+        parts = files_of_sets(folder)
+        found = f"{', '.join(parts) or 'none'}{near(folder) if not os.path.lexists(folder) else ''}"
         raise Gpt2JaxError(
             f"{folder}: expected a run folder with a complete checkpoint "
-            f"(model_*.bin, state_*.bin and DONE_* of one step), found none",
-            "start the run anew, without --resume and in another --out-dir",
+            f"(model_*.bin, state_*.bin and DONE_* of one step), found {found}",
+            _begins_anew(folder, parts),
         )
     return steps[-1]
+
+
+def _begins_anew(folder: str | os.PathLike, parts: list[str]) -> str:
+    """The command that helps where a folder has no complete set, but perhaps parts of one."""
+    models = [name for name in parts if name.startswith("model_")]
+    if models:
+        return f"--init {shlex.quote(os.path.join(folder, models[-1]))}   (its weights alone, without --resume)"
+    new = f"{folder}-2" if parts or os.path.isfile(folder) else str(folder)
+    settings = os.path.join(folder, "config.toml")
+    config = f"--config {shlex.quote(settings)} " if os.path.exists(settings) else ""
+    return f"python scripts/train.py {config}--out-dir {shlex.quote(new)}   (without --resume: begins anew)"
+
+
+def files_of_sets(folder: str | os.PathLike) -> list[str]:
+    """The names of all files of sets in a folder, complete or not."""
+    pattern = r"(model_\d{8}\.bin|state_\d{8}_\d{5}\.bin|DONE_\d{8})"
+    return sorted(name for name in _names(folder) if re.fullmatch(pattern, name))
 
 
 def step_of(folder: str | os.PathLike, step: int | None) -> int:
@@ -40,11 +61,7 @@ def step_of(folder: str | os.PathLike, step: int | None) -> int:
 
 def complete_steps(folder: str | os.PathLike) -> list[int]:
     """The steps of all complete sets, ascending."""
-    try:
-        names = os.listdir(folder)
-    except (OSError, ValueError):  # no such folder, no folder, a name that no folder can have
-        names = []
-    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"DONE_(\d{8})", name)))
+    steps = sorted(int(match[1]) for name in _names(folder) if (match := re.fullmatch(r"DONE_(\d{8})", name)))
     return [step for step in steps if _is_complete(folder, step)]
 
 
@@ -61,6 +78,13 @@ def state_path(folder: str | os.PathLike, step: int, rank: int) -> Path:
 
 def state_paths(folder: str | os.PathLike, step: int, num_processes: int) -> list[Path]:
     return [state_path(folder, step, rank) for rank in range(num_processes)]
+
+
+def _names(folder: str | os.PathLike) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (OSError, ValueError):  # no such folder, no folder, a name that no folder can have
+        return []
 
 
 def _is_complete(folder: str | os.PathLike, step: int) -> bool:

@@ -23,7 +23,7 @@ from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, num_processes_of, read_state_files, write_state_files
-from gpt2_jax.training.run_record import RunRecord, read_run_record, write_run_record
+from gpt2_jax.training.run_record import STEP, Best, RunRecord, read_run_record, write_run_record
 
 
 @dataclass(frozen=True)
@@ -139,21 +139,41 @@ def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: boo
 
 
 def delete_old_checkpoints(folder: str | os.PathLike, step: int, *, every: int, keep: int, major_every: int) -> list[int]:
-    """After the set of `step` was written: delete the complete sets that llm.c's -nk and -nm would not have kept, those
-    of steps up to step - keep * every but for the multiples of `major_every`; returns their steps.
+    """After the set of `step` was written: delete the complete sets that need not be kept; returns their steps.
 
-    With `keep` 0 all are kept, with `major_every` 0 none is major. Gpt2JaxError when a file cannot be deleted.
+    Of those saved at their step llm.c's -nk and -nm decide: all up to step - keep * every go, but for the multiples of
+    `major_every`; with `keep` 0 all are kept, with `major_every` 0 none is major. A set saved because time had passed goes
+    as soon as there is a newer one, that of the best loss when another is the best. Gpt2JaxError when a file cannot be
+    deleted.
     """
-    if not (keep and every):
-        return []
-    old = [found for found in complete_steps(folder) if 0 < found <= step - keep * every]
-    deleted = [found for found in old if not (major_every and found % major_every == 0)]
-    for found in deleted:
-        model_path, state_path, record_path, done_path = set_paths(folder, found)
-        # Without its DONE file first, the rest is no checkpoint any more, whatever happens.
-        for path in (done_path, *state_paths(folder, found, num_processes_of(state_path)), model_path, record_path):
-            _remove(path)
+    _, best = _why_kept(folder, step)
+    deleted = []
+    for found in complete_steps(folder):
+        if _why_kept(folder, found)[0] == STEP:
+            is_old = bool(keep and every) and 0 < found <= step - keep * every
+            is_kept = not is_old or (major_every > 0 and found % major_every == 0)
+        else:
+            is_kept = found >= step
+        if not is_kept and (best is None or found != best.step):
+            _delete(folder, found)
+            deleted.append(found)
     return deleted
+
+
+def _why_kept(folder: str | os.PathLike, step: int) -> tuple[str, Best | None]:
+    """Why a set was saved, and the run's best then; without a readable record it is one saved at its step."""
+    try:
+        record = read_run_record(set_paths(folder, step)[2])
+    except Gpt2JaxError:
+        return STEP, None
+    return record.kept, record.best
+
+
+def _delete(folder: str | os.PathLike, step: int) -> None:
+    model_path, state_path, record_path, done_path = set_paths(folder, step)
+    # Without its DONE file first, the rest is no checkpoint any more, whatever happens.
+    for path in (done_path, *state_paths(folder, step, num_processes_of(state_path)), model_path, record_path):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-
-from gpt2_jax.compute.stability import WATCHED
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
-from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import num_right_answers, validation_loss
-from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import generate, prompt_tokens
-from gpt2_jax.jax_compat import on_host
-from gpt2_jax.training import checkpoint
-from gpt2_jax.training.run_record import RunRecord
 from gpt2_jax.training.run_state import Run
+from gpt2_jax.training.saving import is_time_to_save, keep_best, save, save_by_time
+from gpt2_jax.training.summary import draw_in_a_while
 
 
 @dataclass(frozen=True)
@@ -29,19 +23,23 @@ class Event:
     run: Callable[[Run], None]
     at_start: bool = False  # before the first step of a fresh run
     at_end: bool = True  # after the last step
-    when_stopping: bool = False  # after the step at which a signal ends the run
+    when_stopping: bool = False  # after the step at which the run is stopped
+    is_time: Callable[[], bool] = lambda: False  # asked after every step
 
     def is_due(self, step: int, *, last: bool, stopping: bool) -> bool:
         """Whether it happens after this step."""
         if stopping:
             return self.when_stopping
-        return (last and self.at_end) or (self.every > 0 and step % self.every == 0)
+        return (last and self.at_end) or (self.every > 0 and step % self.every == 0) or self.is_time()
 
 
 def events_of(run: Run) -> list[Event]:
     """The events of a run, in the order in which they happen after a step."""
     evaluation = run.config.evaluation
-    events = [Event("save", run.config.run.checkpoint_every, save, when_stopping=True)]
+    events = [
+        Event("save", run.config.run.checkpoint_every, save, when_stopping=True),
+        Event("save by time", 0, save_by_time, at_end=False, is_time=partial(is_time_to_save, run)),
+    ]
     if run.data.validation is not None:
         events.append(Event("validate", evaluation.validate_every, validate, at_start=True))
     if run.data.questions and evaluation.validate_every:
@@ -49,45 +47,6 @@ def events_of(run: Run) -> list[Event]:
     if evaluation.sample_every:
         events.append(Event("sample", evaluation.sample_every, sample, at_start=True))
     return events
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint and delete those that need not be kept. What cannot be written is reported, and the run goes on;
-    but Gpt2JaxError if there is no later step to save."""
-    state, config = run.state, run.config
-    assert isinstance(run.plan.config, GPT2Config)  # llm.c's files are of GPT-2s
-    record = RunRecord(
-        batch_size=config.data.batch_size,
-        sequence_length=config.data.sequence_length,
-        dtype=config.compute.dtype,
-        computed_by=run.computed_by,
-        windows=dict(zip(WATCHED, np.asarray(state.windows), strict=True)),
-        averages=run.clock.averages,
-        settings=dataclasses.asdict(config),
-        plan=tuple(run.plan.rows()),
-    )
-    saved = checkpoint.Checkpoint(
-        model=run.plan.config,
-        params=on_host(state.params),
-        m=on_host(state.optimizer.m),
-        v=on_host(state.optimizer.v),
-        step=run.step,
-        loader=run.data.train.state(),
-        dtype=config.compute.dtype,
-        master_weights=config.optimizer.master_weights,
-        rounding=run.rounding,
-        record=record,
-    )
-    try:
-        path = checkpoint.save_checkpoint(run.folder, saved)
-    except Gpt2JaxError as error:
-        if run.step == run.steps:
-            raise
-        run.display.line(f"NO checkpoint of step {run.step}: {error}\nthe run goes on; {run.newest_checkpoint()}")
-        return
-    run.display.line(f"checkpoint of step {run.step}: {path}")
-    every, keep, major = config.run.checkpoint_every, config.run.keep_checkpoints, config.run.major_checkpoint_every
-    run.attempt(lambda: checkpoint.delete_old_checkpoints(run.folder, run.step, every=every, keep=keep, major_every=major))
 
 
 def validate(run: Run) -> None:
@@ -100,6 +59,8 @@ def validate(run: Run) -> None:
     loss = validation_loss(run.loss_function, run.state.params, run.data.validation, batches)
     run.display.line(f"validation loss at step {run.step}: {loss:.6f}")
     run.log_event("validation", loss=loss)
+    keep_best(run, loss)
+    draw_in_a_while(run)
 
 
 def answer_questions(run: Run) -> None:

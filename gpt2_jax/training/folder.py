@@ -10,20 +10,31 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from gpt2_jax.config import RunConfig, format_config, saved_config_path
+from gpt2_jax.config import RunConfig, format_config, load_saved_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import atomic_write
+from gpt2_jax.llmc.checkpoint_set import complete_steps, files_of_sets
 from gpt2_jax.training.run_lock import locked
 
 
 def refuse_used_folder(folder: Path) -> None:
-    """Gpt2JaxError unless a fresh run may use this path."""
-    is_used = not os.path.isdir(folder) or os.path.lexists(saved_config_path(folder)) or any(folder.glob("DONE_*"))
-    if os.path.lexists(folder) and is_used:
-        raise Gpt2JaxError(
-            f"--out-dir: expected a new folder, found that {folder} holds a run or is a file",
-            f"--resume --out-dir {shlex.quote(str(folder))}   (continues the run), or another folder",
-        )
+    """Gpt2JaxError unless a fresh run may use this path: nothing is there, or a folder without a run or its checkpoints, or
+    what a run has left that ended before its first checkpoint."""
+    if not os.path.lexists(folder):
+        return
+    new = f"--out-dir {shlex.quote(str(folder) + '-2')}"
+    if not os.path.isdir(folder):
+        raise Gpt2JaxError(f"--out-dir: expected a new folder, found that {folder} is a file", new)
+    resumes = f"--resume --out-dir {shlex.quote(str(folder))}   (continues the run), or {new}"
+    if complete_steps(folder):
+        raise Gpt2JaxError(f"--out-dir: expected a new folder, found that {folder} holds a run", resumes)
+    if parts := files_of_sets(folder):
+        found = f"{folder} holds {parts[0]}, of a checkpoint that is not complete"
+        raise Gpt2JaxError(f"--out-dir: expected a new folder, found that {found}", new)
+    try:
+        load_saved_config(folder)
+    except Gpt2JaxError:
+        raise Gpt2JaxError(f"--out-dir: expected a new folder, found that {folder} holds another config.toml", new) from None
 
 
 def folder_of(config: RunConfig, name: str) -> Path:
@@ -41,6 +52,8 @@ def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
         cause = getattr(error, "strerror", None) or error
         raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {cause}") from None
     with locked(folder, say):
+        if not config.run.resume and os.path.lexists(saved_config_path(folder)):
+            say(f"{folder}: a run ended here before its first checkpoint; this one takes its place, and its log begins anew")
         with atomic_write(saved_config_path(folder)) as file:
             settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
             file.write(format_config(settled).encode("utf-8"))

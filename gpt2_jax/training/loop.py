@@ -17,10 +17,11 @@ from gpt2_jax.compute.step import Metrics
 from gpt2_jax.errors import Gpt2JaxError, as_typed
 from gpt2_jax.jax_compat import is_ready
 from gpt2_jax.llmc.loader import Place
-from gpt2_jax.training.events import events_of, save
+from gpt2_jax.training.events import events_of
 from gpt2_jax.training.interrupts import StopRequest
 from gpt2_jax.training.run_state import Run
-from gpt2_jax.training.summary import summarize
+from gpt2_jax.training.saving import save
+from gpt2_jax.training.summary import draw, summarize
 
 
 class _InFlight(NamedTuple):
@@ -32,8 +33,15 @@ class _InFlight(NamedTuple):
 
 
 def train_loop(run: Run, request: StopRequest) -> None:
-    """Take the run from the step where it stands to its last one. SystemExit when a signal stops it, Gpt2JaxError for a
-    loss that is not finite; both after saving."""
+    """Take the run from the step where it stands to its last one. SystemExit when it is stopped, Gpt2JaxError for a loss
+    that is not finite; both after saving. However it ends, its losses are drawn."""
+    try:
+        _train(run, request)
+    finally:
+        draw(run)
+
+
+def _train(run: Run, request: StopRequest) -> None:
     events = events_of(run)
     if run.step == 0:
         run.attempt(run.log.clear)
@@ -42,7 +50,7 @@ def train_loop(run: Run, request: StopRequest) -> None:
                 event.run(run)
     else:
         run.log_event("resume")
-    if request.signal is not None:
+    if request.reason is not None:
         _stop(run, request)
     in_flight: _InFlight | None = None
     batch = run.data.next_batch() if run.step < run.steps else None
@@ -54,7 +62,7 @@ def train_loop(run: Run, request: StopRequest) -> None:
             _report(run, in_flight, _InFlight(run.step, metrics, batch.places))
         in_flight = _InFlight(run.step, metrics, batch.places)
         last = run.step == run.steps
-        stopping = request.signal is not None and not last
+        stopping = request.reason is not None and not last
         due = [event for event in events if event.is_due(run.step, last=last, stopping=stopping)]
         # Rounding needs seeds, and which come next depends on whether this update was applied.
         if due or run.config.rounds_parameters or is_ready(metrics.loss):
@@ -128,10 +136,9 @@ def _show(run: Run, done: _InFlight) -> str | None:
 
 
 def _stop(run: Run, request: StopRequest) -> None:
-    """End the program as a signal asked, with the command that goes on."""
-    assert request.signal is not None
+    """End the program as it was asked to, with the command that goes on."""
     newest = run.newest_checkpoint()
-    run.display.line(f"stopped by {request.signal.name} after step {run.step} of {run.steps}; {newest}")
+    run.display.line(f"stopped by {request.reason} after step {run.step} of {run.steps}; {newest}")
     if "no checkpoint" not in newest:
         folder = shlex.quote(str(run.folder))
         run.display.line(as_typed(f"to go on:\npython scripts/train.py --resume --out-dir {folder}"))

@@ -69,7 +69,11 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
             return prepared.folder
         less = memory.needing_less(plan, config.data.batch_size, config.tokens_per_step)
         estimated = memory.estimate(plan, *config.batch_shape[1:], num_micro_batches=config.num_micro_batches)
-        with memory.out_of_memory_explained(estimated, less), stop_requests() as request, ExitStack() as stack:
+        with (
+            memory.out_of_memory_explained(estimated, less),
+            stop_requests(config.run.max_minutes) as request,
+            ExitStack() as stack,
+        ):
             compiled = _compile(prepared, display)
             needed = memory.compiled_memory(plan, compiled) or estimated
             display.table(start_table(config, plan, prepared.device, prepared.data, steps, needed, prepared.folder))
@@ -136,7 +140,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
     state = create_state(plan, params)
     if resumed is not None:
         state = resume.resumed_state(state, config, resumed, data.train, display, computed_by=computed_by)
-    averages = Averages() if resumed is None or resumed.record is None else resumed.record.averages
+    record = None if resumed is None else resumed.record
     stack.enter_context(open_folder(folder, config, display.line))
     run = Run(
         config=config,
@@ -154,7 +158,8 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         state=state,
         step=0 if resumed is None else resumed.step,
         rounding=RoundingStream(num_tensors=len(plan.layout.tensors)) if resumed is None else resumed.rounding,
-        clock=StepClock(config.tokens_per_step, averages),
+        clock=StepClock(config.tokens_per_step, Averages() if record is None else record.averages),
+        best=None if record is None else record.best,
     )
     if data.validation is not None:
         run.baseline = unigram_cross_entropy(data.train.paths, data.validation.paths, plan.config.vocab_size)

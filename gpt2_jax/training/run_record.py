@@ -39,6 +39,18 @@ class Averages:
         return self.moving_seconds / (1 - _MOVING_WEIGHT**self.steps) if self.steps else 0.0
 
 
+# Why a set was saved: its step was due, time had passed, or it has the lowest validation loss.
+STEP, TIME, BEST = "step", "time", "best"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The set of the lowest validation loss."""
+
+    step: int
+    loss: float  # nats a token
+
+
 @dataclass(frozen=True)
 class RunRecord:
     batch_size: int
@@ -49,6 +61,8 @@ class RunRecord:
     averages: Averages
     settings: dict[str, dict[str, Any]]  # the whole configuration, for people
     plan: tuple[tuple[str, str], ...] = ()  # the implementations, as in the start table, for people
+    kept: str = STEP  # why this set was saved
+    best: Best | None = None  # of the run so far, with --keep-best
 
 
 def write_run_record(path: str | os.PathLike, record: RunRecord, *, write: Writer = atomic_write) -> None:
@@ -65,6 +79,8 @@ def write_run_record(path: str | os.PathLike, record: RunRecord, *, write: Write
         "averages": asdict(record.averages),
         "settings": record.settings,
         "plan": record.plan,
+        "kept": record.kept,
+        "best": None if record.best is None else asdict(record.best),
     }
     with write(path) as file:
         file.write(json.dumps(content, indent=1).encode("utf-8"))
@@ -88,6 +104,8 @@ def read_run_record(path: str | os.PathLike) -> RunRecord:
             averages=_averages(content["averages"]),
             settings=_checked(content["settings"], dict),
             plan=tuple((str(name), str(value)) for name, value in content.get("plan", ())),
+            kept=_checked(content.get("kept", STEP), str),
+            best=_best(content.get("best")),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         found = " ".join(str(error).split())[:200]
@@ -111,6 +129,15 @@ def _averages(content: Any) -> Averages:
     if not (0 <= steps < 2**63 and 0 <= seconds < math.inf and 0 <= moving < math.inf):
         raise ValueError(f"averages {content}")
     return Averages(steps, seconds, moving)
+
+
+def _best(content: Any) -> Best | None:
+    if content is None:
+        return None
+    loss = float(_checked(content["loss"], (int, float)))
+    if not math.isfinite(loss):
+        raise ValueError(f"a best loss of {loss}")
+    return Best(_checked(content["step"], int), loss)
 
 
 def _checked(value: Any, types: type | tuple[type, ...]) -> Any:

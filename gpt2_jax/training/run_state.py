@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from gpt2_jax.llmc.checkpoint_set import complete_steps
 from gpt2_jax.llmc.rounding import RoundingStream
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
-from gpt2_jax.training.run_record import Averages
+from gpt2_jax.training.run_record import Averages, Best
 
 
 @dataclass
@@ -43,6 +44,11 @@ class Run:
     rounding: RoundingStream
     clock: StepClock
     baseline: float | None = None  # unigram cross-entropy of the validation tokens
+    best: Best | None = None  # with --keep-best
+    saved_step: int = -1  # the last one that a checkpoint was tried of
+    saved_at: float = field(default_factory=time.monotonic)
+    drawn_at: float = -math.inf
+    drawing_seconds: float = 0.0
     failures: set[str] = field(default_factory=set)
 
     def newest_checkpoint(self) -> str:
@@ -54,13 +60,14 @@ class Run:
         self.attempt(lambda: self.log.write(event, self.step, **values))
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Do something that the run can do without. A failure is reported; the same one only once."""
+        """Do something that the run can do without. A failure of whatever kind is reported; the same one only once."""
         try:
             write()
-        except Gpt2JaxError as error:
-            if str(error) not in self.failures:
-                self.display.line(f"{error}\nthe run goes on without it")
-            self.failures.add(str(error))
+        except Exception as error:
+            text = str(error) if isinstance(error, Gpt2JaxError) else f"{type(error).__name__}: {error}"
+            if text not in self.failures:
+                self.display.line(f"{text}\nthe run goes on without it")
+            self.failures.add(text)
 
 
 class StepClock:

@@ -1,8 +1,9 @@
-"""The end of a run: the picture of its losses, and its last lines."""
+"""What a run leaves to be looked at: the picture of its losses, and its last lines."""
 
 from __future__ import annotations
 
 import shlex
+import time
 
 from gpt2_jax.compute.memory import measured_peak
 from gpt2_jax.errors import as_typed
@@ -12,10 +13,8 @@ from gpt2_jax.training.run_state import Run
 
 
 def summarize(run: Run) -> None:
-    """Draw the losses; print averages, peak memory, and the last validation loss beside the first; and the commands
+    """Print averages, peak memory, and the last validation loss beside the first; and the commands
     that come next."""
-    plot_path = run.folder / "loss.png"
-    run.attempt(lambda: plot_loss(run.log, plot_path, baseline=run.baseline))
     seconds = run.clock.average_seconds
     run.display.line(f"average: {seconds * 1000:.2f} ms a step, {run.config.tokens_per_step / seconds:.0f} tok/s")
     peak, of = measured_peak()
@@ -24,7 +23,9 @@ def summarize(run: Run) -> None:
     run.attempt(lambda: losses.update(run.log.finite_values("validation", "loss")))
     if run.baseline is not None and losses:
         run.display.line(f"{_progress(losses)}; unigram cross-entropy {run.baseline:.4f}: {_verdict(losses, run.baseline)}")
-    run.display.line(f"loss curve: {plot_path}\nlog:        {run.log.path}\nrun folder: {run.folder}")
+    run.display.line(f"loss curve: {run.folder / 'loss.png'}\nlog:        {run.log.path}\nrun folder: {run.folder}")
+    if run.best is not None:
+        run.display.line(f"lowest validation loss: {run.best.loss:.4f} at step {run.best.step}, whose checkpoint is kept")
     folder = shlex.quote(str(run.folder))
     run.display.line(
         as_typed(
@@ -33,6 +34,20 @@ def summarize(run: Run) -> None:
             f"fine-tune it: python scripts/train.py --init {folder} --train data/my_train.bin"
         )
     )
+
+
+def draw(run: Run) -> None:
+    """Draw the losses so far into the run folder."""
+    started = time.monotonic()
+    run.attempt(lambda: plot_loss(run.log, run.folder / "loss.png", baseline=run.baseline))
+    run.drawn_at = time.monotonic()
+    run.drawing_seconds = run.drawn_at - started
+
+
+def draw_in_a_while(run: Run) -> None:
+    """Draw unless that would take more than a twentieth of the run's time."""
+    if time.monotonic() - run.drawn_at >= 20 * run.drawing_seconds:
+        draw(run)
 
 
 def _progress(losses: dict[int, float]) -> str:

@@ -102,15 +102,47 @@ def test_interrupted_and_resumed_run_ends_with_the_files_of_a_straight_one(tiny_
     assert records[0].windows["loss"].tobytes() == records[1].windows["loss"].tobytes()
 
 
-def test_first_ctrl_c_saves_and_ends_with_130(tiny_shards, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_the_first_signal_saves_and_ends_with_its_status(tiny_shards, tmp_path, number, status):
     folder = tmp_path / "run"
     with training(*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", folder) as process:
         read_until(process, r"step +1/")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, _ = ended(process)
-        assert process.returncode == 130
+        assert process.returncode == status
     assert f"to go on:\npython {REPOSITORY / 'scripts' / 'train.py'} --resume --out-dir {folder}\n" in output
     assert len(complete_steps(folder)) == 1
+    assert (folder / "loss.png").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_at_the_start_stays_so(tiny_shards, tmp_path, number):
+    """As nohup starts a program, and a shell what it runs in the background."""
+    folder = tmp_path / "run"
+    flags = [*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", folder]
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with training(*flags, "--steps", "40") as process:
+            read_until(process, r"step +1/")
+            process.send_signal(number)
+            _, errors = ended(process)
+            assert process.returncode == 0
+    finally:
+        signal.signal(number, before)
+    assert complete_steps(folder) == [40]
+    assert "finishing this step" not in errors
+
+
+def test_the_time_that_a_run_was_given_stops_it_with_a_checkpoint_and_status_0(tiny_shards, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", folder]
+    with training(*flags, "--steps", "100000", "--max-minutes", "0.1") as process:
+        output, _ = ended(process)
+        assert process.returncode == 0
+    (step,) = complete_steps(folder)
+    assert 0 < step < 100000
+    assert f"stopped by --max-minutes 0.1 after step {step} of 100000; the newest checkpoint is of step {step}" in output
+    assert f"to go on:\npython {REPOSITORY / 'scripts' / 'train.py'} --resume --out-dir {folder}\n" in output
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -140,7 +172,7 @@ def test_signal_before_the_first_step_ends_without_a_checkpoint(tiny_shards, tmp
 
 
 def test_handlers_are_those_from_before_once_training_is_over():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with stop_requests() as request:
         assert request.signal is None
         assert {number: signal.getsignal(number) for number in before} != before

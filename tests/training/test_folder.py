@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 import pytest
 
-from gpt2_jax.training.folder import folder_of, open_folder
+from gpt2_jax.commands.command_line import parse_command_line
+from gpt2_jax.config import saved_config_path
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.llmc.checkpoint_set import newest_step
+from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from tests.conftest import change
 
 
@@ -53,3 +58,48 @@ def test_a_link_that_cannot_be_made_costs_a_line(config, tmp_path, monkeypatch):
 def test_a_fresh_folder_is_the_settings_or_a_new_one(config, name):
     folder = folder_of(change(config, run={"out_dir": name}), "tiny")
     assert str(folder) == name or str(folder).startswith("runs/tiny-2")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_gives_its_folder_to_the_next(config, tmp_path):
+    folder = tmp_path / "a run"
+    start(config, folder)
+    (folder / "log.jsonl").write_text("{}")
+    with pytest.raises(Gpt2JaxError) as refused:
+        newest_step(folder)
+    # The hint's command is one that begins anew there, with the dead run's settings.
+    words = shlex.split(refused.value.hint.partition("   (")[0])[2:]
+    settings = parse_command_line(words, "").settings
+    assert (settings.run.out_dir, settings.data) == (str(folder), config.data)
+    refuse_used_folder(folder)
+    said = []
+    start(config, folder, said)
+    assert said == [
+        f"{folder}: a run ended here before its first checkpoint; this one takes its place, and its log begins anew"
+    ]
+
+
+@pytest.mark.parametrize("name", ["DONE_00000003", "model_00000003.bin", "state_00000003_00000.bin"])
+def test_parts_of_a_checkpoint_are_something(config, tmp_path, name):
+    start(config, tmp_path / "a")
+    (tmp_path / "a" / name).touch()
+    with pytest.raises(Gpt2JaxError, match=f"holds {name}, of a checkpoint that is not complete") as refused:
+        refuse_used_folder(tmp_path / "a")
+    assert refused.value.hint == f"--out-dir {tmp_path}/a-2"
+    with pytest.raises(Gpt2JaxError, match=f"found {name}") as refused:
+        newest_step(tmp_path / "a")
+    assert "--resume --out-dir" not in refused.value.hint
+    assert f"--out-dir {tmp_path}/a " not in refused.value.hint
+
+
+def test_a_file_and_another_programs_settings_are_something(config, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    saved_config_path(tmp_path / "other").write_text("[server]\nport = 1\n")
+    for name, found in (("file", "is a file"), ("other", "holds another config.toml")):
+        with pytest.raises(Gpt2JaxError, match=found) as refused:
+            refuse_used_folder(tmp_path / name)
+        assert refused.value.hint == f"--out-dir {tmp_path / name}-2"
+    (tmp_path / "strangers").mkdir()
+    (tmp_path / "strangers" / "notes.txt").touch()
+    refuse_used_folder(tmp_path / "strangers")
+    refuse_used_folder(tmp_path / "new")
