@@ -1,12 +1,14 @@
-"""Reading and writing files: text of bounded size and in UTF-8, never waiting for a pipe, and never half a file.
+"""Reading and writing files: text in UTF-8, whole or in blocks, never waiting for a pipe, and never half a file.
 
 The one way in which this project writes a file: to a temporary name beside it, flushed to disk, renamed.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
+import shlex
 import socket
 import stat
 import zlib
@@ -19,6 +21,8 @@ from gpt2_jax.errors import Gpt2JaxError
 
 # Opens a file for writing under a path that it gets, complete, later: atomic_write, or what write_together gives.
 Writer = Callable[[str | os.PathLike], AbstractContextManager[BinaryIO]]
+
+_BLOCK_BYTES = 2**20
 
 
 def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
@@ -40,20 +44,84 @@ def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
 def read_text_file(
     path: str | os.PathLike, what: str, hint: str | None = None, *, max_bytes: int | None = None, errors: str = "strict"
 ) -> str:
-    """The content of `path`, which ought to be `what`; `errors` as str.decode's.
+    """The content of `path`, which ought to be `what`, without a byte-order mark; `errors` as str.decode's.
 
     Gpt2JaxError for what is no regular file, cannot be read, is longer than `max_bytes`, or is not UTF-8.
     """
     size = file_size(path, what, hint)
     if max_bytes is not None and size > max_bytes:
         raise Gpt2JaxError(f"{path}: expected {what} of at most {max_bytes} bytes, found {size} bytes", hint)
+    return "".join(read_text_blocks(path, what, hint, errors=errors))
+
+
+def read_text_blocks(
+    path: str | os.PathLike,
+    what: str,
+    hint: str | None = None,
+    *,
+    errors: str = "strict",
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Iterator[str]:
+    """The text of `read_text_file` in blocks, for files that are larger than memory.
+
+    `advance` is called with the number of bytes of each block that has been read.
+    """
+    file_size(path, what, hint)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    position = 0
     try:
-        return Path(path).read_bytes().decode("utf-8", errors)
+        with open(path, "rb") as file:
+            block = file.read(_BLOCK_BYTES)
+            if errors == "strict":
+                _refuse_other_encodings(path, what, block)
+            if block.startswith(codecs.BOM_UTF8):
+                position = len(codecs.BOM_UTF8)
+                block = block[position:]
+            while block:
+                advance(len(block))
+                waiting = len(decoder.getstate()[0])  # bytes of a character that the last block ended within
+                position -= waiting
+                yield decoder.decode(block)
+                position += waiting + len(block)
+                block = file.read(_BLOCK_BYTES)
+            position -= len(decoder.getstate()[0])
+            yield decoder.decode(b"", final=True)
     except OSError as error:
         raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
     except UnicodeDecodeError as error:
-        found = f"byte {error.object[error.start]:#x} at {error.start}"
-        raise Gpt2JaxError(f"{path}: expected {what} in UTF-8, found {found}", hint) from None
+        found = f"byte {error.object[error.start]:#x} at {position + error.start}"
+        raise Gpt2JaxError(
+            f"{path}: expected {what} in UTF-8, found {found}", hint or _conversion(path, "LATIN1", "if it is Western European")
+        ) from None
+
+
+def json_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of JSON Lines that are not blank, numbered from 1.
+
+    Only a line feed ends a line: JSON's strings may hold the other characters at which str.splitlines ends one.
+    """
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def _refuse_other_encodings(path: str | os.PathLike, what: str, start: bytes) -> None:
+    """Gpt2JaxError for a text that begins as UTF-16 and UTF-32 begin: with a byte-order mark, or zeros in Latin letters."""
+    zeros = [byte == 0 for byte in start[:4]]
+    for encoding, marks, pattern in (
+        ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ""),
+        ("UTF-32LE", (), "x000"),
+        ("UTF-32BE", (), "000x"),
+        ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ""),
+        ("UTF-16LE", (), "x0x0"),
+        ("UTF-16BE", (), "0x0x"),
+    ):
+        if start.startswith(marks) or (pattern and zeros == [letter == "0" for letter in pattern]):
+            raise Gpt2JaxError(f"{path}: expected {what} in UTF-8, found {encoding}", _conversion(path, encoding))
+
+
+def _conversion(path: str | os.PathLike, encoding: str, remark: str = "") -> str:
+    """The command that makes UTF-8 of a file."""
+    source, target = shlex.quote(os.fspath(path)), shlex.quote(f"{os.fspath(path)}.utf8")
+    return f"iconv -f {encoding} -t UTF-8 {source} > {target}" + (f"   ({remark})" if remark else "")
 
 
 @contextmanager
@@ -84,7 +152,7 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
     def write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         path = Path(path)
         temporaries[path] = _temporary_name(path)
-        with _reported(path, "to write it", "nothing was changed"), open(temporaries[path], "wb") as file:
+        with _reported(path, "to write it", "nothing was changed"), open(temporaries[path], "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
