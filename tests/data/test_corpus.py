@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import re
 import socket
 import urllib.error
 from functools import partial
@@ -19,7 +20,7 @@ from gpt2_jax.data import corpus, kjv
 from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.llmc.token_shard import open_token_shard
+from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 
 
 def test_the_built_in_text_is_whole_and_plain():
@@ -157,3 +158,66 @@ def test_a_corpus_is_written_whole_or_not_at_all(tmp_path):
             corpus.write_corpus(bad, "text", tmp_path)
     assert [open_token_shard(path).size for path in paths] == [5, 5]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A function that makes a folder of nanoGPT's: files of uint16 by name."""
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+
+    def make(**files) -> Path:
+        for name, ids in files.items():
+            np.array(ids, "<u2").tofile(folder / f"{name}.bin")
+        return folder
+
+    return make
+
+
+def test_nanogpts_splits_are_taken_over_as_they_are(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_TOKENS_AT_ONCE", 7)
+    ids = np.random.default_rng(0).integers(0, 50257, 120)
+    folder = dataset(train=ids[:100], val=ids[100:])
+    train, validation = made(partial(corpus.nanogpt, folder / "train.bin"), tmp_path)
+    assert (train.tolist(), validation.tolist()) == (ids[:100].tolist(), ids[100:].tolist())
+
+
+@pytest.mark.parametrize("files", [{"train": range(100)}, {"mine": range(100), "val": [9]}], ids=["no val.bin", "another name"])
+def test_of_a_nanogpt_file_that_is_alone_the_last_tenth_is_for_validation(dataset, tmp_path, files):
+    path = dataset(**files) / f"{next(iter(files))}.bin"
+    train, validation = made(partial(corpus.nanogpt, path), tmp_path)
+    assert (train.tolist(), validation.tolist()) == ([*range(90)], [*range(90, 100)])
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "an odd number of bytes, 201"),
+        (lambda path: np.array([*range(99), 50257], "<u2").tofile(path), "50257 at token 99"),
+        (lambda path: (path.parent / "meta.pkl").touch(), "another vocabulary"),
+        (lambda path: write_token_shard(path, np.arange(100)), "a token shard of llm.c's format\n---> HINT: .*--train '/"),
+        (lambda path: path.write_bytes(b""), "0 tokens"),
+        (lambda path: path.unlink(), "no such file"),
+    ],
+    ids=["odd", "large id", "other vocabulary", "shard", "empty", "missing"],
+)
+def test_what_is_no_file_of_nanogpts_is_refused(dataset, tmp_path, damage, found):
+    path = dataset(train=range(100)).rename(tmp_path / "a folder") / "train.bin"
+    damage(path)
+    with pytest.raises(Gpt2JaxError, match=found):
+        made(partial(corpus.nanogpt, path), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_tokens_given_as_text_are_refused_with_the_command_that_takes_them(dataset, tmp_path):
+    folder = dataset(train=[50256, 0xD8FF] * 100)
+    command = f"python scripts/prepare_data.py --source {folder / 'train.bin'} --source-format nanogpt"
+    with pytest.raises(Gpt2JaxError, match=f"expected a text file in UTF-8, found .*\n---> HINT: {re.escape(command)}"):
+        made(text_of(folder / "train.bin"), tmp_path)
+    with pytest.raises(Gpt2JaxError, match=f"expected a token shard .*\n---> HINT: {re.escape(command)}"):
+        open_token_shard(folder / "train.bin")
+    write_token_shard(folder / "train.bin", np.arange(100))
+    with pytest.raises(
+        Gpt2JaxError, match=r"expected a text file, found a token shard of llm.c's format\n---> HINT: .*--train "
+    ):
+        made(text_of(folder / "train.bin"), tmp_path)
