@@ -6,6 +6,7 @@ The one way in which this project writes a file: to a temporary name beside it, 
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_type_hints
 
 from gpt2_jax.errors import Gpt2JaxError
 
@@ -23,6 +24,30 @@ from gpt2_jax.errors import Gpt2JaxError
 Writer = Callable[[str | os.PathLike], AbstractContextManager[BinaryIO]]
 
 _BLOCK_BYTES = 2**20
+_IS_PATH = "a path"
+# The type of a setting or of an argument that is a path, a glob, or a name in whose place a path may stand. `~` in its
+# beginning is the home folder, wherever it comes from: a shell expands none within --flag=~/x or quotes, TOML has no shell.
+FilePath = Annotated[str, _IS_PATH]
+_Settings = TypeVar("_Settings")
+
+
+def with_home(settings: _Settings) -> _Settings:
+    """A copy of a dataclass, and of those in it, with the home folder for `~` in every field of a path."""
+    changes: dict[str, Any] = {}
+    for name, kind in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(value):
+            changes[name] = with_home(value)
+        elif isinstance(value, Path):
+            changes[name] = value.expanduser()
+        elif isinstance(value, str) and _is_path(kind):
+            changes[name] = os.path.expanduser(value)
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+
+def _is_path(kind: Any) -> bool:
+    """Whether a field's type is FilePath, or may be."""
+    return kind == _IS_PATH or any(map(_is_path, (*getattr(kind, "__metadata__", ()), *get_args(kind))))
 
 
 def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:

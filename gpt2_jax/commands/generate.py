@@ -14,11 +14,12 @@ from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import BackendName, ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import FilePath
 
 
 @dataclass(frozen=True)
 class Arguments:
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[FilePath, tyro.conf.Positional]
     """A llm.c model file, or a Hugging Face GPT-2 folder."""
     prompt: str = ""
     """Text to continue; empty: begin a document."""
@@ -30,7 +31,7 @@ class Arguments:
     """Choose among the k likeliest tokens only."""
     seed: int = 1337
     """The same seed gives the same text."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """A llm.c tokenizer file; by default GPT-2's own vocabulary."""
     backend: BackendName = "auto"
     """Where the forward pass is computed."""

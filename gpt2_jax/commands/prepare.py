@@ -20,7 +20,7 @@ from gpt2_jax.commands.command_line import parse
 from gpt2_jax.data import corpus
 from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.hellaswag import read_hellaswag, write_hellaswag
-from gpt2_jax.files import file_size
+from gpt2_jax.files import FilePath, file_size
 from gpt2_jax.report.progress import bytes_progress
 
 _BY_NAME: dict[str, corpus.Recipe] = {"kjv": corpus.kjv, "tinyshakespeare": corpus.tinyshakespeare}
@@ -28,15 +28,15 @@ _BY_NAME: dict[str, corpus.Recipe] = {"kjv": corpus.kjv, "tinyshakespeare": corp
 
 @dataclass(frozen=True)
 class Arguments:
-    source: str = "kjv"
+    source: FilePath = "kjv"
     """kjv (built in), tinyshakespeare (downloaded), or the path of a UTF-8 text file; <|endoftext|> in it begins a
     document, and its last tenth is for validation."""
     source_format: Literal["text", "nanogpt"] = "text"
     """What the file holds: text, or nanogpt: GPT-2 tokens of 16 bits without a header, nanoGPT's train.bin, whose val.bin
     is taken from beside it."""
-    output_dir: str = "data"
+    output_dir: FilePath = "data"
     """Folder for the two shards."""
-    hellaswag: str | None = None
+    hellaswag: FilePath | None = None
     """HellaSwag's JSONL file: write its questions as llm.c's evaluation file instead."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import struct
@@ -147,6 +148,14 @@ def valid_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], byte
 @every_text_reader
 def test_undamaged_text_is_read(reader, folder, valid_text):
     assert outcome_of_content(reader, folder, valid_text(reader)) == ""
+
+
+@every_text_reader
+def test_a_byte_order_mark_changes_nothing(reader, folder, valid_text):
+    assert outcome_of_content(reader, folder, codecs.BOM_UTF8 + valid_text(reader)) == ""
+    if reader != "log":  # which a run is not to fail for
+        refusal = outcome_of_content(reader, folder, valid_text(reader).decode().encode("utf-16"))
+        assert "in UTF-8, found UTF-16\n---> HINT: iconv " in refusal
 
 
 @every_text_reader
