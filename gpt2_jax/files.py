@@ -71,7 +71,7 @@ def read_text_file(
 ) -> str:
     """The content of `path`, which ought to be `what`, without a byte-order mark; `errors` as str.decode's.
 
-    Gpt2JaxError for what is no regular file, cannot be read, is longer than `max_bytes`, or is not UTF-8.
+    Gpt2JaxError for what is no regular file, cannot be read, is longer than `max_bytes`, is not UTF-8, or has zero bytes.
     """
     size = file_size(path, what, hint)
     if max_bytes is not None and size > max_bytes:
@@ -87,7 +87,8 @@ def read_text_blocks(
     errors: str = "strict",
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[str]:
-    """The text of `read_text_file` in blocks, for files that are larger than memory.
+    """The text of `read_text_file` in blocks, for files that are larger than memory. With `errors` other than strict
+    nothing that can be read is refused.
 
     `advance` is called with the number of bytes of each block that has been read.
     """
@@ -106,8 +107,13 @@ def read_text_blocks(
                 advance(len(block))
                 waiting = len(decoder.getstate()[0])  # bytes of a character that the last block ended within
                 position -= waiting
-                yield decoder.decode(block)
-                position += waiting + len(block)
+                text = decoder.decode(block)
+                position += waiting
+                if errors == "strict" and b"\0" in block:
+                    found, without = f"a zero byte at {position + block.index(0)}", _into(path, "tr -d '\\000' <", "text")
+                    raise Gpt2JaxError(f"{path}: expected {what}, found {found}", f"{without}   (drops all of them)")
+                yield text
+                position += len(block)
                 block = file.read(_BLOCK_BYTES)
             position -= len(decoder.getstate()[0])
             yield decoder.decode(b"", final=True)
@@ -115,8 +121,11 @@ def read_text_blocks(
         raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#x} at {position + error.start}"
+        is_binary = re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", error.object) is not None
+        other = f"file {shlex.quote(os.fspath(path))}   (says what it is)"
+        latin1 = f"{_into(path, 'iconv -f LATIN1 -t UTF-8', 'utf8')}   (if it is Western European)"
         raise Gpt2JaxError(
-            f"{path}: expected {what} in UTF-8, found {found}", hint or _conversion(path, "LATIN1", "if it is Western European")
+            f"{path}: expected {what} in UTF-8, found {found}", hint or (other if is_binary else latin1)
         ) from None
 
 
@@ -140,13 +149,13 @@ def _refuse_other_encodings(path: str | os.PathLike, what: str, start: bytes) ->
         ("UTF-16BE", (), "0x0x"),
     ):
         if start.startswith(marks) or (pattern and zeros == [letter == "0" for letter in pattern]):
-            raise Gpt2JaxError(f"{path}: expected {what} in UTF-8, found {encoding}", _conversion(path, encoding))
+            conversion = _into(path, f"iconv -f {encoding} -t UTF-8", "utf8")
+            raise Gpt2JaxError(f"{path}: expected {what} in UTF-8, found {encoding}", conversion)
 
 
-def _conversion(path: str | os.PathLike, encoding: str, remark: str = "") -> str:
-    """The command that makes UTF-8 of a file."""
-    source, target = shlex.quote(os.fspath(path)), shlex.quote(f"{os.fspath(path)}.utf8")
-    return f"iconv -f {encoding} -t UTF-8 {source} > {target}" + (f"   ({remark})" if remark else "")
+def _into(path: str | os.PathLike, command: str, suffix: str) -> str:
+    """The command line that runs a command on a file, the result into a file beside it."""
+    return f"{command} {shlex.quote(os.fspath(path))} > {shlex.quote(f'{os.fspath(path)}.{suffix}')}"
 
 
 @contextmanager

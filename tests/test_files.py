@@ -85,11 +85,27 @@ def test_what_is_latin_1_is_refused_with_the_command_that_converts_it(path):
     assert read_text_file(f"{path}.utf8", "a text") == "Gruß"
 
 
+@pytest.mark.parametrize("before", [0, 1, 2**20 - 1, 2**20, 2**20 + 5])
+def test_a_zero_byte_is_refused_by_its_place(tmp_path, before):
+    path = tmp_path / "a text.txt"
+    path.write_bytes("é".encode() * (before // 2) + b"x" * (before % 2) + b"\0end\0")
+    with pytest.raises(Gpt2JaxError, match=f"expected a text, found a zero byte at {before}\n---> HINT: tr ") as refused:
+        read_text_file(path, "a text")
+    subprocess.run(str(refused.value.hint).partition("   (")[0], shell=True, check=True)
+    assert read_text_file(f"{path}.text", "a text").endswith("end")
+
+
+def test_what_is_no_text_at_all_is_not_converted(path):
+    path.write_bytes(b"\x1f\x8b\x08\x01\xff")
+    with pytest.raises(Gpt2JaxError, match=f"found byte 0x8b at 1\n---> HINT: file {path} "):
+        read_text_file(path, "a text")
+
+
 @given(content=st.binary(max_size=40) | st.text(max_size=20).map(str.encode), size=st.integers(1, 9))
 def test_blocks_are_the_text_wherever_they_end(tmp_path_factory, content, size):
     """The same text, or the same error, as all bytes at once give."""
     path = tmp_path_factory.mktemp("blocks") / "text.txt"
-    path.write_bytes(b"text: " + content)
+    path.write_bytes(b"text: " + content.replace(b"\0", b"0"))
     advanced: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(files, "_BLOCK_BYTES", size)

@@ -9,7 +9,6 @@ python scripts/prepare_data.py --hellaswag hellaswag_val.jsonl  HellaSwag's ques
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +31,8 @@ class Arguments:
     """kjv (built in), tinyshakespeare (downloaded), or the path of a UTF-8 text file; <|endoftext|> in it begins a
     document, and its last tenth is for validation."""
     source_format: Literal["text", "nanogpt"] = "text"
-    """What the file holds: text, or nanogpt: GPT-2 tokens of 16 bits without a header, nanoGPT's train.bin, whose val.bin
-    is taken from beside it."""
+    """What the file holds: text, or nanogpt: GPT-2 tokens of 16 bits without a header, as in nanoGPT's train.bin, whose
+    val.bin is taken from beside it."""
     output_dir: FilePath = "data"
     """Folder for the two shards."""
     hellaswag: FilePath | None = None
@@ -57,22 +56,26 @@ def _write(arguments: Arguments) -> dict[Path, int]:
         print(f"reading and tokenizing {source} ...", flush=True)
         return corpus.write_corpus(_BY_NAME[source], source, arguments.output_dir)
     if arguments.source_format == "nanogpt":
+        if Path(source).is_dir():
+            source = str(Path(source) / "train.bin")
         other = corpus.nanogpt_validation(source)
         files = [source] if other is None else [source, str(other)]
         name = Path(source).resolve().parent.name if Path(source).name == "train.bin" else Path(source).stem
         print(f"taking over the tokens of {' and '.join(files)} ...", flush=True)
-        return _with_progress("nanoGPT's tokens", files, partial(corpus.nanogpt, source), name, arguments.output_dir)
+        return _with_progress(
+            "nanoGPT's tokens", corpus.NANOGPT_HINT, files, partial(corpus.nanogpt, source), name, arguments.output_dir
+        )
     cuts = CutRuns()
     print(f"reading and tokenizing {source} ...", flush=True)
     recipe = partial(corpus.text_file, source, cuts=cuts)
-    written = _with_progress("a text file", [source], recipe, Path(source).stem, arguments.output_dir)
+    written = _with_progress("a text file", None, [source], recipe, Path(source).stem, arguments.output_dir)
     if cuts.number:
         print(f"note: {source}: {cuts}")
     return written
 
 
 def _with_progress(
-    what: str, files: list[str], recipe: Callable[..., None], name: str, output_dir: str | os.PathLike
+    what: str, hint: str | None, files: list[str], recipe: Callable[..., None], name: str, output_dir: str
 ) -> dict[Path, int]:
-    with bytes_progress(f"reading {what}", sum(file_size(path, what, None) for path in files)) as advance:
+    with bytes_progress(f"reading {what}", sum(file_size(path, what, hint) for path in files)) as advance:
         return corpus.write_corpus(partial(recipe, advance=advance), name, output_dir)

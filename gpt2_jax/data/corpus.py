@@ -33,7 +33,7 @@ _TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 _TINYSHAKESPEARE_VALIDATION_TOKENS = 32768
 _FILE_VALIDATION_FRACTION = 0.1
 _TOKENS_AT_ONCE = 2**20
-_NANOGPT_HINT = "a train.bin of nanoGPT's data/openwebtext or data/shakespeare, which have GPT-2's tokens"
+NANOGPT_HINT = "--source openwebtext/train.bin   (or shakespeare/train.bin, which have GPT-2's tokens)"
 
 
 def kjv(train: TokenShardWriter, validation: TokenShardWriter) -> None:
@@ -129,21 +129,21 @@ def nanogpt_validation(path: str | os.PathLike) -> Path | None:
 def _nanogpt_tokens(path: Path) -> Iterator[np.ndarray]:
     """The tokens uint16 of a file, some at a time."""
     what = "nanoGPT's tokens, 16 bits each without a header"
-    size = file_size(path, what, None)
+    size = file_size(path, what, NANOGPT_HINT)
     refuse_llmc_file(path, what)
     meta = path.with_name("meta.pkl")
     if size % 2 or meta.exists():
         found = (
             f"{meta}, which says that they are of another vocabulary" if meta.exists() else f"an odd number of bytes, {size}"
         )
-        raise Gpt2JaxError(f"{path}: expected {what}, of GPT-2's vocabulary, found {found}", _NANOGPT_HINT)
+        raise Gpt2JaxError(f"{path}: expected {what}, of GPT-2's vocabulary, found {found}", NANOGPT_HINT)
     vocab_size = gpt2_tokenizer().n_vocab
     for start in range(0, size // 2, _TOKENS_AT_ONCE):
         tokens = read_array(path, "<u2", min(_TOKENS_AT_ONCE, size // 2 - start), 2 * start)
         if tokens.max() >= vocab_size:
             first = int(np.argmax(tokens >= vocab_size))
             raise Gpt2JaxError(
-                f"{path}: expected token ids below {vocab_size}, found {tokens[first]} at token {start + first}", _NANOGPT_HINT
+                f"{path}: expected token ids below {vocab_size}, found {tokens[first]} at token {start + first}", NANOGPT_HINT
             )
         yield tokens
 

@@ -47,6 +47,8 @@ def test_nanogpts_file_is_named_by_its_folder(tmp_path, capsys, monkeypatch):
     folder.mkdir()
     for name in ("train", "val"):
         np.arange(30, dtype="<u2").tofile(folder / f"{name}.bin")
+    prepare.main(["--source", str(folder), "--source-format", "nanogpt", "--output-dir", str(tmp_path / "out")])
+    assert f"taking over the tokens of {folder}/train.bin and {folder}/val.bin ..." in capsys.readouterr().out
     monkeypatch.chdir(folder)
     prepare.main(["--source", "train.bin", "--source-format", "nanogpt", "--output-dir", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["openwebtext_train.bin", "openwebtext_val.bin"]
