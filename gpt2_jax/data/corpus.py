@@ -22,7 +22,7 @@ from gpt2_jax.data.tokenizer import END_OF_TEXT, encode_chunks, gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import file_size, read_text_blocks, write_together
 from gpt2_jax.llmc.header import kind_of_file, read_array
-from gpt2_jax.llmc.token_shard import TokenShardWriter, takeover_command, token_shard_writer
+from gpt2_jax.llmc.token_shard import MAX_TOKENS, TokenShardWriter, takeover_command, token_shard_writer
 
 # Writes a corpus's tokens: to the training shard and to the validation shard.
 Recipe = Callable[[TokenShardWriter, TokenShardWriter], None]
@@ -31,6 +31,7 @@ _KJV_VALIDATION_EVERY = 20  # every 20th chapter is for validation, so that both
 _TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _TINYSHAKESPEARE_VALIDATION_TOKENS = 32768
+_BUILT_IN = "python scripts/prepare_data.py   (the built-in text, no network needed)"
 _FILE_VALIDATION_FRACTION = 0.1
 _TOKENS_AT_ONCE = 2**20
 NANOGPT_HINT = "--source openwebtext/train.bin   (or shakespeare/train.bin, which have GPT-2's tokens)"
@@ -54,11 +55,11 @@ def tinyshakespeare(train: TokenShardWriter, validation: TokenShardWriter) -> No
     except (OSError, http.client.HTTPException) as error:
         raise Gpt2JaxError(
             f"tinyshakespeare: expected to download {_TINYSHAKESPEARE_URL}, found no way to it: {error}",
-            "python scripts/prepare_data.py   (the built-in text, no network needed)",
+            _BUILT_IN,
         ) from None
     digest = hashlib.sha256(content).hexdigest()
     if digest != _TINYSHAKESPEARE_SHA256:
-        raise Gpt2JaxError(f"tinyshakespeare: expected sha256 {_TINYSHAKESPEARE_SHA256}, found {digest}")
+        raise Gpt2JaxError(f"tinyshakespeare: expected sha256 {_TINYSHAKESPEARE_SHA256}, found {digest}", _BUILT_IN)
     # The blank line stays with the part before it.
     parts = content.decode("utf-8").split("\n\n")
     tokens = encode_documents([*(part + "\n\n" for part in parts[:-1]), parts[-1]])
@@ -81,7 +82,7 @@ def text_file(
     """
     what = "a text file"
     file_size(path, what, None)
-    refuse_llmc_file(path, what)
+    _refuse_llmc_file(path, what)
     hint = f"{takeover_command(path)}   (if it holds nanoGPT's tokens)" if Path(path).suffix == ".bin" else None
     blocks = read_text_blocks(path, what, hint, advance=advance)
     document_start, is_blank = 0, True
@@ -92,7 +93,7 @@ def text_file(
             if is_blank:
                 train.truncate(document_start)
             document_start, is_blank = train.num_tokens, True
-    move_last_tenth(path, train, validation)
+    _move_last_tenth(path, train, validation)
 
 
 def nanogpt(
@@ -117,7 +118,7 @@ def nanogpt(
             shard.append(tokens)
             advance(tokens.nbytes)
     if other is None:
-        move_last_tenth(path, train, validation)
+        _move_last_tenth(path, train, validation)
 
 
 def nanogpt_validation(path: str | os.PathLike) -> Path | None:
@@ -130,13 +131,18 @@ def _nanogpt_tokens(path: Path) -> Iterator[np.ndarray]:
     """The tokens uint16 of a file, some at a time."""
     what = "nanoGPT's tokens, 16 bits each without a header"
     size = file_size(path, what, NANOGPT_HINT)
-    refuse_llmc_file(path, what)
+    _refuse_llmc_file(path, what)
     meta = path.with_name("meta.pkl")
-    if size % 2 or meta.exists():
-        found = (
-            f"{meta}, which says that they are of another vocabulary" if meta.exists() else f"an odd number of bytes, {size}"
+    if meta.exists():
+        raise Gpt2JaxError(f"{path}: expected {what}, of GPT-2's vocabulary, found {meta}, which is of another", NANOGPT_HINT)
+    if size % 2:
+        raise Gpt2JaxError(f"{path}: expected {what}, found an odd number of bytes, {size}", NANOGPT_HINT)
+    if size // 2 > MAX_TOKENS:
+        split = f"split -b 4000000000 --additional-suffix=.bin {shlex.quote(os.fspath(path))} part_"
+        raise Gpt2JaxError(
+            f"{path}: expected at most {MAX_TOKENS} tokens, as many as a shard holds, found {size // 2}",
+            f"{split}   (and take each part over: --train 'data/part_*_train.bin' takes all of their shards)",
         )
-        raise Gpt2JaxError(f"{path}: expected {what}, of GPT-2's vocabulary, found {found}", NANOGPT_HINT)
     vocab_size = gpt2_tokenizer().n_vocab
     for start in range(0, size // 2, _TOKENS_AT_ONCE):
         tokens = read_array(path, "<u2", min(_TOKENS_AT_ONCE, size // 2 - start), 2 * start)
@@ -148,7 +154,7 @@ def _nanogpt_tokens(path: Path) -> Iterator[np.ndarray]:
         yield tokens
 
 
-def refuse_llmc_file(path: str | os.PathLike, what: str) -> None:
+def _refuse_llmc_file(path: str | os.PathLike, what: str) -> None:
     """Gpt2JaxError for a file of llm.c's where another is expected."""
     if (kind := kind_of_file(path)) is not None:
         source = shlex.quote(os.fspath(path))
@@ -156,7 +162,7 @@ def refuse_llmc_file(path: str | os.PathLike, what: str) -> None:
         raise Gpt2JaxError(f"{path}: expected {what}, found {kind} of llm.c's format", hint)
 
 
-def move_last_tenth(path: str | os.PathLike, train: TokenShardWriter, validation: TokenShardWriter) -> None:
+def _move_last_tenth(path: str | os.PathLike, train: TokenShardWriter, validation: TokenShardWriter) -> None:
     """Move the last tenth of the training tokens to the validation split; Gpt2JaxError if that is less than two."""
     count = int(train.num_tokens * _FILE_VALIDATION_FRACTION)
     if count < 2:

@@ -22,9 +22,9 @@ from gpt2_jax.llmc.header import (
 )
 
 HINT = "python scripts/prepare_data.py"
-_MAX_TOKENS = 2**31 - 1  # the count is an int32, in llm.c's reader too
+MAX_TOKENS = 2**31 - 1  # the count is an int32, in llm.c's reader too
 _TOKENS_AT_ONCE = 2**20  # checked, converted and written
-_COUNT = f"a row of 1 to {_MAX_TOKENS} tokens"
+_COUNT = f"a row of 1 to {MAX_TOKENS} tokens"
 _SPLIT_HINT = "split -C 4G SOURCE part_ and prepare each part: --train 'data/part_*_train.bin' takes all of their shards"
 
 
@@ -57,7 +57,7 @@ class TokenShardWriter:
         """Write further tokens (n,), any integer dtype, each below 65536; Gpt2JaxError for others, and for too many."""
         if tokens.ndim != 1:
             raise Gpt2JaxError(f"{self._path}: expected {_COUNT}, found shape {tokens.shape}")
-        if self.num_tokens + tokens.size > _MAX_TOKENS:
+        if self.num_tokens + tokens.size > MAX_TOKENS:
             raise Gpt2JaxError(f"{self._path}: expected {_COUNT}, found at least {self.num_tokens + tokens.size}", _SPLIT_HINT)
         for start in range(0, tokens.size, _TOKENS_AT_ONCE):
             part = tokens[start : start + _TOKENS_AT_ONCE]

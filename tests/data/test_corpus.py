@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import os
 import re
 import socket
 import urllib.error
@@ -194,12 +195,13 @@ def test_of_a_nanogpt_file_that_is_alone_the_last_tenth_is_for_validation(datase
     [
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), "an odd number of bytes, 201"),
         (lambda path: np.array([*range(99), 50257], "<u2").tofile(path), "50257 at token 99"),
-        (lambda path: (path.parent / "meta.pkl").touch(), "another vocabulary"),
+        (lambda path: (path.parent / "meta.pkl").touch(), "meta.pkl, which is of another"),
         (lambda path: write_token_shard(path, np.arange(100)), "a token shard of llm.c's format\n---> HINT: .*--train '/"),
         (lambda path: path.write_bytes(b""), "0 tokens"),
+        (lambda path: os.truncate(path, 2**32), "at most 2147483647 tokens, .* found 2147483648\\n---> HINT: split -b .*'/"),
         (lambda path: path.unlink(), "no such file"),
     ],
-    ids=["odd", "large id", "other vocabulary", "shard", "empty", "missing"],
+    ids=["odd", "large id", "other vocabulary", "shard", "empty", "large", "missing"],
 )
 def test_what_is_no_file_of_nanogpts_is_refused(dataset, tmp_path, damage, found):
     path = dataset(train=range(100)).rename(tmp_path / "a folder") / "train.bin"
