@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import glob
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_type_hints
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.machine import process_lives
 
 # Opens a file for writing under a path that it gets, complete, later: atomic_write, or what write_together gives.
 Writer = Callable[[str | os.PathLike], AbstractContextManager[BinaryIO]]
@@ -260,6 +262,16 @@ def _temporary_name(path: Path) -> Path:
 def remove_temporaries(folder: str | os.PathLike, host: str, process: int) -> None:
     """Remove the temporary files that a process which is gone has left in a folder."""
     _remove_all(Path(folder).glob(f".*.{_host_in_a_name(host)}.{process}.tmp"))
+
+
+def remove_abandoned_temporaries(path: str | os.PathLike) -> None:
+    """Remove what processes of this host that are gone, killed while they wrote `path`, have left beside it."""
+    path = Path(path)
+    host = _host_in_a_name(socket.gethostname())
+    names = {
+        temporary: temporary.name.split(".")[-2] for temporary in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.tmp")
+    }
+    _remove_all(temporary for temporary, process in names.items() if process.isdigit() and not process_lives(int(process)))
 
 
 def _host_in_a_name(host: str) -> str:

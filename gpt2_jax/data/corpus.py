@@ -20,7 +20,7 @@ from gpt2_jax.data.chunks import Chunk, CutRuns, chunks, documents
 from gpt2_jax.data.kjv import kjv_chapters
 from gpt2_jax.data.tokenizer import END_OF_TEXT, encode_chunks, gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import file_size, read_text_blocks, write_together
+from gpt2_jax.files import file_size, read_text_blocks, remove_abandoned_temporaries, write_together
 from gpt2_jax.llmc.header import kind_of_file, read_array
 from gpt2_jax.llmc.token_shard import MAX_TOKENS, TokenShardWriter, takeover_command, token_shard_writer
 
@@ -186,9 +186,14 @@ def _encode(parts: Iterable[tuple[str, bool]], cuts: CutRuns) -> Iterator[tuple[
 
 
 def write_corpus(recipe: Recipe, name: str, output_dir: str | os.PathLike) -> dict[Path, int]:
-    """Write NAME_train.bin and NAME_val.bin, both or on an error neither; returns their paths and numbers of tokens."""
+    """Write NAME_train.bin and NAME_val.bin, both or on an error neither; returns their paths and numbers of tokens.
+
+    What an earlier process has left half-written of them, since it was killed, is removed.
+    """
     folder = output_folder(output_dir)
     train_path, validation_path = folder / f"{name}_train.bin", folder / f"{name}_val.bin"
+    for path in (train_path, validation_path):
+        remove_abandoned_temporaries(path)
     with (
         write_together() as write,
         token_shard_writer(train_path, write=write) as train,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,3 +91,13 @@ def test_a_process_that_is_killed_leaves_the_old_shards(tmp_path, number):
         [str(out / "mine_val.bin")],
     ]
     assert {name: (out / name).read_bytes() for name in old} == old
+    # The next one removes what is left, but not what others are writing.
+    foreign = [
+        out / f".mine_train.bin.{host}.{process}.tmp"
+        for host, process in (("elsewhere", 1), (socket.gethostname(), os.getpid()))
+    ]
+    for path in foreign:
+        path.touch()
+    source.write_text("new text " * 100, encoding="utf-8")
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path.name for path in out.iterdir()} == {*old, *(path.name for path in foreign)}
