@@ -19,8 +19,10 @@ def problems(path: Path) -> list[str]:
     strangers = [name for name in names if not name.startswith(("gpt2_jax/", f"gpt2_jax-{path.stem.split('-')[1]}.dist-info/"))]
     presets = sorted(name for name in names if name.startswith("gpt2_jax/configs/"))
     there = sorted(f"gpt2_jax/configs/{file.name}" for file in Path(__file__).parents[1].glob("configs/*.toml"))
+    assets = sorted(f"gpt2_jax/assets/{file.name}" for file in Path(__file__).parents[1].glob("gpt2_jax/assets/*"))
     checks = [
         ("presets", presets == there, there, presets),
+        ("assets", set(assets) <= set(names), assets, [name for name in names if name.startswith("gpt2_jax/assets/")]),
         ("custom calls", len(libraries) == 1, f"{LIBRARY}.so or .dylib", libraries),
         ("tags", tags[:2] == ["py3", "none"] and tags[2] != "any", "py3-none-PLATFORM", "-".join(tags)),
         ("other files", not strangers, "none", strangers),

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import read_text_file
+from gpt2_jax.files import FilePath, read_text_file, with_home
 
 _MAX_BYTES = 100_000  # of a file with settings
 
@@ -27,7 +27,7 @@ BackendName = Annotated[Literal["auto", "cpu", "cuda", "metal", "mps"], tyro.con
 
 @dataclass(frozen=True)
 class ModelSettings:
-    init: str = "d12"
+    init: FilePath = "d12"
     """Where the weights come from: a descriptor for random ones (d6 d12 d24 d36 d48 ..., gpt3:c768 ...), a llm.c model
     file (.bin), a run folder (its newest complete checkpoint), or a Hugging Face GPT-2 folder (config.json,
     model.safetensors). Files mean fine-tuning: their weights, a fresh optimizer."""
@@ -45,9 +45,9 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    train: str = "data/kjv_train.bin"
+    train: FilePath = "data/kjv_train.bin"
     """Training shards: a path or a glob; the default is the built-in text, once it is prepared."""
-    validation: str = ""
+    validation: FilePath = ""
     """Validation shards; empty: those beside --train whose name says val instead of train (my_val.bin for my_train.bin)."""
     batch_size: int = 4
     """Sequences of one micro-batch, B."""
@@ -101,7 +101,7 @@ class EvaluationSettings:
     """Show generated text before the first step, every so many steps, and after the last; 0: never."""
     sample_tokens: int = 64
     """Tokens of each sample."""
-    hellaswag: str = ""
+    hellaswag: FilePath = ""
     """llm.c's hellaswag_val.bin: score its questions whenever there is a validation, but for the first; empty: never."""
     prompt: str = ""
     """Text that each sample continues; empty: the end-of-text token, as in llm.c."""
@@ -113,7 +113,7 @@ class RunSettings:
     """Optimizer steps of the whole run, counted from 1 (a resumed run's earlier steps included); 0: one epoch."""
     seed: int = 42
     """Of the random weights and of the order of the training data; the default gives llm.c's."""
-    out_dir: str = ""
+    out_dir: FilePath = ""
     """Run folder for checkpoints, log and plot; empty: runs/NAME-TIMESTAMP. One that holds a run needs --resume."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue from the newest complete checkpoint in --out-dir."""
@@ -265,7 +265,7 @@ def load_config(path: str | Path) -> RunConfig:
                 )
             values[key] = _checked(f"{path}: {section_name}.{key}", value, types_by_key[key])
         settings[section_name] = section_type(**values)
-    return RunConfig(**settings)
+    return with_home(RunConfig(**settings))
 
 
 def format_config(config: RunConfig) -> str:

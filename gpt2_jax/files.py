@@ -1,25 +1,56 @@
-"""Reading and writing files: text of bounded size and in UTF-8, never waiting for a pipe, and never half a file.
+"""Reading and writing files: text in UTF-8, whole or in blocks, never waiting for a pipe, and never half a file.
 
 The one way in which this project writes a file: to a temporary name beside it, flushed to disk, renamed.
 """
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
 import difflib
+import glob
 import os
 import re
+import shlex
 import socket
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_type_hints
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.machine import process_lives
 
 # Opens a file for writing under a path that it gets, complete, later: atomic_write, or what write_together gives.
 Writer = Callable[[str | os.PathLike], AbstractContextManager[BinaryIO]]
+
+_BLOCK_BYTES = 2**20
+_IS_PATH = "a path"
+# The type of a setting or of an argument that is a path, a glob, or a name in whose place a path may stand. `~` in its
+# beginning is the home folder, wherever it comes from: a shell expands none within --flag=~/x or quotes, TOML has no shell.
+FilePath = Annotated[str, _IS_PATH]
+_Settings = TypeVar("_Settings")
+
+
+def with_home(settings: _Settings) -> _Settings:
+    """A copy of a dataclass, and of those in it, with the home folder for `~` in every field of a path."""
+    changes: dict[str, Any] = {}
+    for name, kind in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(value):
+            changes[name] = with_home(value)
+        elif isinstance(value, Path):
+            changes[name] = value.expanduser()
+        elif isinstance(value, str) and _is_path(kind):
+            changes[name] = os.path.expanduser(value)
+    return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+
+
+def _is_path(kind: Any) -> bool:
+    """Whether a field's type is FilePath, or may be."""
+    return kind == _IS_PATH or any(map(_is_path, (*getattr(kind, "__metadata__", ()), *get_args(kind))))
 
 
 def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
@@ -56,20 +87,93 @@ def near(path: str | os.PathLike) -> str:
 def read_text_file(
     path: str | os.PathLike, what: str, hint: str | None = None, *, max_bytes: int | None = None, errors: str = "strict"
 ) -> str:
-    """The content of `path`, which ought to be `what`; `errors` as str.decode's.
+    """The content of `path`, which ought to be `what`, without a byte-order mark; `errors` as str.decode's.
 
-    Gpt2JaxError for what is no regular file, cannot be read, is longer than `max_bytes`, or is not UTF-8.
+    Gpt2JaxError for what is no regular file, cannot be read, is longer than `max_bytes`, is not UTF-8, or has zero bytes.
     """
     size = file_size(path, what, hint)
     if max_bytes is not None and size > max_bytes:
         raise Gpt2JaxError(f"{path}: expected {what} of at most {max_bytes} bytes, found {size} bytes", hint)
+    return "".join(read_text_blocks(path, what, hint, errors=errors))
+
+
+def read_text_blocks(
+    path: str | os.PathLike,
+    what: str,
+    hint: str | None = None,
+    *,
+    errors: str = "strict",
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Iterator[str]:
+    """The text of `read_text_file` in blocks, for files that are larger than memory. With `errors` other than strict
+    nothing that can be read is refused.
+
+    `advance` is called with the number of bytes of each block that has been read.
+    """
+    file_size(path, what, hint)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    position = 0
     try:
-        return Path(path).read_bytes().decode("utf-8", errors)
+        with open(path, "rb") as file:
+            block = file.read(_BLOCK_BYTES)
+            if errors == "strict":
+                _refuse_other_encodings(path, what, block)
+            if block.startswith(codecs.BOM_UTF8):
+                position = len(codecs.BOM_UTF8)
+                block = block[position:]
+            while block:
+                advance(len(block))
+                waiting = len(decoder.getstate()[0])  # bytes of a character that the last block ended within
+                position -= waiting
+                text = decoder.decode(block)
+                position += waiting
+                if errors == "strict" and b"\0" in block:
+                    found, without = f"a zero byte at {position + block.index(0)}", _into(path, "tr -d '\\000' <", "text")
+                    raise Gpt2JaxError(f"{path}: expected {what}, found {found}", f"{without}   (drops all of them)")
+                yield text
+                position += len(block)
+                block = file.read(_BLOCK_BYTES)
+            position -= len(decoder.getstate()[0])
+            yield decoder.decode(b"", final=True)
     except OSError as error:
         raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
     except UnicodeDecodeError as error:
-        found = f"byte {error.object[error.start]:#x} at {error.start}"
-        raise Gpt2JaxError(f"{path}: expected {what} in UTF-8, found {found}", hint) from None
+        found = f"byte {error.object[error.start]:#x} at {position + error.start}"
+        is_binary = re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", error.object) is not None
+        other = f"file {shlex.quote(os.fspath(path))}   (says what it is)"
+        latin1 = f"{_into(path, 'iconv -f LATIN1 -t UTF-8', 'utf8')}   (if it is Western European)"
+        raise Gpt2JaxError(
+            f"{path}: expected {what} in UTF-8, found {found}", hint or (other if is_binary else latin1)
+        ) from None
+
+
+def json_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of JSON Lines that are not blank, numbered from 1.
+
+    Only a line feed ends a line: JSON's strings may hold the other characters at which str.splitlines ends one.
+    """
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def _refuse_other_encodings(path: str | os.PathLike, what: str, start: bytes) -> None:
+    """Gpt2JaxError for a text that begins as UTF-16 and UTF-32 begin: with a byte-order mark, or zeros in Latin letters."""
+    zeros = [byte == 0 for byte in start[:4]]
+    for encoding, marks, pattern in (
+        ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ""),
+        ("UTF-32LE", (), "x000"),
+        ("UTF-32BE", (), "000x"),
+        ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ""),
+        ("UTF-16LE", (), "x0x0"),
+        ("UTF-16BE", (), "0x0x"),
+    ):
+        if start.startswith(marks) or (pattern and zeros == [letter == "0" for letter in pattern]):
+            conversion = _into(path, f"iconv -f {encoding} -t UTF-8", "utf8")
+            raise Gpt2JaxError(f"{path}: expected {what} in UTF-8, found {encoding}", conversion)
+
+
+def _into(path: str | os.PathLike, command: str, suffix: str) -> str:
+    """The command line that runs a command on a file, the result into a file beside it."""
+    return f"{command} {shlex.quote(os.fspath(path))} > {shlex.quote(f'{os.fspath(path)}.{suffix}')}"
 
 
 @contextmanager
@@ -100,7 +204,7 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
     def write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         path = Path(path)
         temporaries[path] = _temporary_name(path)
-        with _reported(path, "to write it", "nothing was changed"), open(temporaries[path], "wb") as file:
+        with _reported(path, "to write it", "nothing was changed"), open(temporaries[path], "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -181,6 +285,16 @@ def remove_temporaries(folder: str | os.PathLike, host: str, process: int) -> No
     """Remove the temporary files that a process which is gone has left in a folder."""
     for kind in ("tmp", "old"):
         _remove_all(Path(folder).glob(f".*.{_host_in_a_name(host)}.{process}.{kind}"))
+
+
+def remove_abandoned_temporaries(path: str | os.PathLike) -> None:
+    """Remove what processes of this host that are gone, killed while they wrote `path`, have left beside it."""
+    path = Path(path)
+    host = _host_in_a_name(socket.gethostname())
+    names = {
+        temporary: temporary.name.split(".")[-2] for temporary in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.tmp")
+    }
+    _remove_all(temporary for temporary, process in names.items() if process.isdigit() and not process_lives(int(process)))
 
 
 def _host_in_a_name(host: str) -> str:

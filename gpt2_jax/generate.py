@@ -13,6 +13,7 @@ import tiktoken
 
 from gpt2_jax.compute.forward import next_token_logits
 from gpt2_jax.compute.plan import Plan
+from gpt2_jax.data.tokenizer import encode
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.random import XorShift
 
@@ -107,4 +108,4 @@ def complete(
 
 def prompt_tokens(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
     """A prompt's ids after an end-of-text token, with which every training document began."""
-    return [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
+    return [tokenizer.eot_token, *encode(tokenizer, prompt)]

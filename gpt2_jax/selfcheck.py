@@ -23,7 +23,8 @@ from gpt2_jax.compute.forward import next_token_logits
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_state
 from gpt2_jax.config import ComputeSettings, OptimizerSettings
-from gpt2_jax.data.corpus import encode_documents, kjv_chapters
+from gpt2_jax.data.corpus import encode_documents
+from gpt2_jax.data.kjv import kjv_chapters
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
 from gpt2_jax.files import atomic_write

@@ -9,12 +9,16 @@ import os
 import resource
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from gpt2_jax import files
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import atomic_write, read_text_file, write_together
+from gpt2_jax.files import atomic_write, json_lines, read_text_blocks, read_text_file, write_together
 
 TEXT = "Gruß\r\nzwei\n"
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
@@ -36,6 +40,88 @@ def test_what_is_no_utf8_is_refused_by_its_place_or_replaced(path):
     with pytest.raises(Gpt2JaxError, match=r"text.txt: expected a text in UTF-8, found byte 0xff at 2\n---> HINT: mend it"):
         read_text_file(path, "a text", "mend it")
     assert read_text_file(path, "a text", errors="replace") == "ab\ufffdc"
+
+
+@pytest.mark.parametrize("text", ["", "x", TEXT])
+def test_a_byte_order_mark_is_no_part_of_the_text(path, text):
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_text_file(path, "a text") == text
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\xff")
+    with pytest.raises(Gpt2JaxError, match=f"found byte 0xff at {3 + len(text.encode())}\n"):
+        read_text_file(path, "a text")
+
+
+def test_a_mark_within_the_text_is_part_of_it(path):
+    path.write_text("a\ufeffb", encoding="utf-8")
+    assert read_text_file(path, "a text") == "a\ufeffb"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-32", "UTF-32"),
+        ("utf-32-le", "UTF-32LE"),
+        ("utf-32-be", "UTF-32BE"),
+    ],
+)
+def test_a_text_in_another_encoding_is_refused_with_the_command_that_converts_it(tmp_path, encoding, named):
+    path = tmp_path / "a text.txt"
+    path.write_bytes("Text\n".encode(encoding))
+    with pytest.raises(Gpt2JaxError) as refused:
+        read_text_file(path, "a text", "another hint")
+    assert refused.value.problem == f"{path}: expected a text in UTF-8, found {named}"
+    subprocess.run(refused.value.hint, shell=True, check=True)
+    assert read_text_file(f"{path}.utf8", "a text") == "Text\n"
+
+
+def test_what_is_latin_1_is_refused_with_the_command_that_converts_it(path):
+    path.write_bytes("Gruß".encode("latin-1"))
+    with pytest.raises(Gpt2JaxError, match=r"found byte 0xdf at 3\n---> HINT: iconv -f LATIN1 ") as refused:
+        read_text_file(path, "a text")
+    subprocess.run(str(refused.value.hint).partition("   (")[0], shell=True, check=True)
+    assert read_text_file(f"{path}.utf8", "a text") == "Gruß"
+
+
+@pytest.mark.parametrize("before", [0, 1, 2**20 - 1, 2**20, 2**20 + 5])
+def test_a_zero_byte_is_refused_by_its_place(tmp_path, before):
+    path = tmp_path / "a text.txt"
+    path.write_bytes("é".encode() * (before // 2) + b"x" * (before % 2) + b"\0end\0")
+    with pytest.raises(Gpt2JaxError, match=f"expected a text, found a zero byte at {before}\n---> HINT: tr ") as refused:
+        read_text_file(path, "a text")
+    subprocess.run(str(refused.value.hint).partition("   (")[0], shell=True, check=True)
+    assert read_text_file(f"{path}.text", "a text").endswith("end")
+
+
+def test_what_is_no_text_at_all_is_not_converted(path):
+    path.write_bytes(b"\x1f\x8b\x08\x01\xff")
+    with pytest.raises(Gpt2JaxError, match=f"found byte 0x8b at 1\n---> HINT: file {path} "):
+        read_text_file(path, "a text")
+
+
+@given(content=st.binary(max_size=40) | st.text(max_size=20).map(str.encode), size=st.integers(1, 9))
+def test_blocks_are_the_text_wherever_they_end(tmp_path_factory, content, size):
+    """The same text, or the same error, as all bytes at once give."""
+    path = tmp_path_factory.mktemp("blocks") / "text.txt"
+    path.write_bytes(b"text: " + content.replace(b"\0", b"0"))
+    advanced: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "_BLOCK_BYTES", size)
+        try:
+            expected = path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            with pytest.raises(Gpt2JaxError, match=f" at {error.start}\n"):
+                list(read_text_blocks(path, "a text", advance=advanced.append))
+        else:
+            assert "".join(read_text_blocks(path, "a text", advance=advanced.append)) == expected
+            assert sum(advanced) == path.stat().st_size
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_only_a_line_feed_ends_a_line_of_json_lines(end):
+    assert list(json_lines(f"a{end}b\n\n \r\nc")) == [(1, f"a{end}b"), (4, "c")]
 
 
 def test_the_size_is_checked_before_anything_is_read(path):

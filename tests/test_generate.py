@@ -112,3 +112,12 @@ def test_another_models_tokenizer_is_refused(tiny_params):
 
 def test_a_prompt_begins_a_document():
     assert prompt_tokens("Hello world", gpt2_tokenizer()) == [50256, 15496, 995]
+
+
+def test_a_prompt_of_a_million_spaces_is_tokens(capsys):
+    """tiktoken itself ends the process for it."""
+    text = "Hello" + " " * 1_000_000 + "world"
+    tokenizer = gpt2_tokenizer()
+    first, *rest = prompt_tokens(text, tokenizer)
+    assert first == tokenizer.eot_token
+    assert tokenizer.decode(rest) == text

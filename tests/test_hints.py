@@ -17,7 +17,21 @@ from tests.conftest import REPOSITORY
 FROZEN = json.loads((REPOSITORY / "tests" / "commands" / "flags.json").read_text(encoding="utf-8"))
 TRAIN_FLAGS = {"--" + name.replace("_", "-") for name in FROZEN["train"]} | {"--no-shuffle", "--no-master-weights"}
 ALL_FLAGS = TRAIN_FLAGS | {"--help"} | {"--" + name.replace("_", "-") for flags in FROZEN.values() for name in flags}
-PROGRAMS = {"pip", "python", "make", "mkdir", "curl", "rm", "unset", "xcode-select", "softwareupdate", "git", "kill", "iconv"}
+PROGRAMS = {
+    "pip",
+    "python",
+    "make",
+    "mkdir",
+    "curl",
+    "rm",
+    "unset",
+    "xcode-select",
+    "softwareupdate",
+    "git",
+    "kill",
+    "iconv",
+    "split",
+}
 
 
 def texts(node: ast.expr, names: dict[str, ast.expr]) -> list[str]:

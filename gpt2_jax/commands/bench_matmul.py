@@ -18,6 +18,7 @@ import tyro
 
 from gpt2_jax.benchmark.machine import limit_threads
 from gpt2_jax.commands.command_line import parse
+from gpt2_jax.files import FilePath
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Arguments:
     """Tokens of the step, B * T."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One layer a round and few rounds: for a first look, not for a claim."""
-    plot: str | None = None
+    plot: FilePath | None = None
     """PNG file to draw the ladder into."""
     implementations: tuple[str, ...] = ()
     """Only these; by default all, and those that cannot be had are listed with the reason."""

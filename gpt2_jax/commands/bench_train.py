@@ -22,6 +22,7 @@ import tyro
 from gpt2_jax.benchmark.machine import limit_threads
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
+from gpt2_jax.files import FilePath
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Arguments:
     """Few systems and steps: for a first look, not for a claim."""
     scaling: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Measure this project's step from 256 to 8192 tokens as well."""
-    plot: str | None = None
+    plot: FilePath | None = None
     """PNG file to draw the systems into."""
 
 

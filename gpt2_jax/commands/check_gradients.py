@@ -19,13 +19,14 @@ from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import BackendName, ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import FilePath
 
 
 @dataclass(frozen=True)
 class Arguments:
     size: str = "d12"
     """Descriptor of a randomly initialized model: d6, d12, gpt3:c768 ..."""
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     """A run folder (its newest complete checkpoint), a llm.c model file or a Hugging Face folder to check instead."""
     step: int | None = None
     """Of a run folder the checkpoint of this step."""

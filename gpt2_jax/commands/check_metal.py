@@ -20,6 +20,7 @@ from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.config import RunConfig, load_config
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
+from gpt2_jax.files import FilePath
 from gpt2_jax.models.weights import model_config_from_settings
 
 
@@ -27,7 +28,7 @@ from gpt2_jax.models.weights import model_config_from_settings
 class Arguments:
     size: str | None = None
     """Descriptor of a model, by default d12, with two micro-batches of the default run's size: d6, d48, gpt3:c768 ..."""
-    config: str | None = None
+    config: FilePath | None = None
     """TOML file with a run's settings, or a preset's name, to check instead."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of products and activations; by default the TOML file's, and both for --size."""

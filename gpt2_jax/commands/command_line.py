@@ -22,13 +22,14 @@ import tyro
 import gpt2_jax
 from gpt2_jax.config import DataSettings, ModelSettings, RunConfig, load_config, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError, as_typed, program_name
+from gpt2_jax.files import FilePath, with_home
 
 _Arguments = TypeVar("_Arguments")
 
 
 def parse(arguments: type[_Arguments], description: str | None, words: list[str]) -> _Arguments:
     """The arguments of a command from the words after its name. A wrong flag ends the program with status 2."""
-    return tyro.cli(arguments, args=words, prog=program_name(), description=help_text(description))
+    return with_home(tyro.cli(arguments, args=words, prog=program_name(), description=help_text(description)))
 
 
 def help_text(description: str | None) -> str:
@@ -42,7 +43,7 @@ def help_text(description: str | None) -> str:
 @dataclass(frozen=True)
 class _RunArguments:
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-    config: str | None = None
+    config: FilePath | None = None
     """TOML file with settings, or the name of a preset: demo, gpt2_124m, gpt2_350m ..."""
     llmc: str | None = None
     """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
@@ -83,7 +84,7 @@ def parse_command_line(words: list[str], description: str | None) -> RunCommand:
         description=help_text(description),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    settings = command.settings
+    settings = with_home(command.settings)
     if seen.train is not None and seen.validation is None:
         settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, validation=""))
     settings.validate()
@@ -114,9 +115,9 @@ def find_config(name: str) -> Path:
 def _first_look(words: list[str]) -> argparse.Namespace:
     """What decides the defaults; everything else is left to the real parser."""
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first_look.add_argument("--config")
+    first_look.add_argument("--config", type=os.path.expanduser)
     first_look.add_argument("--resume", action="store_true")
-    first_look.add_argument("--out-dir", "--out_dir")
+    first_look.add_argument("--out-dir", "--out_dir", type=os.path.expanduser)
     first_look.add_argument("--train")
     first_look.add_argument("--validation")
     try:

@@ -16,11 +16,12 @@ from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import BackendName, ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import FilePath
 
 
 @dataclass(frozen=True)
 class Arguments:
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[FilePath, tyro.conf.Positional]
     """A run folder (its newest complete checkpoint), a llm.c model file, or a Hugging Face GPT-2 folder."""
     step: int | None = None
     """Of a run folder the checkpoint of this step instead."""
@@ -34,7 +35,7 @@ class Arguments:
     """Choose among the k likeliest tokens only."""
     seed: int = 1337
     """The same seed gives the same text."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """A llm.c tokenizer file; by default GPT-2's own vocabulary."""
     backend: BackendName = "auto"
     """Where the forward pass is computed."""

@@ -14,6 +14,7 @@ import tyro
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.config import RunConfig, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import FilePath
 from gpt2_jax.llmc.checkpoint_set import step_of
 from gpt2_jax.llmc.loader import loader_states
 from gpt2_jax.training.checkpoint import reshard_checkpoint
@@ -21,17 +22,17 @@ from gpt2_jax.training.checkpoint import reshard_checkpoint
 
 @dataclass(frozen=True)
 class Arguments:
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[FilePath, tyro.conf.Positional]
     """Run folder, of this project or of llm.c."""
     processes: int
     """Processes that the written checkpoint is for, llm.c's -pn."""
-    output_dir: str
+    output_dir: FilePath
     """Folder to write it to."""
     step: int | None = None
     """Of this step's checkpoint rather than the newest complete one's."""
     zero: bool = True
     """Each process keeps its part of moments and master weights (llm.c's -z 1), or all of them (-z 0)."""
-    train: str | None = None
+    train: FilePath | None = None
     """Training shards, as the run had them; like the next three only needed where the folder has no config.toml."""
     batch_size: int | None = None
     """Sequences of one micro-batch of one process from here on."""

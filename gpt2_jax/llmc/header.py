@@ -57,8 +57,7 @@ def read_header(
     except OSError as error:
         raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
     if header[0] != magic:
-        family = family_of_magic(int(header[0]))
-        found = f"a model file of the family {family.name}" if family else _FILE_KINDS.get(int(header[0]), "no file of llm.c's")
+        found = _kind_of_magic(int(header[0])) or "no file of llm.c's"
         raise Gpt2JaxError(f"{path}: expected {what} (magic {magic}), found magic {header[0]} ({found})", hint)
     if header[1] not in versions:
         expected = " or ".join(map(str, versions))
@@ -82,3 +81,17 @@ def read_array(path: str | os.PathLike, dtype: DTypeLike, count: int, offset: in
     if array.size != count:
         raise Gpt2JaxError(f"{path}: expected {count} elements at byte {offset}, found {array.size}: the file changed")
     return array
+
+
+def kind_of_file(path: str | os.PathLike) -> str | None:
+    """Which of llm.c's files a regular file is by its first word; None for none."""
+    try:
+        word = np.fromfile(path, dtype="<i4", count=1)
+    except OSError:
+        return None
+    return _kind_of_magic(int(word[0])) if word.size else None
+
+
+def _kind_of_magic(magic: int) -> str | None:
+    family = family_of_magic(magic)
+    return f"a model file of the family {family.name}" if family else _FILE_KINDS.get(magic)

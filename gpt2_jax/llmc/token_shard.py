@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import Writer, atomic_write
+from gpt2_jax.files import Writer, atomic_write, file_size
 from gpt2_jax.llmc.header import (
     HEADER_BYTES,
     MAGIC_TOKEN_SHARD,
     check_size,
     header_words,
+    kind_of_file,
     read_header,
 )
 
@@ -23,7 +27,15 @@ _PUBLISHED = {
     "edu_fineweb": "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/",
     "fineweb": "https://huggingface.co/datasets/chrisdryden/FineWebTokenizedGPT2/resolve/main/",
 }
-_MAX_TOKENS = 2**31 - 1  # the count is an int32, in llm.c's reader too
+MAX_TOKENS = 2**31 - 1  # the count is an int32, in llm.c's reader too
+_TOKENS_AT_ONCE = 2**20  # checked, converted and written
+_COUNT = f"a row of 1 to {MAX_TOKENS} tokens"
+_SPLIT_HINT = "split -C 4G SOURCE part_ and prepare each part: --train 'data/part_*_train.bin' takes all of their shards"
+
+
+def takeover_command(path: str | os.PathLike) -> str:
+    """The command that makes shards of a file of nanoGPT's."""
+    return f"{_PREPARE} --source {shlex.quote(os.fspath(path))} --source-format nanogpt"
 
 
 def hint_for(pattern: str | os.PathLike) -> str:
@@ -43,7 +55,13 @@ def hint_for(pattern: str | os.PathLike) -> str:
 
 def open_token_shard(path: str | os.PathLike) -> np.memmap:
     """The tokens (num_tokens,) uint16 of a shard, memory-mapped: nothing is read until it is looked at."""
-    what, hint = "a token shard", hint_for(path)
+    what = "a token shard"
+    file_size(path, what, hint_for(path))
+    hint = (
+        hint_for(path)
+        if kind_of_file(path)
+        else f"{takeover_command(path)}   (if it holds nanoGPT's tokens, which have no header)"
+    )
     header, size = read_header(path, what=what, magic=MAGIC_TOKEN_SHARD, versions=(1,), hint=hint)
     num_tokens = int(header[2])
     if num_tokens < 1:
@@ -52,12 +70,60 @@ def open_token_shard(path: str | os.PathLike) -> np.memmap:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
 
 
+class TokenShardWriter:
+    """A shard that is written as a stream; `token_shard_writer` makes one."""
+
+    def __init__(self, path: str | os.PathLike, file: BinaryIO):
+        self.num_tokens = 0
+        self._path, self._file = path, file
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Write further tokens (n,), any integer dtype, each below 65536; Gpt2JaxError for others, and for too many."""
+        if tokens.ndim != 1:
+            raise Gpt2JaxError(f"{self._path}: expected {_COUNT}, found shape {tokens.shape}")
+        if self.num_tokens + tokens.size > MAX_TOKENS:
+            raise Gpt2JaxError(f"{self._path}: expected {_COUNT}, found at least {self.num_tokens + tokens.size}", _SPLIT_HINT)
+        for start in range(0, tokens.size, _TOKENS_AT_ONCE):
+            part = tokens[start : start + _TOKENS_AT_ONCE]
+            if part.min() < 0 or part.max() >= 2**16:
+                raise Gpt2JaxError(f"{self._path}: expected token ids in [0, 65536), found {part.min()} to {part.max()}")
+            self._file.write(np.ascontiguousarray(part, dtype="<u2").tobytes())
+            self.num_tokens += part.size
+
+    def truncate(self, num_tokens: int) -> None:
+        """Drop all tokens but the first `num_tokens`."""
+        self._file.seek(HEADER_BYTES + 2 * num_tokens)
+        self._file.truncate()
+        self.num_tokens = num_tokens
+
+    def move_last(self, num_tokens: int, other: TokenShardWriter) -> None:
+        """Move the last `num_tokens` tokens to the end of another shard."""
+        kept = self.num_tokens - num_tokens
+        for start in range(kept, self.num_tokens, _TOKENS_AT_ONCE):
+            self._file.seek(HEADER_BYTES + 2 * start)
+            count = min(_TOKENS_AT_ONCE, self.num_tokens - start)
+            other.append(np.frombuffer(self._file.read(2 * count), dtype="<u2"))
+        self.truncate(kept)
+
+    def write_header(self) -> None:
+        """Write how many tokens there are; called once, before the first of them (as 0) and after the last."""
+        self._file.seek(0)
+        self._file.write(header_words({0: MAGIC_TOKEN_SHARD, 1: 1, 2: self.num_tokens}).tobytes())
+
+
+@contextmanager
+def token_shard_writer(path: str | os.PathLike, *, write: Writer = atomic_write) -> Iterator[TokenShardWriter]:
+    """Write a shard of 1 to 2**31 - 1 tokens as a stream; `path` gets its name when all of it is there."""
+    with write(path) as file:
+        writer = TokenShardWriter(path, file)
+        writer.write_header()  # keeps its place
+        yield writer
+        if not writer.num_tokens:
+            raise Gpt2JaxError(f"{path}: expected {_COUNT}, found none")
+        writer.write_header()
+
+
 def write_token_shard(path: str | os.PathLike, tokens: np.ndarray, *, write: Writer = atomic_write) -> None:
     """Write tokens (num_tokens,), any integer dtype, each below 65536."""
-    if tokens.ndim != 1 or not 1 <= tokens.size <= _MAX_TOKENS:
-        raise Gpt2JaxError(f"{path}: expected a row of 1 to {_MAX_TOKENS} tokens, found shape {tokens.shape}")
-    if tokens.min() < 0 or tokens.max() >= 2**16:
-        raise Gpt2JaxError(f"{path}: expected token ids in [0, 65536), found {tokens.min()} to {tokens.max()}")
-    with write(path) as file:
-        file.write(header_words({0: MAGIC_TOKEN_SHARD, 1: 1, 2: tokens.size}).tobytes())
-        file.write(np.ascontiguousarray(tokens, dtype="<u2").tobytes())
+    with token_shard_writer(path, write=write) as writer:
+        writer.append(tokens)

@@ -10,16 +10,18 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PRESETS = [f"gpt2_jax/configs/{path.name}" for path in sorted((REPOSITORY / "configs").glob("*.toml"))]
+ASSETS = [f"gpt2_jax/assets/{path.name}" for path in sorted((REPOSITORY / "gpt2_jax" / "assets").iterdir())]
 LIBRARY = "gpt2_jax/lib/libgpt2_jax_custom_calls.so"
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ([*PRESETS, LIBRARY], []),
-        ([*PRESETS[1:], LIBRARY], ["presets"]),
-        ([*PRESETS, "gpt2_jax/configs/old.toml", LIBRARY], ["presets"]),
-        (PRESETS, ["custom calls"]),
+        ([*PRESETS, *ASSETS, LIBRARY], []),
+        ([*PRESETS[1:], *ASSETS, LIBRARY], ["presets"]),
+        ([*PRESETS, "gpt2_jax/configs/old.toml", *ASSETS, LIBRARY], ["presets"]),
+        ([*PRESETS, *ASSETS[1:], LIBRARY], ["assets"]),
+        ([*PRESETS, *ASSETS], ["custom calls"]),
     ],
 )
 def test_a_wheel_is_complete(tmp_path, names, expected):

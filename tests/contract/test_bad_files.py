@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import struct
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_jax.config import RunConfig, format_config, load_config
-from gpt2_jax.data.corpus import hellaswag, text_file
+from gpt2_jax.data.chunks import CutRuns
+from gpt2_jax.data.corpus import text_file, write_corpus
+from gpt2_jax.data.hellaswag import read_hellaswag
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_config
@@ -48,6 +53,11 @@ def read_all_batches(path: str) -> None:
         loader.next_batch()
 
 
+def read_all_text(path: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(partial(text_file, path, cuts=CutRuns()), "out", folder)
+
+
 READERS: dict[str, Callable[[str], object]] = {
     "model_float32": read_model_file,
     "model_bfloat16": read_model_file,
@@ -66,8 +76,8 @@ TEXT_READERS: dict[str, Callable[[str], object]] = {
     "run_record": read_run_record,
     "settings": load_config,
     "log": lambda path: [RunLog(path).records(event) for event in ("train", "validation")],
-    "hellaswag_jsonl": hellaswag,
-    "text": text_file,
+    "hellaswag_jsonl": read_hellaswag,
+    "text": read_all_text,
     "huggingface_config": read_huggingface_config,
 }
 every_text_reader = pytest.mark.parametrize("reader", TEXT_READERS)
@@ -138,6 +148,14 @@ def valid_text(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], byte
 @every_text_reader
 def test_undamaged_text_is_read(reader, folder, valid_text):
     assert outcome_of_content(reader, folder, valid_text(reader)) == ""
+
+
+@every_text_reader
+def test_a_byte_order_mark_changes_nothing(reader, folder, valid_text):
+    assert outcome_of_content(reader, folder, codecs.BOM_UTF8 + valid_text(reader)) == ""
+    if reader != "log":  # which a run is not to fail for
+        refusal = outcome_of_content(reader, folder, valid_text(reader).decode().encode("utf-16"))
+        assert "in UTF-8, found UTF-16\n---> HINT: iconv " in refusal
 
 
 @every_text_reader

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
-import json
+import io
+import os
+import re
+import socket
 import urllib.error
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt2_jax.data import corpus
+from gpt2_jax.commands import prepare
+from gpt2_jax.data import corpus, kjv
+from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.llmc.eval_file import read_eval_file
-from gpt2_jax.llmc.token_shard import open_token_shard
+from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
 
 
 def test_the_built_in_text_is_whole_and_plain():
-    chapters = corpus.kjv_chapters()
+    chapters = kjv.kjv_chapters()
     assert len(chapters) == 1189
     assert sum(len(chapter.encode()) for chapter in chapters) > 4_000_000
     assert chapters[0].startswith("In the beginning God created the heaven and the earth. And the earth was without form")
@@ -26,126 +33,193 @@ def test_the_built_in_text_is_whole_and_plain():
     assert not any(character in chapter for chapter in chapters for character in "[]’")
 
 
-def test_both_splits_of_the_built_in_text_are_large_and_disjoint():
-    train, validation = corpus.kjv()
-    end_of_text = gpt2_tokenizer().eot_token
-    assert train.size > 900_000
-    assert validation.size > 40_000
-    assert train[0] == validation[0] == end_of_text
-    assert (train == end_of_text).sum() + (validation == end_of_text).sum() == 1189
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"another text"), gzip.compress(b"In the beginning")[:-9]])
+def test_a_damaged_built_in_text_is_refused(tmp_path, monkeypatch, content):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "kjv.txt.gz").write_bytes(content)
+    monkeypatch.setattr(kjv, "files", lambda package: tmp_path)
+    with pytest.raises(Gpt2JaxError, match=r"kjv\.txt\.gz: expected the built-in text, found"):
+        kjv.kjv_chapters()
+
+
+def test_the_built_in_texts_shards_never_change(tmp_path, monkeypatch):
+    """The same bytes on every machine and in every version: runs on them can be compared. No network is needed."""
+    monkeypatch.setattr(socket, "socket", None)
+    prepare.main(["--output-dir", str(tmp_path)])
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()} == {
+        "kjv_train.bin": "da59bd5cd571fe2ca8bf755eb4191fbe70890f2356860e196dbf283aab6da258",
+        "kjv_val.bin": "58085ef24973f6d5b7bbba2b76ef8c3a494b90dcd413ff675053a13ea7944df2",
+    }
 
 
 def test_documents_begin_with_end_of_text():
     assert corpus.encode_documents(["Hello world", "Hello"]).tolist() == [50256, 15496, 995, 50256, 15496]
 
 
-def test_a_text_file_splits_into_documents_and_a_last_tenth(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text("Hello world " * 50 + "<|endoftext|>" + "Hello " * 50, encoding="utf-8")
-    train, validation = corpus.text_file(path)
+def made(recipe: corpus.Recipe, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of both splits, through the files."""
+    paths = list(corpus.write_corpus(recipe, "made", folder))
+    assert [path.name for path in paths] == ["made_train.bin", "made_val.bin"]
+    return np.asarray(open_token_shard(paths[0])), np.asarray(open_token_shard(paths[1]))
+
+
+def text_of(path: Path) -> corpus.Recipe:
+    return partial(corpus.text_file, path, cuts=CutRuns())
+
+
+@pytest.fixture
+def book(tmp_path):
+    return tmp_path / "book.txt"
+
+
+def test_a_text_file_splits_into_documents_and_a_last_tenth(book, tmp_path):
+    book.write_text("Hello world " * 50 + "<|endoftext|>" + "Hello " * 50, encoding="utf-8")
+    train, validation = made(text_of(book), tmp_path / "new" / "folder")
     tokens = np.concatenate([train, validation])
     assert validation.size == tokens.size // 10
-    assert (tokens == 50256).sum() == 2
+    assert tokens.tolist() == corpus.encode_documents(["Hello world " * 50, "Hello " * 50]).tolist()
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n \u3000\n", " " * 100_000])
+@pytest.mark.parametrize("texts", [("{}", "words " * 40), ("words " * 40, "{}"), ("one " * 20, "{}", "{}", "two " * 20)])
+def test_documents_of_white_space_alone_are_left_out(book, tmp_path, texts, blank):
+    book.write_text("<|endoftext|>".join(texts).replace("{}", blank), encoding="utf-8")
+    tokens = np.concatenate(made(text_of(book), tmp_path))
+    assert tokens.tolist() == corpus.encode_documents([text for text in texts if text != "{}"]).tolist()
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe", "expected a text file in UTF-8, found byte 0xff at 0"), (b"Hi", "enough text")]
+    ("content", "message"),
+    [
+        (b"abc \xff", "expected a text file in UTF-8, found byte 0xff at 4"),
+        ("Grüße".encode("latin-1"), "found byte 0xfc at 2\n---> HINT: iconv -f LATIN1 -t UTF-8 "),
+        ("word ".encode("utf-16"), "found UTF-16\n---> HINT: iconv -f UTF-16 -t UTF-8 "),
+        (b"Hi", "enough text for two splits, found 2 tokens\n---> HINT: "),
+        (b" \n" * 100_000, "enough text for two splits, found 0 tokens\n---> HINT: "),
+        (b"", "enough text for two splits, found 0 tokens\n---> HINT: "),
+    ],
 )
-def test_unusable_text_files_are_refused(tmp_path, content, message):
-    path = tmp_path / "book.txt"
-    path.write_bytes(content)
+def test_unusable_text_files_are_refused(book, tmp_path, content, message):
+    book.write_bytes(content)
     with pytest.raises(Gpt2JaxError, match=message):
-        corpus.text_file(path)
+        made(text_of(book), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_missing_text_file_is_refused(tmp_path):
     with pytest.raises(Gpt2JaxError, match="expected a text file"):
-        corpus.text_file(tmp_path / "none.txt")
-
-
-def test_shards_hold_the_tokens(tmp_path):
-    made = corpus.Corpus(np.arange(10, dtype=np.uint16), np.arange(5, dtype=np.uint16))
-    train_path, validation_path = corpus.write_corpus(made, "mine", tmp_path / "new" / "folder")
-    assert (train_path.name, validation_path.name) == ("mine_train.bin", "mine_val.bin")
-    np.testing.assert_array_equal(open_token_shard(train_path), made.train)
-    np.testing.assert_array_equal(open_token_shard(validation_path), made.validation)
+        made(text_of(tmp_path / "none.txt"), tmp_path)
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("no network"), http.client.IncompleteRead(b"no network")])
-def test_tinyshakespeare_without_a_network_is_an_honest_error(monkeypatch, error):
+def test_tinyshakespeare_without_a_network_is_an_honest_error(monkeypatch, tmp_path, error):
     def refuse(*arguments, **options):
         raise error
 
     monkeypatch.setattr(corpus.urllib.request, "urlopen", refuse)
     with pytest.raises(Gpt2JaxError, match=r"found no way to it(.|\n)*python scripts/prepare_data.py"):
-        corpus.tinyshakespeare()
+        made(corpus.tinyshakespeare, tmp_path)
 
 
-def test_another_file_in_tinyshakespeares_place_is_refused():
+@pytest.fixture
+def download(monkeypatch):
+    """A function that sets what a download gives."""
+    return lambda content: monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
+
+
+def test_another_file_in_tinyshakespeares_place_is_refused(download, tmp_path):
+    download(b"<html>")
     with pytest.raises(Gpt2JaxError, match="expected sha256"):
-        corpus.tinyshakespeare_from_bytes(b"<html>")
+        made(corpus.tinyshakespeare, tmp_path)
 
 
-def test_tinyshakespeares_recipe(monkeypatch):
+def test_tinyshakespeares_recipe(monkeypatch, download, tmp_path):
     """The blank line stays with the part before it, the first tokens are for validation."""
     text = "A:\nOne.\n\nB:\nTwo.\n\nC:\nThree.\n"
     monkeypatch.setattr(corpus, "_TINYSHAKESPEARE_SHA256", hashlib.sha256(text.encode()).hexdigest())
     monkeypatch.setattr(corpus, "_TINYSHAKESPEARE_VALIDATION_TOKENS", 4)
-    train, validation = corpus.tinyshakespeare_from_bytes(text.encode())
+    download(text.encode())
+    train, validation = made(corpus.tinyshakespeare, tmp_path)
     expected = gpt2_tokenizer().encode("<|endoftext|>" + text.replace("\n\n", "\n\n<|endoftext|>"), allowed_special="all")
     assert validation.tolist() == expected[:4]
     assert train.tolist() == expected[4:]
 
 
-QUESTION = {
-    "ind": 24,
-    "ctx": "Roof shingle removal: A man is sitting on a roof. he",
-    "endings": ["a.", "b b.", "c.", "d."],
-    "label": 3,
-}
+def test_a_corpus_is_written_whole_or_not_at_all(tmp_path):
+    def recipe(num_train: int, num_validation: int) -> corpus.Recipe:
+        def write(train, validation):
+            train.append(np.arange(num_train))
+            validation.append(np.arange(num_validation))
+
+        return write
+
+    paths = corpus.write_corpus(recipe(5, 5), "text", tmp_path)
+    for bad in (recipe(9, 0), recipe(0, 9), recipe(9, 2**16 + 1)):
+        with pytest.raises(Gpt2JaxError, match=r"text_(train|val)\.bin: expected"):
+            corpus.write_corpus(bad, "text", tmp_path)
+    assert [open_token_shard(path).size for path in paths] == [5, 5]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
-def test_hellaswags_questions_have_endings_after_a_space(tmp_path):
-    path = tmp_path / "hellaswag_val.jsonl"
-    path.write_text("\n".join(json.dumps(QUESTION | {"label": label}) for label in (3, 0)), encoding="utf-8")
-    examples = corpus.hellaswag(path)
-    assert [example.label for example in examples] == [3, 0]
-    tokenizer = gpt2_tokenizer()
-    assert tokenizer.decode(examples[0].context.tolist()) == QUESTION["ctx"]
-    assert [tokenizer.decode(part.tolist()) for part in examples[1].completions] == [" a.", " b b.", " c.", " d."]
-    written = corpus.write_examples(examples, "hellaswag_val", tmp_path / "data")
-    assert written == tmp_path / "data" / "hellaswag_val.bin"
-    assert [example.label for example in read_eval_file(written)] == [3, 0]
+@pytest.fixture
+def dataset(tmp_path):
+    """A function that makes a folder of nanoGPT's: files of uint16 by name."""
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+
+    def make(**files) -> Path:
+        for name, ids in files.items():
+            np.array(ids, "<u2").tofile(folder / f"{name}.bin")
+        return folder
+
+    return make
+
+
+def test_nanogpts_splits_are_taken_over_as_they_are(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_TOKENS_AT_ONCE", 7)
+    ids = np.random.default_rng(0).integers(0, 50257, 120)
+    folder = dataset(train=ids[:100], val=ids[100:])
+    train, validation = made(partial(corpus.nanogpt, folder / "train.bin"), tmp_path)
+    assert (train.tolist(), validation.tolist()) == (ids[:100].tolist(), ids[100:].tolist())
+
+
+@pytest.mark.parametrize("files", [{"train": range(100)}, {"mine": range(100), "val": [9]}], ids=["no val.bin", "another name"])
+def test_of_a_nanogpt_file_that_is_alone_the_last_tenth_is_for_validation(dataset, tmp_path, files):
+    path = dataset(**files) / f"{next(iter(files))}.bin"
+    train, validation = made(partial(corpus.nanogpt, path), tmp_path)
+    assert (train.tolist(), validation.tolist()) == ([*range(90)], [*range(90, 100)])
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("damage", "found"),
     [
-        "",
-        "{",
-        "[]",
-        "7",
-        json.dumps({"ctx": "a"}),
-        json.dumps(QUESTION | {"label": 4}),
-        json.dumps(QUESTION | {"label": "x"}),
-        json.dumps(QUESTION | {"endings": ["a"]}),
-        json.dumps(QUESTION | {"endings": 5}),
-        json.dumps(QUESTION | {"ctx": ""}),
-        json.dumps(QUESTION | {"ctx": 5}),
-        "[" * 100_000,
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "an odd number of bytes, 201"),
+        (lambda path: np.array([*range(99), 50257], "<u2").tofile(path), "50257 at token 99"),
+        (lambda path: (path.parent / "meta.pkl").touch(), "meta.pkl, which is of another"),
+        (lambda path: write_token_shard(path, np.arange(100)), "a token shard of llm.c's format\n---> HINT: .*--train '/"),
+        (lambda path: path.write_bytes(b""), "0 tokens"),
+        (lambda path: os.truncate(path, 2**32), "at most 2147483647 tokens, .* found 2147483648\\n---> HINT: split -b .*'/"),
+        (lambda path: path.unlink(), "no such file"),
     ],
-    ids=range(12),
+    ids=["odd", "large id", "other vocabulary", "shard", "empty", "large", "missing"],
 )
-def test_a_line_that_is_no_question_is_named(tmp_path, line):
-    path = tmp_path / "hellaswag_val.jsonl"
-    path.write_text(json.dumps(QUESTION) + "\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(Gpt2JaxError, match="expected an object with ctx, 4 endings and the label of one on line 2"):
-        corpus.hellaswag(path)
+def test_what_is_no_file_of_nanogpts_is_refused(dataset, tmp_path, damage, found):
+    path = dataset(train=range(100)).rename(tmp_path / "a folder") / "train.bin"
+    damage(path)
+    with pytest.raises(Gpt2JaxError, match=found):
+        made(partial(corpus.nanogpt, path), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_corpus_is_written_whole_or_not_at_all(tmp_path):
-    old, new = np.arange(5, dtype=np.uint16), np.arange(9, dtype=np.uint16)
-    paths = corpus.write_corpus(corpus.Corpus(old, old), "text", tmp_path)
-    with pytest.raises(Gpt2JaxError, match=r"text_val\.bin: expected a row of 1 to"):
-        corpus.write_corpus(corpus.Corpus(new, new[:0]), "text", tmp_path)
-    assert [open_token_shard(path).size for path in paths] == [5, 5]
+def test_tokens_given_as_text_are_refused_with_the_command_that_takes_them(dataset, tmp_path):
+    folder = dataset(train=[50256, 0xD8FF] * 100)
+    command = f"python scripts/prepare_data.py --source {folder / 'train.bin'} --source-format nanogpt"
+    with pytest.raises(Gpt2JaxError, match=f"expected a text file in UTF-8, found .*\n---> HINT: {re.escape(command)}"):
+        made(text_of(folder / "train.bin"), tmp_path)
+    with pytest.raises(Gpt2JaxError, match=f"expected a token shard .*\n---> HINT: {re.escape(command)}"):
+        open_token_shard(folder / "train.bin")
+    write_token_shard(folder / "train.bin", np.arange(100))
+    with pytest.raises(
+        Gpt2JaxError, match=r"expected a text file, found a token shard of llm.c's format\n---> HINT: .*--train "
+    ):
+        made(text_of(folder / "train.bin"), tmp_path)

@@ -66,10 +66,12 @@ def test_ids_that_16_bits_cannot_hold_are_not_written(path, bad):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("shape", [(0,), (2, 3), (2**31,)])
-def test_rows_that_the_header_cannot_count_are_not_written(path, shape):
+@pytest.mark.parametrize(
+    ("shape", "found"), [((0,), "none"), ((2, 3), r"shape \(2, 3\)"), ((2**31,), "at least 2147483648\n---> HINT: split")]
+)
+def test_rows_that_the_header_cannot_count_are_not_written(path, shape, found):
     tokens = np.broadcast_to(np.uint16(0), shape)
-    with pytest.raises(Gpt2JaxError, match="expected a row of 1 to 2147483647 tokens, found shape"):
+    with pytest.raises(Gpt2JaxError, match=f"expected a row of 1 to 2147483647 tokens, found {found}"):
         write_token_shard(path, tokens)
     assert not path.exists()
 
