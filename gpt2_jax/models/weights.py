@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import numpy as np
 
 from gpt2_jax.config import ModelSettings
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.families.family import family_of_descriptor, is_descriptor
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
+from gpt2_jax.interop.huggingface import read_huggingface_folder
+from gpt2_jax.interop.huggingface_config import read_huggingface_config
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import SEED, initialize_parameters
 
 
-def load_weights(settings: ModelSettings, seed: int = SEED) -> tuple[GPT2Config, np.ndarray]:
+def load_weights(
+    settings: ModelSettings, seed: int = SEED, *, say: Callable[[str], None] = announce
+) -> tuple[GPT2Config, np.ndarray]:
     """Sizes and flat buffer (num_parameters,) float32 of what `settings.init` names: a descriptor (llm.c's random
-    initialization with this seed), a llm.c model file, or a Hugging Face GPT-2 folder. Gpt2JaxError for anything else."""
+    initialization with this seed), a llm.c model file, or a Hugging Face GPT-2 folder. Gpt2JaxError for anything else.
+
+    `say` gets what the user should know of another program's file.
+    """
     config = model_config_from_settings(settings)
     if config is not None:
         return config, initialize_parameters(config, seed)
     if os.path.isdir(settings.init):
-        return read_huggingface_folder(settings.init)
+        return read_huggingface_folder(settings.init, say=say)
     return read_model_file(settings.init)
 
 
@@ -33,7 +40,7 @@ def read_sizes(settings: ModelSettings) -> GPT2Config:
     if config is not None:
         return config
     if os.path.isdir(settings.init):
-        return read_huggingface_config(os.path.join(settings.init, "config.json"))
+        return read_huggingface_config(os.path.join(settings.init, "config.json")).sizes
     return read_model_config(settings.init)
 
 

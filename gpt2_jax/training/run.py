@@ -124,7 +124,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         params = resumed.params
     else:
         display.line(f"making the weights of {config.model.init} ...")
-        params = load_weights(config.model, config.run.seed)[1]
+        params = load_weights(config.model, config.run.seed, say=display.line)[1]
     begins_in_bfloat16 = config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
     if config.rounds_parameters or begins_in_bfloat16:
         params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
