@@ -40,7 +40,8 @@ class ModelSettings:
     max_sequence_length: int | None = None
     """Rows of the position table."""
     vocab_size: int | None = None
-    """Token ids; the table is padded to a multiple of 128."""
+    """Token ids; the table is padded to a multiple of 128. Of more than GPT-2's 50257, samples never choose those that pad
+    to a multiple of 64 (50304)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class EvaluationSettings:
     hellaswag: str = ""
     """llm.c's hellaswag_val.bin: score its questions whenever there is a validation, but for the first; empty: never."""
     prompt: str = ""
-    """Text that each sample continues; empty: the end-of-text token, as in llm.c."""
+    """Text that each sample continues; empty: the end-of-text token, as in llm.c. <|endoftext|> in it ends a document and
+    begins the next, as in the texts of prepare."""
 
 
 @dataclass(frozen=True)

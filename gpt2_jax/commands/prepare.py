@@ -18,7 +18,8 @@ from gpt2_jax.data import corpus
 @dataclass(frozen=True)
 class Arguments:
     source: str = "kjv"
-    """kjv (built in), tinyshakespeare (downloaded), or the path of a UTF-8 text file."""
+    """kjv (built in), tinyshakespeare (downloaded), or the path of a UTF-8 text file, in which <|endoftext|> ends a document
+    and begins the next, as in prompts."""
     output_dir: str = "data"
     """Folder for the two shards."""
     hellaswag: str | None = None
