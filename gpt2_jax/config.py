@@ -29,8 +29,8 @@ BackendName = Annotated[Literal["auto", "cpu", "cuda", "metal", "mps"], tyro.con
 class ModelSettings:
     init: str = "d12"
     """Where the weights come from: a descriptor for random ones (d6 d12 d24 d36 d48 ..., gpt3:c768 ...), a llm.c model
-    file (.bin), or a Hugging Face GPT-2 folder (config.json, model.safetensors). Files mean fine-tuning: their
-    weights, a fresh optimizer."""
+    file (.bin), a Hugging Face GPT-2 folder (config.json, and model.safetensors or pytorch_model.bin), or nanoGPT's
+    ckpt.pt. Files mean fine-tuning: their weights, a fresh optimizer."""
     num_layers: int | None = None
     """Other than the descriptor's; like the next four only with a descriptor."""
     num_heads: int | None = None

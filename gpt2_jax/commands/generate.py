@@ -20,7 +20,7 @@ from gpt2_jax.errors import Gpt2JaxError
 @dataclass(frozen=True)
 class Arguments:
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A llm.c model file, or a Hugging Face GPT-2 folder."""
+    """A llm.c model file, a Hugging Face GPT-2 folder, or nanoGPT's ckpt.pt."""
     prompt: str = ""
     """Text to continue; empty: begin a document. <|endoftext|> in it ends a document and begins the next, as in the texts
     of prepare. Of a prompt longer than its positions the model sees the end."""

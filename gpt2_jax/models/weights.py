@@ -14,6 +14,7 @@ from gpt2_jax.families.family import family_of_descriptor, is_descriptor
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.huggingface_config import read_huggingface_config
+from gpt2_jax.interop.nanogpt import is_nanogpt_checkpoint, read_nanogpt_checkpoint, read_nanogpt_sizes
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import SEED, initialize_parameters
 
@@ -22,7 +23,8 @@ def load_weights(
     settings: ModelSettings, seed: int = SEED, *, say: Callable[[str], None] = announce
 ) -> tuple[GPT2Config, np.ndarray]:
     """Sizes and flat buffer (num_parameters,) float32 of what `settings.init` names: a descriptor (llm.c's random
-    initialization with this seed), a llm.c model file, or a Hugging Face GPT-2 folder. Gpt2JaxError for anything else.
+    initialization with this seed), a llm.c model file, a Hugging Face GPT-2 folder, or nanoGPT's ckpt.pt. Gpt2JaxError
+    for anything else.
 
     `say` gets what the user should know of another program's file.
     """
@@ -31,6 +33,8 @@ def load_weights(
         return config, initialize_parameters(config, seed)
     if os.path.isdir(settings.init):
         return read_huggingface_folder(settings.init, say=say)
+    if is_nanogpt_checkpoint(settings.init):
+        return read_nanogpt_checkpoint(settings.init, say=say)
     return read_model_file(settings.init)
 
 
@@ -41,6 +45,8 @@ def read_sizes(settings: ModelSettings) -> GPT2Config:
         return config
     if os.path.isdir(settings.init):
         return read_huggingface_config(os.path.join(settings.init, "config.json")).sizes
+    if is_nanogpt_checkpoint(settings.init):
+        return read_nanogpt_sizes(settings.init)
     return read_model_config(settings.init)
 
 
