@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,15 @@ import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.files import read_text_file
 from gpt2_jax.interop.huggingface_config import read_huggingface_config
 from gpt2_jax.interop.state_dict import parameters_from
 from gpt2_jax.interop.stored_tensors import open_tensors
+
+_MAX_VOCABULARY_BYTES = 100_000_000
+# GPT-2's tokens but the last, the end of text, in the order of their ids and as vocab.json writes them, one a line.
+_NUM_GPT2_TOKENS = 50256
+_GPT2_TOKENS_SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
 
 
 def read_huggingface_folder(
@@ -23,7 +31,7 @@ def read_huggingface_folder(
     The weights are model.safetensors or pytorch_model.bin, in one file or in shards with an index. Raises Gpt2JaxError
     for a folder without them, and for a model that is not a GPT-2 that this project can compute: a setting of
     config.json, a tensor too many or too few, a wrong shape. Settings that no GPT-2 has are ignored, as by
-    transformers, and listed to `say`.
+    transformers, and listed to `say`; as is a tokenizer in the folder that is not GPT-2's.
     """
     folder = Path(folder)
     config_path = folder / "config.json"
@@ -38,4 +46,24 @@ def read_huggingface_folder(
     if unknown:
         listed = ", ".join(f"{name} = {value!r:.40}" for name, value in unknown.items())
         say(f"{config_path}: ignored, as transformers' GPT-2 does, what is no setting of it: {listed}")
+    if (tokenizer := _other_tokenizer(folder)) is not None:
+        say(f"{tokenizer}: not GPT-2's tokens: text is written, and prepared for training, in other tokens than the model's")
     return config, params
+
+
+def _other_tokenizer(folder: Path) -> Path | None:
+    """The file of a tokenizer in the folder whose first tokens are not GPT-2's; None where they are, or where there is none.
+
+    Others may follow them: padding and added tokens.
+    """
+    path = next((folder / name for name in ("vocab.json", "tokenizer.json") if os.path.lexists(folder / name)), None)
+    if path is None:
+        return None
+    try:
+        content = json.loads(read_text_file(path, "a vocabulary", max_bytes=_MAX_VOCABULARY_BYTES))
+        ids = content["model"]["vocab"] if path.name == "tokenizer.json" else content
+        tokens = {token_id: token for token, token_id in ids.items()}
+        found = "\n".join(tokens[token_id] for token_id in range(_NUM_GPT2_TOKENS))
+    except (Gpt2JaxError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return path
+    return None if hashlib.sha256(found.encode(errors="replace")).hexdigest() == _GPT2_TOKENS_SHA256 else path

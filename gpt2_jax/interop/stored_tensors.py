@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes as ml_dtypes  # with it imported, safetensors can give NumPy arrays of bfloat16
 import numpy as np
@@ -28,7 +27,7 @@ _HINT = "a folder that transformers' save_pretrained wrote, with all its files"
 _SAFETENSORS = "GPT-2 weights in safetensors"
 _PYTORCH = "GPT-2 weights of PyTorch"
 # In the order in which transformers looks for them; of each the files that it has, and whether it is an index of shards.
-_WEIGHTS = {
+WEIGHTS_FILES = {
     "model.safetensors": (_SAFETENSORS, False),
     "model.safetensors.index.json": (_SAFETENSORS, True),
     "pytorch_model.bin": (_PYTORCH, False),
@@ -41,10 +40,18 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool
 class StoredTensor:
     """A tensor of a file, not yet read."""
 
-    path: Path  # of its file, for errors
+    path: Path  # of its file
+    hint: str  # how to come by such a file
     shape: tuple[int, ...]
     dtype: str  # NumPy's name, of dtypes that NumPy lacks the file's own
     read: Callable[[], np.ndarray]  # Gpt2JaxError where the file cannot be read
+
+    def refused(self, expected: str, found: object) -> Gpt2JaxError:
+        """What to raise where the file has not what was expected of it."""
+        return Gpt2JaxError(f"{self.path}: expected {expected}, found {found}", self.hint)
+
+
+_Opener = Callable[[Path, ExitStack], dict[str, StoredTensor]]  # of one file, which the stack closes
 
 
 @contextmanager
@@ -54,16 +61,19 @@ def open_tensors(folder: Path) -> Iterator[dict[str, StoredTensor]]:
     Gpt2JaxError for a folder without weights, a file that cannot be read as what its name says, an index that names
     files elsewhere, and shards that hold other tensors than the index says.
     """
-    name = next((name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
+    name = next((name for name in WEIGHTS_FILES if os.path.lexists(folder / name)), None)
     if name is None:
-        raise Gpt2JaxError(f"{folder}: expected GPT-2 weights, one of {', '.join(_WEIGHTS)}, found none of them", _HINT)
-    what, is_index = _WEIGHTS[name]
-    open_file = _open_safetensors if what is _SAFETENSORS else _open_pytorch
+        raise Gpt2JaxError(f"{folder}: expected GPT-2 weights, one of {', '.join(WEIGHTS_FILES)}, found none of them", _HINT)
+    what, is_index = WEIGHTS_FILES[name]
+    open_file = _open_safetensors if what == _SAFETENSORS else _open_pytorch
     with ExitStack() as stack:
         yield _open_shards(folder / name, open_file, stack) if is_index else open_file(folder / name, stack)
 
 
-def _open_shards(index: Path, open_file: Callable[[Path, ExitStack], dict[str, StoredTensor]], stack: ExitStack) -> Any:
+def _open_shards(
+    index: Path, open_file: Callable[[Path, ExitStack], dict[str, StoredTensor]], stack: ExitStack
+) -> dict[str, StoredTensor]:
+    """The tensors of all shards, which must be those of the index."""
     shard_of = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(shard_of.values())):
@@ -103,6 +113,8 @@ def _open_safetensors(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
     with _reported(path):
         file = stack.enter_context(safe_open(path, framework="numpy"))
         names = list(file.keys())
+    if not names:
+        raise Gpt2JaxError(f"{path}: expected {_SAFETENSORS}, found no tensor", _HINT)
 
     def stored(name: str) -> StoredTensor:
         def read() -> np.ndarray:
@@ -111,7 +123,8 @@ def _open_safetensors(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
 
         with _reported(path):
             part = file.get_slice(name)
-            return StoredTensor(path, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()), read)
+            dtype = part.get_dtype()
+            return StoredTensor(path, _HINT, tuple(part.get_shape()), _DTYPES.get(dtype, dtype), read)
 
     return {name: stored(name) for name in names}
 
@@ -127,32 +140,33 @@ def _reported(path: Path) -> Iterator[None]:
 def _open_pytorch(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
     folder = str(path.parent)
     convert = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained({folder!r}).save_pretrained({folder!r})"
-    hint = f"python -c {shlex.quote(convert)}   (where transformers is installed: writes safetensors)"
-    return tensors_of_state(read_torch_file(path, _PYTORCH, hint), path)
+    without_torch = f"where transformers is installed, to get safetensors: python -c {shlex.quote(convert)}"
+    return tensors_of_state(read_torch_file(path, _PYTORCH, _HINT, without_torch=without_torch), path, _HINT)
 
 
-def tensors_of_state(state: object, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a state dict that PyTorch loaded from `path`; Gpt2JaxError for anything else."""
+def tensors_of_state(state: object, path: Path, hint: str) -> dict[str, StoredTensor]:
+    """The tensors of a state dict that PyTorch loaded from `path`; Gpt2JaxError, with this hint, for anything else."""
     import torch
 
-    if not isinstance(state, dict):
-        raise Gpt2JaxError(f"{path}: expected a state dict, tensors by name, found {type(state).__name__}", _HINT)
+    if not isinstance(state, dict) or not state:
+        found = "none" if state == {} else type(state).__name__
+        raise Gpt2JaxError(f"{path}: expected a state dict, tensors by name, found {found}", hint)
 
     def stored(name: str, value: torch.Tensor) -> StoredTensor:
         # NumPy has no bfloat16; every other dtype is passed on as it is.
         def read() -> np.ndarray:
             return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
-        return StoredTensor(path, tuple(value.shape), str(value.dtype).removeprefix("torch."), read)
+        return StoredTensor(path, hint, tuple(value.shape), str(value.dtype).removeprefix("torch."), read)
 
     tensors = {}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise Gpt2JaxError(f"{path}: expected only tensors in the state dict, found {type(value).__name__} {name!r}", _HINT)
+            raise Gpt2JaxError(f"{path}: expected only tensors in the state dict, found {type(value).__name__} {name!r}", hint)
         value = value.detach()
         # A damaged file can claim more elements than it holds.
         plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise Gpt2JaxError(f"{path}: expected {name} with all its elements, found a tensor of another kind", _HINT)
+            raise Gpt2JaxError(f"{path}: expected {name} with all its elements, found a tensor of another kind", hint)
         tensors[str(name)] = stored(str(name), value)
     return tensors

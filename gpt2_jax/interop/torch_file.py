@@ -19,11 +19,11 @@ _FIRST_SAFE_TORCH = (2, 6)
 _INSTALL = "pip install --upgrade 'torch>=2.6'"
 
 
-def read_torch_file(path: str | os.PathLike, what: str, hint: str) -> object:
+def read_torch_file(path: str | os.PathLike, what: str, hint: str, *, without_torch: str | None = None) -> object:
     """What torch.save wrote to `path`, which ought to be `what`: tensors on the CPU, mapped rather than read if possible.
 
-    `hint` is another way to such weights. Gpt2JaxError without a torch that is new enough, for a damaged file, and for one
-    that holds other objects than tensors and plain containers.
+    Gpt2JaxError without a torch that is new enough, for a damaged file, and for one that holds other objects than tensors
+    and plain containers. `hint` says how to come by a right file, `without_torch` what can be done instead of installing it.
     """
     path = Path(path)
     file_size(path, what, hint)
@@ -32,7 +32,8 @@ def read_torch_file(path: str | os.PathLike, what: str, hint: str) -> object:
         found = (
             "none" if version is None else f"{'.'.join(map(str, version))}, in which a file can run programs (CVE-2025-32434)"
         )
-        raise Gpt2JaxError(f"{path}: expected torch 2.6 or newer, to read {what}, found {found}", f"{_INSTALL}   (or {hint})")
+        install = _INSTALL if without_torch is None else f"{_INSTALL}   (or {without_torch})"
+        raise Gpt2JaxError(f"{path}: expected torch 2.6 or newer, to read {what}, found {found}", install)
     import torch
 
     try:
@@ -42,7 +43,8 @@ def read_torch_file(path: str | os.PathLike, what: str, hint: str) -> object:
 
 
 def _found(error: Exception) -> str:
-    """The one line of torch's message that says what is wrong."""
+    """What torch's message says is wrong, in one line."""
     if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"the object {named[1]}, whose loading could run a program"
-    return f"a file that torch cannot load: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
+    message = str(error).partition("\n")[0].partition(". ")[0]
+    return f"a file that torch cannot load: {message or type(error).__name__}"

@@ -15,6 +15,7 @@ from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.huggingface_config import read_huggingface_config
 from gpt2_jax.interop.nanogpt import is_nanogpt_checkpoint, read_nanogpt_checkpoint, read_nanogpt_sizes
+from gpt2_jax.interop.stored_tensors import WEIGHTS_FILES
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import SEED, initialize_parameters
 
@@ -31,8 +32,8 @@ def load_weights(
     config = model_config_from_settings(settings)
     if config is not None:
         return config, initialize_parameters(config, seed)
-    if os.path.isdir(settings.init):
-        return read_huggingface_folder(settings.init, say=say)
+    if (folder := _huggingface_folder(settings.init)) is not None:
+        return read_huggingface_folder(folder, say=say)
     if is_nanogpt_checkpoint(settings.init):
         return read_nanogpt_checkpoint(settings.init, say=say)
     return read_model_file(settings.init)
@@ -43,11 +44,18 @@ def read_sizes(settings: ModelSettings) -> GPT2Config:
     config = model_config_from_settings(settings)
     if config is not None:
         return config
-    if os.path.isdir(settings.init):
-        return read_huggingface_config(os.path.join(settings.init, "config.json")).sizes
+    if (folder := _huggingface_folder(settings.init)) is not None:
+        return read_huggingface_config(os.path.join(folder, "config.json")).sizes
     if is_nanogpt_checkpoint(settings.init):
         return read_nanogpt_sizes(settings.init)
     return read_model_config(settings.init)
+
+
+def _huggingface_folder(init: str) -> str | None:
+    """A folder, or that of a file of weights in one; None for any other file."""
+    if os.path.isdir(init):
+        return init
+    return os.path.dirname(init) or "." if os.path.basename(init) in WEIGHTS_FILES else None
 
 
 def model_config_from_settings(settings: ModelSettings) -> GPT2Config | None:

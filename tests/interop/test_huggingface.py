@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from gpt2_jax.config import ModelSettings
+from gpt2_jax.data.tokenizer import gpt2_tokenizer, token_bytes
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.interop.huggingface import read_huggingface_folder
+from gpt2_jax.models.weights import load_weights, read_sizes
 from tests.conftest import TINY
 from tests.contract.guard import no_hang
 from tests.interop.folders import DTYPES, cut, state_dict, write_config, write_folder
@@ -245,3 +248,46 @@ def test_a_folder_is_read_without_jax(tmp_path, tiny_params, dtype):
     output = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True).stdout
     expected = float(abs(tiny_params.astype(DTYPES[dtype]).astype(np.float32)).sum())
     assert output == f"{expected} []\n"
+
+
+def gpt2s_tokens() -> dict[str, int]:
+    """GPT-2's vocab.json: the 256 bytes as printable characters, merges and the end of text."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shown = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    tokens = token_bytes(gpt2_tokenizer())
+    return {"".join(shown[byte] for byte in token): i for i, token in enumerate(tokens[:-1])} | {"<|endoftext|>": 50256}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("vocab.json", lambda: gpt2s_tokens(), False),
+        ("vocab.json", lambda: gpt2s_tokens() | {"<pad>": 50257}, False),
+        ("tokenizer.json", lambda: {"model": {"type": "BPE", "vocab": gpt2s_tokens(), "merges": []}}, False),
+        ("vocab.json", lambda: gpt2s_tokens() | {"!": 1, '"': 0}, True),
+        ("vocab.json", lambda: {"a": 0, "b": 1}, True),
+        ("tokenizer.json", lambda: {"model": {"type": "BPE", "vocab": {"a": 0}}}, True),
+        ("tokenizer.json", lambda: {"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}, True),
+        ("vocab.json", list, True),
+        ("vocab.json", lambda: {"a": [3]}, True),
+        ("vocab.json", lambda: {"\ud800": 0}, True),
+    ],
+)
+def test_a_tokenizer_that_is_not_gpt2s_is_said(tmp_path, tensors, name, content, told):
+    folder, said = write_folder(tmp_path, TINY, tensors), []
+    (folder / name).write_text(json.dumps(content()), encoding="utf-8")
+    read_huggingface_folder(folder, say=said.append)
+    assert [f"{folder / name}: not GPT-2's tokens" in line for line in said] == [True] * told
+
+
+def test_a_file_of_weights_stands_for_its_folder(tmp_path, tensors, tiny_params):
+    path = write_folder(tmp_path, TINY, tensors) / "model.safetensors"
+    settings = ModelSettings(init=str(path))
+    assert read_sizes(settings) == TINY
+    np.testing.assert_array_equal(load_weights(settings)[1], tiny_params)
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    with pytest.raises(Gpt2JaxError, match="expected GPT-2 weights in safetensors, found no tensor"):
+        read_huggingface_folder(write_folder(tmp_path, TINY, {}))

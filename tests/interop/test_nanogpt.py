@@ -145,6 +145,19 @@ def test_missing_arguments_are_nanogpts_defaults(tmp_path, tiny_params):
     assert dataclasses.astuple(sizes) == (1024, 50304, 12, 12, 768)
 
 
+def test_masks_beside_no_biases_are_checked(tmp_path, tiny_params):
+    """nanoGPT keeps them where PyTorch has no flash attention; they are called bias too."""
+    import torch
+
+    checkpoint = checkpoint_of(TINY, tiny_params, bias=False)
+    T = TINY.max_sequence_length
+    checkpoint["model"]["_orig_mod.transformer.h.0.attn.bias"] = torch.tril(torch.ones(T, T)).view(1, 1, T, T)
+    assert read_nanogpt_checkpoint(write(tmp_path / "ckpt.pt", checkpoint), say=quiet)[0] == TINY
+    checkpoint["model"]["_orig_mod.transformer.h.0.attn.bias"][0, 0, 3, 5] = 1
+    with pytest.raises(Gpt2JaxError, match=r"expected h.0.attn.bias to be the causal mask, found another"):
+        read_nanogpt_checkpoint(write(tmp_path / "ckpt.pt", checkpoint), say=quiet)
+
+
 def changed(**arguments):
     return lambda checkpoint, path: checkpoint["model_args"].update(arguments)
 

@@ -124,7 +124,7 @@ def test_a_state_dict_of_other_things_is_refused(tmp_path, tiny_params, damage, 
 
 
 @with_torch
-@pytest.mark.parametrize("content", [[1, 2], "text", None])
+@pytest.mark.parametrize("content", [[1, 2], "text", None, {}])
 def test_a_file_of_another_object_is_refused(tmp_path, content):
     with pytest.raises(Gpt2JaxError, match="expected a state dict, tensors by name, found"):
         read_huggingface_folder(write_bin(tmp_path, content))
@@ -149,7 +149,7 @@ def test_a_torch_in_which_files_can_run_programs_is_refused_unimported(tmp_path,
     monkeypatch.setitem(sys.modules, "torch", None)  # an import would fail
     (tmp_path / "x.bin").write_bytes(b"PK")
     with pytest.raises(Gpt2JaxError) as caught:
-        read_torch_file(tmp_path / "x.bin", "weights", "another way")
+        read_torch_file(tmp_path / "x.bin", "weights", "a right file", without_torch="another way")
     assert f"found {version.partition('+')[0]}, in which a file can run programs (CVE-2025-32434)" in caught.value.problem
     assert caught.value.hint == "pip install --upgrade 'torch>=2.6'   (or another way)"
 
@@ -161,7 +161,9 @@ def test_without_torch_the_hint_installs_it_or_converts(tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(Gpt2JaxError, match=r"expected torch 2.6 or newer, to read .*, found none") as caught:
         read_huggingface_folder(tmp_path)
-    assert caught.value.hint.startswith("pip install --upgrade 'torch>=2.6'   (or python -c ")
+    assert caught.value.hint.startswith(
+        "pip install --upgrade 'torch>=2.6'   (or where transformers is installed, to get safetensors: python -c "
+    )
     assert len(str(caught.value).splitlines()) == 2
 
 
