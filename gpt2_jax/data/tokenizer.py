@@ -55,7 +55,7 @@ def num_sampled_ids(tokenizer: tiktoken.Encoding, vocab_size: int) -> int:
 
 
 def other_ids(tokenizer: tiktoken.Encoding, vocab_size: int) -> str | None:
-    """What to tell the user of a model that has ids beyond the tokenizer's; None for one that has none."""
+    """The remark on a model that has ids beyond the tokenizer's; None for a model without them."""
     first, last = tokenizer.n_vocab, vocab_size - 1
     if last < first:
         return None

@@ -45,9 +45,9 @@ def read_huggingface_folder(
         params = parameters_from(config, tensors, linear_as="conv1d")
     if unknown:
         listed = ", ".join(f"{name} = {value!r:.40}" for name, value in unknown.items())
-        say(f"{config_path}: ignored, as transformers' GPT-2 does, what is no setting of it: {listed}")
+        say(f"{config_path}: ignored settings, which transformers' GPT-2 does not have either: {listed}")
     if (tokenizer := _other_tokenizer(folder)) is not None:
-        say(f"{tokenizer}: not GPT-2's tokens: text is written, and prepared for training, in other tokens than the model's")
+        say(f"{tokenizer}: these are not GPT-2's tokens, in which this project prepares data, reads prompts and writes text")
     return config, params
 
 

@@ -37,7 +37,7 @@ _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", 
 _EPSILON = 1e-5  # of every LayerNorm
 _OFF = (None, False)
 
-# Of other architectures: whoever writes one of these with another value means a model that is no GPT-2.
+# Settings of other architectures. A folder that has one with a value not listed here holds no GPT-2.
 _OF_OTHER_MODELS: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": (None, "absolute"),
     "hidden_act": (None, *_TANH_GELU),

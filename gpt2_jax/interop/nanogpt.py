@@ -50,9 +50,9 @@ def read_nanogpt_checkpoint(path: str | os.PathLike, *, say: Callable[[str], Non
     path = Path(path)
     config, biases, state = _read(path)
     params = parameters_from(config, tensors_of_state(state, path, _HINT), linear_as="linear", biases=biases)
-    say(f"{path}: nanoGPT computes GELU exactly, this project as GPT-2 by its tanh approximation, at most 0.0005 from it")
+    say(f"{path}: nanoGPT computes GELU exactly; this project uses GPT-2's approximation, which differs by at most 0.0005")
     if not biases:
-        say(f"{path}: the model has no biases; here it has, zeros at first, which training changes")
+        say(f"{path}: the model has no biases; this project adds biases of zero, which training will change")
     return config, params
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-import ml_dtypes
 import numpy as np
 
 from gpt2_jax.buffer.layout import ParameterLayout
@@ -19,7 +18,7 @@ _CLASSIFIER = "lm_head.weight"
 _MASK = re.compile(r"h\.(?P<layer>\d{1,9})\.attn\.(?:masked_)?bias")
 _FLOATS = ("float32", "float16", "bfloat16")
 # -10000 as bfloat16 has it; after such a score softmax is 0.
-_LARGEST_MASKED_SCORE = float(ml_dtypes.bfloat16(-1e4))
+_LARGEST_MASKED_SCORE = -9984.0
 
 
 def state_dict_names(layout: ParameterLayout) -> Iterator[tuple[str, int, str]]:

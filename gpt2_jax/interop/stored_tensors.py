@@ -47,7 +47,7 @@ class StoredTensor:
     read: Callable[[], np.ndarray]  # Gpt2JaxError where the file cannot be read
 
     def refused(self, expected: str, found: object) -> Gpt2JaxError:
-        """What to raise where the file has not what was expected of it."""
+        """The error for a file that holds something else than was expected."""
         return Gpt2JaxError(f"{self.path}: expected {expected}, found {found}", self.hint)
 
 

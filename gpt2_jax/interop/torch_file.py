@@ -43,7 +43,7 @@ def read_torch_file(path: str | os.PathLike, what: str, hint: str, *, without_to
 
 
 def _found(error: Exception) -> str:
-    """What torch's message says is wrong, in one line."""
+    """What is wrong, in one line of torch's message."""
     if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"the object {named[1]}, whose loading could run a program"
     message = str(error).partition("\n")[0].partition(". ")[0]

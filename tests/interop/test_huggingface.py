@@ -160,7 +160,7 @@ def test_settings_of_no_gpt2_are_said_once(tmp_path, tensors, capsys):
     said = []
     read_huggingface_folder(folder, say=said.append)
     assert len(said) == 1
-    assert said[0].endswith("what is no setting of it: my_note = 'hello'")
+    assert said[0].endswith("does not have either: my_note = 'hello'")
     read_huggingface_folder(folder)
     assert "my_note = 'hello'" in capsys.readouterr().err
 
@@ -278,7 +278,7 @@ def test_a_tokenizer_that_is_not_gpt2s_is_said(tmp_path, tensors, name, content,
     folder, said = write_folder(tmp_path, TINY, tensors), []
     (folder / name).write_text(json.dumps(content()), encoding="utf-8")
     read_huggingface_folder(folder, say=said.append)
-    assert [f"{folder / name}: not GPT-2's tokens" in line for line in said] == [True] * told
+    assert [f"{folder / name}: these are not GPT-2's tokens" in line for line in said] == [True] * told
 
 
 def test_a_file_of_weights_stands_for_its_folder(tmp_path, tensors, tiny_params):

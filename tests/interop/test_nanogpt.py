@@ -128,9 +128,9 @@ def test_a_checkpoint_computes_what_nanogpt_computes(tmp_path, tiny_params, tiny
     found = jax.jit(lambda params: all_logits(plan_of(config), params, x_BT))(params)
     np.testing.assert_allclose(found, nanogpt_logits(checkpoint, x_BT), rtol=0, atol=1e-5)
     assert len(said) == 1 + (not bias)
-    assert "by its tanh approximation, at most 0.0005 from it" in said[0]
+    assert "GPT-2's approximation, which differs by at most 0.0005" in said[0]
     if not bias:
-        assert "the model has no biases; here it has, zeros at first" in said[1]
+        assert "this project adds biases of zero" in said[1]
         views = config.layout.views(params)
         assert all(not views[name].any() for name in ("ln1b", "qkvb", "attprojb", "ln2b", "fcb", "fcprojb", "lnfb"))
 
