@@ -29,8 +29,9 @@ BackendName = Annotated[Literal["auto", "cpu", "cuda", "metal", "mps"], tyro.con
 class ModelSettings:
     init: FilePath = "d12"
     """Where the weights come from: a descriptor for random ones (d6 d12 d24 d36 d48 ..., gpt3:c768 ...), a llm.c model
-    file (.bin), a run folder (its newest complete checkpoint), or a Hugging Face GPT-2 folder (config.json,
-    model.safetensors). Files mean fine-tuning: their weights, a fresh optimizer."""
+    file (.bin), a run folder (its newest complete checkpoint), a Hugging Face GPT-2 folder (config.json, and
+    model.safetensors or pytorch_model.bin), or nanoGPT's ckpt.pt. Files mean fine-tuning: their weights, a fresh
+    optimizer."""
     num_layers: int | None = None
     """Other than the descriptor's; like the next four only with a descriptor."""
     num_heads: int | None = None
@@ -40,7 +41,8 @@ class ModelSettings:
     max_sequence_length: int | None = None
     """Rows of the position table."""
     vocab_size: int | None = None
-    """Token ids; the table is padded to a multiple of 128."""
+    """Token ids; the table is padded to a multiple of 128. Of more than GPT-2's 50257, samples never choose those that pad
+    to a multiple of 64 (50304)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class EvaluationSettings:
     hellaswag: FilePath = ""
     """llm.c's hellaswag_val.bin: score its questions whenever there is a validation, but for the first; empty: never."""
     prompt: str = ""
-    """Text that each sample continues; empty: the end-of-text token, as in llm.c."""
+    """Text that each sample continues; empty: the end-of-text token, as in llm.c. <|endoftext|> in it ends a document and
+    begins the next, as in the texts of prepare."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ def _typed(command: str) -> str:
     return f"{started.name} {command}".rstrip()
 
 
+def announce(text: str) -> None:
+    """Tell the user something that is no error, where standard output has the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Run a command's main and end the process: status 0, 2 for a Gpt2JaxError, 130 for Ctrl-C, 141 when the pipe that
     reads the output has closed; no traceback for these.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
 import jax
@@ -13,8 +13,8 @@ import tiktoken
 
 from gpt2_jax.compute.forward import next_token_logits
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.data.tokenizer import encode
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.data.tokenizer import END_OF_TEXT, encode, num_sampled_ids, other_ids, text_of
+from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.llmc.random import XorShift
 
 SEED = 1337  # llm.c's; every sample of a run starts from it, so that samples of different steps can be compared
@@ -29,37 +29,45 @@ def generate(
     num_tokens: int,
     *,
     temperature: float = 1.0,
-    top_k: int | None = None,
+    top_k: int = 0,
+    num_choices: int | None = None,
     seed: int = SEED,
 ) -> Iterator[int]:
-    """Yield `num_tokens` token ids that continue `prompt` (at least one id).
+    """Yield `num_tokens` token ids that continue `prompt` (at least one id), all below `num_choices` if it is given.
 
     The model sees as much of the text's end as it has positions. There is no cache: every token costs a full forward
-    pass over the text so far, padded to a power of two so that few lengths are compiled.
+    pass over the text so far, padded to a power of two so that few lengths are compiled. Gpt2JaxError for a prompt with
+    an id that is none of the model's.
     """
-    tokens = list(prompt)
+    tokens, vocab_size = list(prompt), plan.config.vocab_size
+    if not tokens or not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        found = next((token for token in tokens if not 0 <= token < vocab_size), "none")
+        raise Gpt2JaxError(f"prompt: expected at least one token id, all below the model's {vocab_size}, found {found}")
     generator, longest = XorShift(seed), plan.config.max_sequence_length
     for _ in range(num_tokens):
         context = tokens[-longest:]
         length = min(max(_SHORTEST_COMPILED_LENGTH, 1 << (len(context) - 1).bit_length()), longest)
         x_1T = np.zeros((1, length), dtype=np.int32)
         x_1T[0, : len(context)] = context
-        logits_V = next_token_logits(plan, params_N, x_1T, np.int32(len(context) - 1))
-        token = sample(np.asarray(logits_V), generator.uniform(), temperature=temperature, top_k=top_k)
+        logits_V = np.asarray(next_token_logits(plan, params_N, x_1T, np.int32(len(context) - 1)))
+        token = sample(logits_V[:num_choices], generator.uniform(), temperature=temperature, top_k=top_k)
         tokens.append(token)
         yield token
 
 
-def sample(logits_V: np.ndarray, coin: np.float32, *, temperature: float = 1.0, top_k: int | None = None) -> int:
+def sample(logits_V: np.ndarray, coin: np.float32, *, temperature: float = 1.0, top_k: int = 0) -> int:
     """The token that a uniform `coin` in [0, 1) picks from softmax(logits / temperature), float32.
 
-    With `top_k` only the k largest logits count; temperature 0 takes the largest. At temperature 1 without top_k this
-    is llm.c's sample_softmax: exponentials without a shift, their total in float64, the running sum in float32.
+    With `top_k` above 0 only the k largest logits count; temperature 0 takes the largest. At temperature 1 without top_k
+    this is llm.c's sample_softmax: exponentials without a shift, their total in float64, the running sum in float32.
     """
     if temperature == 0:
         return int(np.argmax(logits_V))
-    scaled_V = logits_V if temperature == 1 else logits_V / np.float32(temperature)
-    if top_k is not None and top_k < scaled_V.size:
+    scaled_V = logits_V
+    if temperature != 1:
+        with np.errstate(over="ignore"):  # near temperature 0 the others' weights are exp(-inf), zero
+            scaled_V = ((logits_V - logits_V.max()).astype(np.float64) / temperature).astype(np.float32)
+    if 0 < top_k < scaled_V.size:
         threshold = np.partition(scaled_V, -top_k)[-top_k]
         scaled_V = np.where(scaled_V >= threshold, scaled_V, -np.inf)
     if scaled_V.max() > _LARGEST_EXPONENT:
@@ -78,18 +86,23 @@ def complete(
     *,
     max_tokens: int,
     temperature: float = 1.0,
-    top_k: int | None = None,
+    top_k: int = 0,
     seed: int = SEED,
+    say: Callable[[str], None] = announce,
 ) -> Iterator[str]:
-    """Yield pieces of text that continue `prompt` up to an end-of-text token or `max_tokens`.
+    """Pieces of text that continue `prompt` up to an end-of-text token or `max_tokens`; `params` is the flat buffer.
 
-    `params` is the flat buffer. Raises Gpt2JaxError when the tokenizer's vocabulary is not the model's.
+    A model with more ids than the tokenizer is one with padding or with added tokens, as `num_sampled_ids` has it, which is
+    told to `say`. Gpt2JaxError for one with fewer: it was trained with another tokenizer.
     """
-    if tokenizer.n_vocab != plan.config.vocab_size:
+    vocab_size = plan.config.vocab_size
+    if vocab_size < tokenizer.n_vocab:
         raise Gpt2JaxError(
-            f"tokenizer: expected the model's {plan.config.vocab_size} tokens, found {tokenizer.n_vocab}",
+            f"tokenizer: expected at most the model's {vocab_size} tokens, found {tokenizer.n_vocab}",
             "--tokenizer FILE.bin   (the tokenizer file that the model was trained with)",
         )
+    if remark := other_ids(tokenizer, vocab_size):
+        say(remark)
     tokens = generate(
         plan,
         jnp.asarray(params),
@@ -97,15 +110,26 @@ def complete(
         max_tokens,
         temperature=temperature,
         top_k=top_k,
+        num_choices=num_sampled_ids(tokenizer, vocab_size),
         seed=seed,
     )
+    return _text_pieces(tokens, tokenizer)
+
+
+def _text_pieces(tokens: Iterator[int], tokenizer: tiktoken.Encoding) -> Iterator[str]:
     # A character's bytes may span tokens; it appears with its last byte.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in takewhile(lambda token: token != tokenizer.eot_token, tokens):
-        yield decoder.decode(tokenizer.decode_single_token_bytes(token))
+        yield decoder.decode(text_of(tokenizer, token))
     yield decoder.decode(b"", final=True)
 
 
 def prompt_tokens(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
-    """A prompt's ids after an end-of-text token, with which every training document began."""
-    return [tokenizer.eot_token, *encode(tokenizer, prompt)]
+    """A prompt's ids after an end-of-text token, with which every training document began.
+
+    '<|endoftext|>' in the prompt is that token, as in the text of a training corpus: it ends a document and begins the
+    next. No document but the last may be blank, so one at the prompt's beginning adds nothing.
+    """
+    *ended, begun = prompt.split(END_OF_TEXT)
+    documents = [*(document for document in ended if document.strip()), begun]
+    return [token for document in documents for token in (tokenizer.eot_token, *encode(tokenizer, document))]

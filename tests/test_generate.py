@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_jax.compute.forward import all_logits
-from gpt2_jax.data.tokenizer import gpt2_tokenizer
+from gpt2_jax.data.chunks import CutRuns
+from gpt2_jax.data.corpus import text_file, write_corpus
+from gpt2_jax.data.tokenizer import gpt2_tokenizer, num_sampled_ids
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.generate import complete, generate, prompt_tokens, sample
 from gpt2_jax.llmc.random import XorShift
+from gpt2_jax.llmc.token_shard import open_token_shard
 from gpt2_jax.models.initialize import initialize_parameters
 from tests.conftest import TINY, plan_of
 
@@ -105,9 +110,56 @@ def test_a_character_of_several_tokens_appears_whole(english_model, monkeypatch)
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_another_models_tokenizer_is_refused(tiny_params):
-    with pytest.raises(Gpt2JaxError, match="expected the model's 203 tokens, found 50257"):
-        list(complete(plan_of(), tiny_params, gpt2_tokenizer(), "", max_tokens=1))
+def test_the_tokenizer_of_a_larger_vocabulary_is_refused_before_any_text(tiny_params):
+    with pytest.raises(Gpt2JaxError, match="expected at most the model's 203 tokens, found 50257"):
+        complete(plan_of(), tiny_params, gpt2_tokenizer(), "", max_tokens=1)
+
+
+@pytest.mark.parametrize(("prompt", "found"), [([5, 203], "203"), ([-1], "-1"), ([50256], "50256"), ([], "none")])
+def test_a_prompt_of_ids_that_the_model_lacks_is_refused(tiny_params, prompt, found):
+    """Out of range a gather takes another row, and says nothing."""
+    with pytest.raises(Gpt2JaxError, match=f"at least one token id, all below the model's 203, found {found}$"):
+        list(generate(plan_of(), jnp.asarray(tiny_params), prompt, 1))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "expected"),
+    [(50257, 50257), (50258, 50258), (50259, 50259), (50264, 50264), (50304, 50257), (50368, 50257), (51200, 50257)],
+)
+def test_padding_is_told_from_added_tokens(vocab_size, expected):
+    assert num_sampled_ids(gpt2_tokenizer(), vocab_size) == expected
+
+
+def model_that_prefers(vocab_size, logits):
+    """A model whose logits are always these, and 0 for all other ids."""
+    config = GPT2Config(max_sequence_length=16, vocab_size=vocab_size, num_layers=1, num_heads=1, channels=8)
+    params = np.zeros(config.layout.num_parameters, np.float32)
+    views = config.layout.views(params)
+    views["lnfb"][0] = 1
+    for token, logit in logits.items():
+        views["wte"][token, 0] = logit
+    return plan_of(config), params
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"temperature": 0.8, "top_k": 2}], ids=str)
+def test_padding_of_the_vocabulary_is_never_chosen(options):
+    plan, params = model_that_prefers(50304, {50257: 70, 50303: 75, 995: 60})
+    said = []
+    pieces = complete(plan, params, gpt2_tokenizer(), "Hello", max_tokens=3, say=said.append, **options)
+    assert "".join(pieces) == " world" * 3
+    assert said == ["vocabulary: the model's ids from 50257 to 50303 are taken for padding and never chosen"]
+
+
+def test_added_tokens_are_shown_as_such():
+    plan, params = model_that_prefers(50258, {50257: 70, 995: 50})
+    said = []
+    assert "".join(complete(plan, params, gpt2_tokenizer(), "Hello", max_tokens=2, say=said.append)) == "<|50257|><|50257|>"
+    assert said == ["vocabulary: the model's ids from 50257 to 50257 are no tokens of the tokenizer, and shown as <|50257|>"]
+
+
+def test_nothing_is_said_of_gpt2s_own_vocabulary():
+    plan, params = model_that_prefers(50257, {995: 50})
+    assert "".join(complete(plan, params, gpt2_tokenizer(), "", max_tokens=1, say=pytest.fail)) == " world"
 
 
 def test_a_prompt_begins_a_document():
@@ -121,3 +173,51 @@ def test_a_prompt_of_a_million_spaces_is_tokens(capsys):
     first, *rest = prompt_tokens(text, tokenizer)
     assert first == tokenizer.eot_token
     assert tokenizer.decode(rest) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("", [50256]),
+        ("<|endoftext|>", [50256]),
+        ("<|endoftext|>Hello world", [50256, 15496, 995]),
+        ("Hello<|endoftext|>", [50256, 15496, 50256]),
+        ("Hello<|endoftext|> world", [50256, 15496, 50256, 995]),
+        ("Hello<|endoftext|>\n<|endoftext|><|endoftext|> world", [50256, 15496, 50256, 995]),
+    ],
+)
+def test_the_mark_of_a_documents_end_is_one_token(prompt, ids):
+    assert prompt_tokens(prompt, gpt2_tokenizer()) == ids
+
+
+# No byte-order mark: it is no part of a file's text.
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\ufeff\r"), min_size=1, max_size=8)
+
+
+@given(documents=st.lists(TEXTS | st.sampled_from(["", " ", "<|endoftext", "|>"]), max_size=4), last=TEXTS)
+def test_a_prompt_has_the_tokens_of_a_corpus(tmp_path_factory, documents, last):
+    text = "<|endoftext|>".join([*documents, f"{last}."])
+    path = tmp_path_factory.getbasetemp() / "book.txt"
+    path.write_bytes(f"{text}<|endoftext|>{'more ' * 50}".encode())
+    ids = prompt_tokens(text, gpt2_tokenizer())
+    train_path, _ = write_corpus(partial(text_file, path, cuts=CutRuns()), "book", path.parent)
+    assert open_token_shard(train_path)[: len(ids)].tolist() == ids
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 5e-324, 1e-300])
+def test_every_low_temperature_is_nearly_greedy(temperature):
+    logits = np.array([-3e38, 3.0, 1.0, 3e4, 2.9e4], np.float32)
+    assert sample(logits, np.float32(0.999), temperature=temperature) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e10, 1e308])
+def test_every_high_temperature_is_nearly_even(temperature):
+    logits = np.array([0.0, 3.0, 1.0, 2.9], np.float32)
+    chosen = [sample(logits, np.float32(coin), temperature=temperature) for coin in (0.1, 0.3, 0.6, 0.9)]
+    assert chosen == [0, 1, 2, 3]
+
+
+def test_top_k_of_zero_or_of_more_than_all_is_all():
+    logits = np.zeros(4, np.float32)
+    for top_k in (0, 4, 5, 10**9):
+        assert [sample(logits, np.float32(coin), top_k=top_k) for coin in (0.1, 0.3, 0.6, 0.9)] == [0, 1, 2, 3]

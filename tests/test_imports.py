@@ -36,7 +36,10 @@ READS_SETTINGS = (
     *("gpt2_jax.training", "gpt2_jax.commands", "gpt2_jax.gradient_check", "gpt2_jax.selfcheck", "gpt2_jax.doctor"),
     *("gpt2_jax.benchmark", "scripts"),
 )
-WITHOUT_JAX = ("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.buffer.layout", "gpt2_jax.families", "gpt2_jax.llmc")
+WITHOUT_JAX = (
+    *("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.buffer.layout", "gpt2_jax.families", "gpt2_jax.llmc"),
+    "gpt2_jax.interop",
+)
 NEEDS_JAX = {"jax", "jaxlib", "flax", "optax"}
 
 

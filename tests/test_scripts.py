@@ -111,8 +111,17 @@ def test_generate_continues_a_text_the_same_way_for_the_same_seed(tmp_path):
     assert texts[0] == texts[1]
     assert texts[0].startswith("In the beginning")
     assert len(texts[0]) > len("In the beginning\n")
-    _, error = run("generate.py", path, "--temperature", "-1", status=2)
-    assert "error: expected" in error
+    for flag, value in (
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-k", "-1"),
+        ("--seed", "0"),
+        ("--max-tokens", "0"),
+    ):
+        output, error = run("generate.py", path, flag, value, status=2)
+        assert error.startswith(f"error: {flag}: expected ")
+        assert f"---> HINT: {flag} " in error
+        assert output == ""
 
 
 def test_the_starter_pack_has_llmcs_names_and_sizes(tiny_params, tiny_shards, tmp_path):

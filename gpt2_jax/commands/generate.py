@@ -6,6 +6,7 @@ python scripts/generate.py runs/NAME --step 300 --prompt "In the beginning"
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,29 +23,35 @@ from gpt2_jax.files import FilePath
 @dataclass(frozen=True)
 class Arguments:
     checkpoint: Annotated[FilePath, tyro.conf.Positional]
-    """A run folder (its newest complete checkpoint), a llm.c model file, or a Hugging Face GPT-2 folder."""
+    """A run folder (its newest complete checkpoint), a llm.c model file, a Hugging Face GPT-2 folder, or nanoGPT's
+    ckpt.pt."""
     step: int | None = None
     """Of a run folder the checkpoint of this step instead."""
     prompt: str = ""
-    """Text to continue; empty: begin a document."""
+    """Text to continue; empty: begin a document. <|endoftext|> in it ends a document and begins the next, as in the texts
+    of prepare. Of a prompt longer than its positions the model sees the end."""
     max_tokens: int = 256
     """Tokens to generate; the end of the document stops earlier."""
-    temperature: float = 1.0
-    """Below 1: safer, above: wilder; 0: always the likeliest token."""
-    top_k: int | None = None
-    """Choose among the k likeliest tokens only."""
+    temperature: float = 0.8
+    """Below 1: safer, above: wilder; 1: the model's own probabilities; 0: always the likeliest token."""
+    top_k: int = 50
+    """Choose among the k likeliest tokens only; 0: among all."""
     seed: int = 1337
     """The same seed gives the same text."""
     tokenizer: FilePath | None = None
-    """A llm.c tokenizer file; by default GPT-2's own vocabulary."""
+    """A llm.c tokenizer file; by default GPT-2's own vocabulary. Ids of the model beyond it are never chosen where they pad
+    the model's table to a multiple of 64 (50304); otherwise they are added tokens, shown as <|50257|>."""
     backend: BackendName = "auto"
     """Where the forward pass is computed."""
 
     def validate(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or (self.top_k is not None and self.top_k < 1) or self.seed < 1:
+        for name, lowest in (("max_tokens", 1), ("top_k", 0), ("seed", 1)):
+            if getattr(self, name) < lowest:
+                flag = f"--{name.replace('_', '-')}"
+                raise Gpt2JaxError(f"{flag}: expected at least {lowest}, found {getattr(self, name)}", f"{flag} {lowest}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise Gpt2JaxError(
-                "expected --max-tokens, --top-k and --seed of at least 1 and --temperature of at least 0, "
-                f"found {self.max_tokens}, {self.top_k}, {self.seed} and {self.temperature}"
+                f"--temperature: expected a finite number of at least 0, found {self.temperature}", "--temperature 0.8"
             )
 
 
@@ -67,8 +74,7 @@ def main(words: list[str]) -> None:
     config, params = load_weights(ModelSettings(init=source))
     open_device(backend)
     plan = make_plan(ComputeSettings(), backend, config)
-    print(arguments.prompt, end="", flush=True)
-    for text in complete(
+    pieces = complete(
         plan,
         params,
         tokenizer,
@@ -77,6 +83,8 @@ def main(words: list[str]) -> None:
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
-    ):
+    )
+    print(arguments.prompt, end="", flush=True)
+    for text in pieces:
         print(text, end="", flush=True)
     print()

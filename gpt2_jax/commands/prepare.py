@@ -28,8 +28,8 @@ _BY_NAME: dict[str, corpus.Recipe] = {"kjv": corpus.kjv, "tinyshakespeare": corp
 @dataclass(frozen=True)
 class Arguments:
     source: FilePath = "kjv"
-    """kjv (built in), tinyshakespeare (downloaded), or the path of a UTF-8 text file; <|endoftext|> in it begins a
-    document, and its last tenth is for validation."""
+    """kjv (built in), tinyshakespeare (downloaded), or the path of a UTF-8 text file; <|endoftext|> in it ends a
+    document and begins the next, as in prompts, and its last tenth is for validation."""
     source_format: Literal["text", "nanogpt"] = "text"
     """What the file holds: text, or nanogpt: GPT-2 tokens of 16 bits without a header, as in nanoGPT's train.bin, whose
     val.bin is taken from beside it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.resources import files
@@ -12,10 +11,12 @@ from importlib.resources import files
 import tiktoken
 
 from gpt2_jax.data.chunks import Chunk, CutRuns, chunks
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
 
 END_OF_TEXT = "<|endoftext|>"
+# Tables of tokens are padded to a multiple of it: nanoGPT's 50304, Megatron's 51200.
+_PADDING_MULTIPLE = 64
 _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # OpenAI's vocab.bpe
 # How GPT-2 splits text before merging; the form that tiktoken's regex engine runs fastest.
 _SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -55,7 +56,7 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     cuts = CutRuns()
     rows = [tokenizer.encode_ordinary(chunk.text) for chunk in cuts.watch(chunks([(text, True)]))]
     if cuts.number:
-        _announce(str(cuts))
+        _announce_once(str(cuts))
     return rows[0] if len(rows) == 1 else [token for row in rows for token in row]
 
 
@@ -78,8 +79,33 @@ def _encode_batch(tokenizer: tiktoken.Encoding, batch: list[Chunk]) -> Iterator[
 
 
 @cache
-def _announce(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+def _announce_once(text: str) -> None:
+    announce(f"note: {text}")
+
+
+def num_sampled_ids(tokenizer: tiktoken.Encoding, vocab_size: int) -> int:
+    """How many of a model's `vocab_size` ids, from 0 on, may be chosen when it writes text.
+
+    Ids beyond the tokenizer's are padding where their number fills the table to a multiple of 64, and never chosen: 50257
+    of 50304. Otherwise somebody added tokens, and all ids may be chosen: 50258 of 50258.
+    """
+    padded = vocab_size > tokenizer.n_vocab and vocab_size % _PADDING_MULTIPLE == 0
+    return tokenizer.n_vocab if padded else vocab_size
+
+
+def other_ids(tokenizer: tiktoken.Encoding, vocab_size: int) -> str | None:
+    """The remark on a model that has ids beyond the tokenizer's; None for a model without them."""
+    first, last = tokenizer.n_vocab, vocab_size - 1
+    if last < first:
+        return None
+    if num_sampled_ids(tokenizer, vocab_size) == first:
+        return f"vocabulary: the model's ids from {first} to {last} are taken for padding and never chosen"
+    return f"vocabulary: the model's ids from {first} to {last} are no tokens of the tokenizer, and shown as <|{first}|>"
+
+
+def text_of(tokenizer: tiktoken.Encoding, token_id: int) -> bytes:
+    """The bytes of one token of a text; an id beyond the tokenizer's is shown as '<|50257|>'."""
+    return tokenizer.decode_single_token_bytes(token_id) if token_id < tokenizer.n_vocab else f"<|{token_id}|>".encode()
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:

@@ -1,92 +1,69 @@
-"""GPT-2 checkpoints of Hugging Face transformers: config.json and model.safetensors to the flat buffer."""
+"""GPT-2 folders of Hugging Face transformers: config.json and weights to the flat buffer."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.families.family import FAMILIES, family_of_model_type
+from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.files import file_size, read_text_file
+from gpt2_jax.files import read_text_file
+from gpt2_jax.interop.huggingface_config import read_huggingface_config
+from gpt2_jax.interop.state_dict import parameters_from
+from gpt2_jax.interop.stored_tensors import open_tensors
 
-_MAX_CONFIG_BYTES = 1_000_000
-_HINT = "a folder that transformers' save_pretrained wrote for GPT2LMHeadModel"
-
-
-def huggingface_names(layout: ParameterLayout) -> dict[tuple[str, int], str]:
-    """(our tensor, layer) -> their parameter's name without the prefix 'transformer.'; layer 0 where there is none."""
-    return {
-        (tensor.name, layer): tensor.huggingface_name.format(layer=layer)
-        for tensor in layout.tensors
-        for layer in range(tensor.num_layers)
-    }
+_MAX_VOCABULARY_BYTES = 100_000_000
+# GPT-2's tokens but the last, the end of text, in the order of their ids and as vocab.json writes them, one a line.
+_NUM_GPT2_TOKENS = 50256
+_GPT2_TOKENS_SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
 
 
-def read_huggingface_folder(folder: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
+def read_huggingface_folder(
+    folder: str | os.PathLike, *, say: Callable[[str], None] = announce
+) -> tuple[GPT2Config, np.ndarray]:
     """Sizes and flat buffer (num_parameters,) float32; float16 and bfloat16 weights are widened.
 
-    Raises Gpt2JaxError for a folder without the two files, for a model that is not a GPT-2 that this project can
-    compute (another activation, a missing tensor, a wrong shape).
+    The weights are model.safetensors or pytorch_model.bin, in one file or in shards with an index. Raises Gpt2JaxError
+    for a folder without them, and for a model that is not a GPT-2 that this project can compute: a setting of
+    config.json, a tensor too many or too few, a wrong shape. Settings that no GPT-2 has are ignored, as by
+    transformers, and listed to `say`; as is a tokenizer in the folder that is not GPT-2's.
     """
     folder = Path(folder)
-    config = read_huggingface_config(folder / "config.json")
-    layout = config.layout
-    path = folder / "model.safetensors"
-    what = "GPT-2 weights in safetensors"
-    size = file_size(path, what, _HINT)
-    # Before there is a buffer of what may be a damaged config's sizes: no kind of weights takes less than a byte each.
-    if size < layout.num_true_parameters:
-        raise Gpt2JaxError(f"{path}: expected {what} of {layout.num_true_parameters} parameters, found {size} bytes", _HINT)
-    params = np.zeros(layout.num_parameters, dtype=np.float32)
-    tensors = layout.views(params)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            stored = set(file.keys())
-            prefix = "transformer." if "transformer.wte.weight" in stored else ""
-            for (tensor, layer), name in huggingface_names(layout).items():
-                if prefix + name not in stored:
-                    raise Gpt2JaxError(f"{path}: expected the tensor {prefix + name}, found none", _HINT)
-                value = file.get_tensor(prefix + name)
-                out = tensors[tensor][layer] if layout[tensor].stacked else tensors[tensor]
-                out = out[: layout[tensor].valid_rows]
-                value = value.T if layout[tensor].huggingface_transposed else value
-                if value.shape != out.shape:
-                    raise Gpt2JaxError(f"{path}: expected {prefix + name} of shape {out.shape}, found {value.shape}", _HINT)
-                out[...] = value
-    except (OSError, SafetensorError) as error:
-        raise Gpt2JaxError(f"{path}: expected {what}, found: {error}", _HINT) from None
+    config_path = folder / "config.json"
+    config, unknown = read_huggingface_config(config_path)
+    if os.path.lexists(adapter := folder / "adapter_config.json"):
+        raise Gpt2JaxError(
+            f"{adapter}: expected weights without an adapter, found one, which transformers adds to the model",
+            "model.merge_and_unload().save_pretrained(FOLDER)   (in Python, with peft)",
+        )
+    with open_tensors(folder) as tensors:
+        params = parameters_from(config, tensors, linear_as="conv1d")
+    if unknown:
+        listed = ", ".join(f"{name} = {value!r:.40}" for name, value in unknown.items())
+        say(f"{config_path}: ignored settings, which transformers' GPT-2 does not have either: {listed}")
+    if (tokenizer := _other_tokenizer(folder)) is not None:
+        say(f"{tokenizer}: these are not GPT-2's tokens, in which this project prepares data, reads prompts and writes text")
     return config, params
 
 
-def read_huggingface_config(path: str | os.PathLike) -> GPT2Config:
-    """The sizes in a config.json; Gpt2JaxError as `read_huggingface_folder`."""
-    text = read_text_file(path, "a GPT-2 config", _HINT, max_bytes=_MAX_CONFIG_BYTES)
+def _other_tokenizer(folder: Path) -> Path | None:
+    """The file of a tokenizer in the folder whose first tokens are not GPT-2's; None where they are, or where there is none.
+
+    Others may follow them: padding and added tokens.
+    """
+    path = next((folder / name for name in ("vocab.json", "tokenizer.json") if os.path.lexists(folder / name)), None)
+    if path is None:
+        return None
     try:
-        config: dict[str, Any] = json.loads(text)
-        # transformers writes its own name of the family; a key left out says nothing.
-        if family_of_model_type(model_type := config.get("model_type", "gpt2")) is None:
-            known = " or ".join(family.huggingface_model_type for family in FAMILIES)
-            raise Gpt2JaxError(f"{path}: expected model_type {known}, found {model_type!r}", _HINT)
-        sizes = GPT2Config(
-            max_sequence_length=int(config["n_positions"]),
-            vocab_size=int(config["vocab_size"]),
-            num_layers=int(config["n_layer"]),
-            num_heads=int(config["n_head"]),
-            channels=int(config["n_embd"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise Gpt2JaxError(f"{path}: expected a GPT-2 config with its five sizes, found: {error!r}", _HINT) from None
-    # What our forward pass has fixed; a key left out has transformers' default, which is ours.
-    for key, expected in (("activation_function", "gelu_new"), ("layer_norm_epsilon", 1e-5), ("tie_word_embeddings", True)):
-        if config.get(key, expected) != expected:
-            raise Gpt2JaxError(f"{path}: expected {key} = {expected!r}, found {config[key]!r}", _HINT)
-    if config.get("n_inner") not in (None, 4 * sizes.channels):
-        raise Gpt2JaxError(f"{path}: expected n_inner = {4 * sizes.channels}, found {config['n_inner']!r}", _HINT)
-    return sizes
+        content = json.loads(read_text_file(path, "a vocabulary", max_bytes=_MAX_VOCABULARY_BYTES))
+        ids = content["model"]["vocab"] if path.name == "tokenizer.json" else content
+        tokens = {token_id: token for token, token_id in ids.items()}
+        found = "\n".join(tokens[token_id] for token_id in range(_NUM_GPT2_TOKENS))
+    except (Gpt2JaxError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return path
+    return None if hashlib.sha256(found.encode(errors="replace")).hexdigest() == _GPT2_TOKENS_SHA256 else path

@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.interop.huggingface import huggingface_names
+from gpt2_jax.interop.state_dict import state_dict_names
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def _correspondence(
     """Our tensor's name, their parameter, and how to view our tensor in the shape of theirs."""
     theirs = dict(model.transformer.named_parameters())
     layout = config.layout
-    for (name, layer), their_name in huggingface_names(layout).items():
+    for name, layer, their_name in state_dict_names(layout):
 
         def select(tensor: np.ndarray, name: str = name, layer: int = layer) -> np.ndarray:
             part = tensor[layer] if layout[name].stacked else tensor

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+from collections.abc import Callable
 
 import numpy as np
 
 from gpt2_jax.config import ModelSettings
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.families.family import family_of_descriptor, is_descriptor
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.interop.huggingface import read_huggingface_config, read_huggingface_folder
+from gpt2_jax.interop.huggingface import read_huggingface_folder
+from gpt2_jax.interop.huggingface_config import read_huggingface_config
+from gpt2_jax.interop.nanogpt import is_nanogpt_checkpoint, read_nanogpt_checkpoint, read_nanogpt_sizes
+from gpt2_jax.interop.stored_tensors import WEIGHTS_FILES
 from gpt2_jax.llmc.checkpoint_set import set_paths, step_of
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file
 from gpt2_jax.models.initialize import SEED, initialize_parameters
@@ -40,14 +44,22 @@ def is_run_folder(path: str) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(path), "model_????????.bin")))
 
 
-def load_weights(settings: ModelSettings, seed: int = SEED) -> tuple[GPT2Config, np.ndarray]:
+def load_weights(
+    settings: ModelSettings, seed: int = SEED, *, say: Callable[[str], None] = announce
+) -> tuple[GPT2Config, np.ndarray]:
     """Sizes and flat buffer (num_parameters,) float32 of what `settings.init` names: a descriptor (llm.c's random
-    initialization with this seed), a llm.c model file, or a Hugging Face GPT-2 folder. Gpt2JaxError for anything else."""
+    initialization with this seed), a llm.c model file, a Hugging Face GPT-2 folder, or nanoGPT's ckpt.pt. Gpt2JaxError
+    for anything else.
+
+    `say` gets what the user should know of another program's file.
+    """
     config = model_config_from_settings(settings)
     if config is not None:
         return config, initialize_parameters(config, seed)
-    if os.path.isdir(settings.init):
-        return read_huggingface_folder(settings.init)
+    if (folder := _huggingface_folder(settings.init)) is not None:
+        return read_huggingface_folder(folder, say=say)
+    if is_nanogpt_checkpoint(settings.init):
+        return read_nanogpt_checkpoint(settings.init, say=say)
     return read_model_file(settings.init)
 
 
@@ -56,9 +68,18 @@ def read_sizes(settings: ModelSettings) -> GPT2Config:
     config = model_config_from_settings(settings)
     if config is not None:
         return config
-    if os.path.isdir(settings.init):
-        return read_huggingface_config(os.path.join(settings.init, "config.json"))
+    if (folder := _huggingface_folder(settings.init)) is not None:
+        return read_huggingface_config(os.path.join(folder, "config.json")).sizes
+    if is_nanogpt_checkpoint(settings.init):
+        return read_nanogpt_sizes(settings.init)
     return read_model_config(settings.init)
+
+
+def _huggingface_folder(init: str) -> str | None:
+    """A folder, or that of a file of weights in one; None for any other file."""
+    if os.path.isdir(init):
+        return init
+    return os.path.dirname(init) or "." if os.path.basename(init) in WEIGHTS_FILES else None
 
 
 def model_config_from_settings(settings: ModelSettings) -> GPT2Config | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from gpt2_jax.data.tokenizer import gpt2_tokenizer
+from gpt2_jax.data.tokenizer import gpt2_tokenizer, num_sampled_ids, text_of
+from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import num_right_answers, validation_loss
 from gpt2_jax.generate import generate, prompt_tokens
 from gpt2_jax.training.run_state import Run
@@ -73,13 +74,32 @@ def answer_questions(run: Run) -> None:
 
 
 def sample(run: Run) -> None:
-    """A text that the model continues."""
+    """A text that the model continues, chosen as llm.c does."""
     tokenizer, vocab_size, prompt = gpt2_tokenizer(), run.plan.config.vocab_size, run.config.evaluation.prompt
-    speaks_gpt2 = vocab_size == tokenizer.n_vocab
-    start = prompt_tokens(prompt, tokenizer) if speaks_gpt2 else [vocab_size - 1]
-    tokens = list(generate(run.plan, run.state.params, start, run.config.evaluation.sample_tokens))
+    start, choices = start_of_samples(prompt, vocab_size), num_sampled_ids(tokenizer, vocab_size)
+    tokens = list(generate(run.plan, run.state.params, start, run.config.evaluation.sample_tokens, num_choices=choices))
     run.display.line(f"sample at step {run.step}:\n---")
-    # Of a vocabulary that is not GPT-2's only the ids can be shown.
-    text = prompt + tokenizer.decode(tokens) if speaks_gpt2 else " ".join(map(str, tokens))
+    if vocab_size >= tokenizer.n_vocab:
+        text = prompt + b"".join(text_of(tokenizer, token) for token in tokens).decode(errors="replace")
+    else:  # of another vocabulary only the ids can be shown
+        text = " ".join(map(str, tokens))
     run.display.line(f"{text}\n---")
     run.log_event("sample", text=text)
+
+
+def start_of_samples(prompt: str, vocab_size: int) -> list[int]:
+    """The ids that samples continue; without a prompt llm.c's, the end-of-text token.
+
+    A model of fewer tokens than GPT-2's has another vocabulary, whose last id is taken for that token; Gpt2JaxError for
+    a prompt to it.
+    """
+    tokenizer = gpt2_tokenizer()
+    if vocab_size >= tokenizer.n_vocab:
+        return prompt_tokens(prompt, tokenizer)
+    if prompt:
+        raise Gpt2JaxError(
+            f"--prompt: expected none for a model of {vocab_size} tokens, which are not GPT-2's {tokenizer.n_vocab}, "
+            f"found {prompt!r}",
+            "--prompt ''",
+        )
+    return [vocab_size - 1]

@@ -22,6 +22,7 @@ from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import compile_step, create_state
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData, open_data
+from gpt2_jax.data.tokenizer import gpt2_tokenizer, other_ids
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import unigram_cross_entropy
 from gpt2_jax.families.family import is_descriptor
@@ -33,6 +34,7 @@ from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint, resume
 from gpt2_jax.training.dry_run import dry_run
+from gpt2_jax.training.events import start_of_samples
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import stop_requests
 from gpt2_jax.training.loop import train_loop
@@ -100,6 +102,8 @@ def prepare(config: RunConfig, name: str, backend: Backend) -> Prepared:
         init = model_source(config.model.init)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=init))
         model = read_sizes(config.model)
+    if config.evaluation.sample_every:
+        start_of_samples(config.evaluation.prompt, model.vocab_size)
     plan = make_plan(config.compute, backend, model)
     data = open_data(config, model)
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
@@ -133,7 +137,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         params = resumed.params
     else:
         display.line(f"making the weights of {config.model.init} ...")
-        params = load_weights(config.model, config.run.seed)[1]
+        params = load_weights(config.model, config.run.seed, say=display.line)[1]
     begins_in_bfloat16 = config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
     if config.rounds_parameters or begins_in_bfloat16:
         params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
@@ -141,6 +145,8 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
     if resumed is not None:
         state = resume.resumed_state(state, config, resumed, data.train, display, computed_by=computed_by)
     record = None if resumed is None else resumed.record
+    if config.evaluation.sample_every and (remark := other_ids(gpt2_tokenizer(), plan.config.vocab_size)):
+        display.line(remark)
     stack.enter_context(open_folder(folder, config, display.line))
     run = Run(
         config=config,

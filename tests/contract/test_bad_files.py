@@ -24,7 +24,7 @@ from gpt2_jax.data.corpus import text_file, write_corpus
 from gpt2_jax.data.hellaswag import read_hellaswag
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.interop.huggingface import read_huggingface_config
+from gpt2_jax.interop.huggingface_config import read_huggingface_config
 from gpt2_jax.llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from gpt2_jax.llmc.eval_file import MultipleChoice, read_eval_file, write_eval_file
 from gpt2_jax.llmc.header import HEADER_BYTES
