@@ -10,7 +10,7 @@ import subprocess
 import jax
 import pytest
 
-from gpt2_jax.benchmark import machine, peak, train, train_report, train_system, train_turns
+from gpt2_jax.benchmark import machine, peak, train, train_report, train_system, train_rounds
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
 from gpt2_jax.buffer import adamw as optimizer
@@ -141,7 +141,7 @@ def answers(monkeypatch, answer_of, *, steps=0):
     """Let the systems' processes answer this after so many turns; and the peak be 100 GFLOP/s. Returns what happens."""
     events = []
 
-    class Process(train_turns._Process):
+    class Process(train_rounds._Process):
         def __init__(self, system, work, steps_asked):
             self.system, self.work, self.turns, self.peak_bytes = system, work, 0, 1000
             self.seconds = self.ready_seconds = 0.0
@@ -159,7 +159,7 @@ def answers(monkeypatch, answer_of, *, steps=0):
             self.turns += 1
             self.await_turn(timeout)
 
-    monkeypatch.setattr(train_turns, "_Process", Process)
+    monkeypatch.setattr(train_rounds, "_Process", Process)
     monkeypatch.setattr(train, "_measure_peak", lambda *_: PEAK)
     return events
 
@@ -253,6 +253,21 @@ def test_a_system_that_fails_is_told_and_counts(monkeypatch, capsys):
     assert len(json.loads(output.splitlines()[-1])["systems"]) == 1
 
 
+def test_the_json_line_names_nobody(monkeypatch, capsys, tmp_path):
+    """The reasons are the last words of processes: of Python, of libraries."""
+    monkeypatch.setenv("HOME", str(tmp_path / "janedoe"))
+    monkeypatch.setenv("USER", "janedoe")
+    monkeypatch.setattr(machine, "processor_name", lambda: "A CPU of janedoe")
+    problem = f"OSError: {tmp_path}/janedoe/lib/a.so cannot be loaded for janedoe at 10.0.0.7"
+    answers_by_name(monkeypatch, {"pytorch": {"failed": problem}, "jax_plain": {"refused": problem}})
+    train.bench_train(WORK, ["pytorch:float32", "jax_plain:float32"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "janedoe" not in last
+    assert [one["reason"].removeprefix("it failed: ") for one in json.loads(last)["refused"]] == [
+        "OSError: <path> cannot be loaded for <user> at <address>"
+    ] * 2
+
+
 def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(monkeypatch, capsys):
     names = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
     answers_by_name(monkeypatch, {name: answer() for name in names})
@@ -290,7 +305,7 @@ PYTORCH = System("pytorch", "", "float32")
 
 
 def in_turn(*systems, work=WORK, **patience):
-    return train_turns.measure_in_turn(systems, work, 2, train_turns.Patience(**patience), lambda text: None)
+    return train_rounds.measure_in_turn(systems, work, 2, train_rounds.Patience(**patience), lambda text: None)
 
 
 @pytest.mark.torch
@@ -302,7 +317,7 @@ def test_each_system_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert [len(one.result.losses) for one in in_turn(PYTORCH, seconds=0.0)] == [1]
     assert in_turn(PYTORCH, deadline=0.0)[0].reason == "no time was left for it"
     soon = machine.seconds_running() + 0.2
-    monkeypatch.setattr(train_turns, "_ENDING", 0.1)
+    monkeypatch.setattr(train_rounds, "_ENDING", 0.1)
     assert "had not ended after 0 seconds" in in_turn(PYTORCH, deadline=soon)[0].reason
     monkeypatch.undo()
     (failed,) = in_turn(System("jax_plain", "", "float32"), work=dataclasses.replace(WORK, backend="quantum"))
@@ -324,7 +339,7 @@ def test_each_system_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
 )
 def test_steps_are_taken_in_turn_where_memory_holds_all_systems(monkeypatch, backend, free, events):
     found = answers_by_name(monkeypatch, {"jax_plain": answer(), "pytorch": answer()}, steps=2)
-    monkeypatch.setattr(train_turns, "free_memory", lambda: free)
+    monkeypatch.setattr(train_rounds, "free_memory", lambda: free)
     in_turn(System("jax_plain", "", "float32"), PYTORCH, work=dataclasses.replace(WORK, backend=backend))
     assert found == events
 
