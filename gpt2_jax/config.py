@@ -245,7 +245,13 @@ def load_saved_config(out_dir: str | Path) -> RunConfig | None:
 
 def load_config(path: str | Path) -> RunConfig:
     """Settings of a TOML file over the defaults; Gpt2JaxError for an unknown section or key, or a value of a wrong type."""
-    text = read_text_file(path, "a TOML file with settings", "--config demo   (a preset, by its name)", max_bytes=_MAX_BYTES)
+    text = read_text_file(
+        path,
+        "a TOML file with settings",
+        "--config demo   (a preset, by its name)",
+        max_bytes=_MAX_BYTES,
+        errors="surrogatepass",
+    )
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of an integer or a nesting that Python has no room for

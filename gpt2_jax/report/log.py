@@ -48,13 +48,14 @@ class RunLog:
 
     @staticmethod
     def _append(path: Path, line: str) -> None:
+        # Half a pair of UTF-16 is no character: escaped, it is JSON's own word for it.
         try:
             with open(path, "ab+") as file:
                 # A crash or a full disk may have left half a line.
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - 1))
                 torn = file.read(1) not in (b"", b"\n")
-                file.write((b"\n" if torn else b"") + line.encode("utf-8") + b"\n")
+                file.write((b"\n" if torn else b"") + line.encode("utf-8", "backslashreplace") + b"\n")
         except OSError as error:
             raise Gpt2JaxError(f"{path}: expected to append to the log, found: {error.strerror}") from None
 

@@ -56,7 +56,7 @@ def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
             say(f"{folder}: a run ended here before its first checkpoint; this one takes its place, and its log begins anew")
         with atomic_write(saved_config_path(folder)) as file:
             settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
-            file.write(format_config(settled).encode("utf-8"))
+            file.write(format_config(settled).encode("utf-8", "surrogatepass"))
         _link_latest(folder, say)
         yield
 

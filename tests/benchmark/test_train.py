@@ -10,7 +10,7 @@ import subprocess
 import jax
 import pytest
 
-from gpt2_jax.benchmark import machine, peak, train, train_report, train_system, train_rounds
+from gpt2_jax.benchmark import machine, peak, train, train_report, train_rounds, train_system
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
 from gpt2_jax.buffer import adamw as optimizer
