@@ -124,6 +124,8 @@ class RunSettings:
     """Write nothing and train nothing: say what the run would need and how long it would take."""
     max_minutes: float = 0.0
     """Stop after so many minutes, with a checkpoint from which the run can go on; 0: no limit."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show all rows of the table at the start, rather than the ten that say most."""
     checkpoint_every: int = 0
     """Steps between checkpoints; one is always written after the last step. 0: only that one."""
     checkpoint_minutes: float = 10.0

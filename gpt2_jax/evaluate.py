@@ -23,11 +23,21 @@ def validation_loss(
     params_N: jax.Array,
     loader: TokenLoader,
     num_batches: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss over the first `num_batches` batches of a sequential loader, which starts over, and again at its end."""
+    """Mean loss over the first `num_batches` batches of a sequential loader, which starts over, and again at its end.
+
+    `advance` is called when a batch is done, by when the next one is being computed.
+    """
     loader.reset()
-    losses = [loss_function(params_N, *map(jnp.asarray, loader.next_batch())) for _ in range(num_batches)]
-    return float(np.mean([np.float64(loss) for loss in losses]))
+    losses: list[np.float64] = []
+    begun: jax.Array | None = None
+    for _ in range(num_batches):
+        ended, begun = begun, loss_function(params_N, *map(jnp.asarray, loader.next_batch()))
+        if ended is not None:
+            losses.append(np.float64(ended))
+            advance()
+    return float(np.mean([*losses, np.float64(begun)]))
 
 
 def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence[str], vocab_size: int) -> float:
@@ -53,12 +63,17 @@ def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence
 
 
 def num_right_answers(
-    token_loss_function: LossFunction, params_N: jax.Array, examples: Sequence[MultipleChoice], batch_size: int
+    token_loss_function: LossFunction,
+    params_N: jax.Array,
+    examples: Sequence[MultipleChoice],
+    batch_size: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> int:
     """How many questions the model answers rightly, by llm.c's rule: of the four endings it takes the one whose tokens
     have the lowest mean loss after the context, in float32, the first of equals.
 
-    As many questions as fit into `batch_size` rows, four each, but at least one, are scored at a time.
+    As many questions as fit into `batch_size` rows, four each, but at least one, are scored at a time. `advance` is called
+    when a question is answered.
     """
     at_a_time = max(1, batch_size // NUM_COMPLETIONS)
     # Attention is causal, so padding behind a row's end changes nothing: rows are as long as the longest question.
@@ -81,4 +96,5 @@ def num_right_answers(
                 for i, part in enumerate(example.completions)
             ]
             right += int(np.argmin(means)) == example.label
+            advance()
     return right

@@ -1,4 +1,4 @@
-"""The memory and the time that a run would need, found without weights and without writing anything."""
+"""The memory and the time that a run will need, found without weights and without writing anything."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from gpt2_jax.machine import gigabytes
 from gpt2_jax.report.display import Display
 
 _MOST_COMPILES = 5
+_TIMED_SECONDS, _MOST_TIMED = 1.0, 5
+_FORWARD = 1 / 3  # of a step's time
 
 
 def dry_run(
@@ -43,7 +45,7 @@ def dry_run(
     ]
     if limit is None or needed.total <= limit:
         display.line("timing one step on zeros ...")
-        seconds = _time_step(config, plan, compiled)
+        seconds = time_step(config, plan, compiled)
         tokens = config.tokens_per_step * steps
         rows += [
             (
@@ -58,18 +60,39 @@ def dry_run(
     display.table(rows)
 
 
-def _time_step(config: RunConfig, plan: Plan, compiled: jax.stages.Compiled) -> float:
-    """Seconds of a step that is not the first."""
+def time_step(config: RunConfig, plan: Plan, compiled: jax.stages.Compiled) -> float:
+    """Seconds of a step on zeros: the shortest of as many as fit into a second, but of at least one."""
     state = jax.tree_util.tree_map(lambda shape: jax.numpy.zeros(shape.shape, shape.dtype), state_shapes(plan))
     batch = np.zeros(config.batch_shape, np.int32)
     seeds = (np.zeros(len(plan.layout.tensors), np.uint32),) if config.rounds_parameters else ()
-    seconds = 0.0
-    for _ in range(2):
+    times: list[float] = []
+    while sum(times) < _TIMED_SECONDS and len(times) < _MOST_TIMED:
         started = time.perf_counter()
         state, metrics = compiled(state, batch, batch, *seeds)
         float(metrics.loss)
-        seconds = time.perf_counter() - started
-    return seconds
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def estimate(config: RunConfig, steps: int, seconds: float) -> str:
+    """How long so many steps of these seconds take, and a validation."""
+    text = f"{steps} steps at {_in_units(seconds)}: about {_in_units(steps * seconds)}"
+    evaluation = config.evaluation
+    if evaluation.validate_every and evaluation.validation_batches > 0:
+        batches = evaluation.validation_batches / config.num_micro_batches
+        text += f"; a validation about {_in_units(_FORWARD * seconds * batches)}"
+    return text
+
+
+def _in_units(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size or size == 1:
+            return (
+                f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+            )
+    raise AssertionError
 
 
 def _largest_batch(

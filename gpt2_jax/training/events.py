@@ -57,7 +57,8 @@ def validate(run: Run) -> None:
     if batches == -1:  # llm.c's count: dropped tails are counted, and made up for by the first batches
         batches = run.data.validation.num_tokens // (data.batch_size * data.sequence_length)
     run.display.line(f"validating on {batches} batches ...")
-    loss = validation_loss(run.loss_function, run.state.params, run.data.validation, batches)
+    with run.display.counted("validating: batch", batches) as advance:
+        loss = validation_loss(run.loss_function, run.state.params, run.data.validation, batches, advance)
     run.display.line(f"validation loss at step {run.step}: {loss:.6f}")
     run.log_event("validation", loss=loss)
     keep_best(run, loss)
@@ -68,7 +69,9 @@ def answer_questions(run: Run) -> None:
     """HellaSwag's accuracy."""
     questions, total = run.data.questions, len(run.data.questions)
     run.display.line(f"scoring {total} HellaSwag questions ...")
-    right = num_right_answers(run.token_loss_function, run.state.params, questions, run.config.data.batch_size)
+    with run.display.counted("HellaSwag: question", total) as advance:
+        batch_size = run.config.data.batch_size
+        right = num_right_answers(run.token_loss_function, run.state.params, questions, batch_size, advance)
     run.display.line(f"HellaSwag at step {run.step}: {right}/{total} = {right / total:.6f}")
     run.log_event("hellaswag", right=right, total=total, accuracy=right / total)
 
@@ -77,7 +80,11 @@ def sample(run: Run) -> None:
     """A text that the model continues, chosen as llm.c does."""
     tokenizer, vocab_size, prompt = gpt2_tokenizer(), run.plan.config.vocab_size, run.config.evaluation.prompt
     start, choices = start_of_samples(prompt, vocab_size), num_sampled_ids(tokenizer, vocab_size)
-    tokens = list(generate(run.plan, run.state.params, start, run.config.evaluation.sample_tokens, num_choices=choices))
+    tokens, number = [], run.config.evaluation.sample_tokens
+    with run.display.counted("sampling: token", number) as advance:
+        for token in generate(run.plan, run.state.params, start, number, num_choices=choices):
+            tokens.append(token)
+            advance()
     run.display.line(f"sample at step {run.step}:\n---")
     if vocab_size >= tokenizer.n_vocab:
         text = prompt + b"".join(text_of(tokenizer, token) for token in tokens).decode(errors="replace")

@@ -7,29 +7,17 @@ a step has ended by the time that the call returns, they are read at once.
 from __future__ import annotations
 
 import shlex
-from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax.compute.flops import flops_per_token
-from gpt2_jax.compute.stability import not_finite
-from gpt2_jax.compute.step import Metrics
 from gpt2_jax.errors import Gpt2JaxError, as_typed
 from gpt2_jax.jax_compat import is_ready
-from gpt2_jax.llmc.loader import Place
 from gpt2_jax.training.events import events_of
 from gpt2_jax.training.interrupts import StopRequest
+from gpt2_jax.training.reporting import StepInFlight, show_step
 from gpt2_jax.training.run_state import Run
 from gpt2_jax.training.saving import save
 from gpt2_jax.training.summary import draw, summarize
-
-
-class _InFlight(NamedTuple):
-    """A step whose metrics have not been read."""
-
-    step: int
-    metrics: Metrics
-    places: list[Place]
 
 
 def train_loop(run: Run, request: StopRequest) -> None:
@@ -52,15 +40,15 @@ def _train(run: Run, request: StopRequest) -> None:
         run.log_event("resume")
     if request.reason is not None:
         _stop(run, request)
-    in_flight: _InFlight | None = None
+    in_flight: StepInFlight | None = None
     batch = run.data.next_batch() if run.step < run.steps else None
     run.clock.restart()
     while batch is not None:
         run.state, metrics = run.compiled(run.state, batch.x_ABT, batch.y_ABT, *_seeds(run))
         run.step += 1
         if in_flight is not None:
-            _report(run, in_flight, _InFlight(run.step, metrics, batch.places))
-        in_flight = _InFlight(run.step, metrics, batch.places)
+            _report(run, in_flight, StepInFlight(run.step, metrics, batch.places))
+        in_flight = StepInFlight(run.step, metrics, batch.places)
         last = run.step == run.steps
         stopping = request.reason is not None and not last
         due = [event for event in events if event.is_due(run.step, last=last, stopping=stopping)]
@@ -83,56 +71,20 @@ def _seeds(run: Run) -> tuple[np.ndarray, ...]:
     return (run.rounding.next_seeds(run.data.num_micro_batches),) if run.config.rounds_parameters else ()
 
 
-def _report(run: Run, done: _InFlight, later: _InFlight | None) -> None:
+def _report(run: Run, done: StepInFlight, later: StepInFlight | None) -> None:
     """Wait for a step's metrics, show and log them. A loss or gradient that is not finite ends the run, if it is to: the
     state, which has no such update, is saved first, with that of a later step that has begun."""
-    problem = _show(run, done)
+    problem = show_step(run, done)
     if problem is None:
         return
     if later is not None:
-        _show(run, later)
+        show_step(run, later)
     save(run)
     folder = shlex.quote(str(run.folder))
     raise Gpt2JaxError(
         f"{problem}; no parameter was changed by it",
         f"python scripts/train.py --resume --out-dir {folder} --nonfinite skip   (or with a lower --learning-rate)",
     )
-
-
-def _show(run: Run, done: _InFlight) -> str | None:
-    """Show and log one step; returns the reason for ending the run, if there is one."""
-    config, metrics = run.config, done.metrics
-    loss, norm, learning_rate = (float(value) for value in (metrics.loss, metrics.gradient_norm, metrics.learning_rate))
-    loss_z, norm_z = np.asarray(metrics.verdict.z_scores).tolist()
-    applied = bool(metrics.verdict.applies)
-    seconds = run.clock.step_done()
-    run.rounding.step_done(run.data.num_micro_batches, applied=applied)
-    flops = flops_per_token(run.plan.config, config.data.sequence_length) * config.tokens_per_step
-    run.display.step(
-        done.step,
-        run.steps,
-        loss=loss,
-        loss_z=loss_z,
-        norm=norm,
-        norm_z=norm_z,
-        learning_rate=learning_rate,
-        seconds=seconds,
-        utilization=None if run.peak_flops is None else flops / seconds / run.peak_flops,
-        tokens_per_second=run.clock.smoothed_tokens_per_second,
-    )
-    values = {"loss": loss, "norm": norm, "lr": learning_rate, "loss_z": loss_z, "norm_z": norm_z, "applied": applied}
-    rates = {"seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
-    run.attempt(lambda: run.log.write("train", done.step, **values, **rates))
-    if not metrics.verdict.is_finite:
-        places = [f"{place.path} at token {place.token}" for place in done.places]
-        problem = not_finite(done.step, loss, norm, np.asarray(metrics.squared_norms), run.plan.layout, places)
-        if config.optimizer.nonfinite == "raise":
-            return problem
-        run.display.line(f"update skipped: {problem}")
-    elif not applied:
-        outlier = f"step {done.step} is an outlier, its loss {loss_z:+.2f}z, its gradient {norm_z:+.2f}z"
-        run.display.line(f"update skipped: {outlier}")
-    return None
 
 
 def _stop(run: Run, request: StopRequest) -> None:

@@ -33,7 +33,7 @@ from gpt2_jax.models.weights import load_weights, model_source, read_sizes
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint, resume
-from gpt2_jax.training.dry_run import dry_run
+from gpt2_jax.training.dry_run import dry_run, estimate, time_step
 from gpt2_jax.training.events import start_of_samples
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import stop_requests
@@ -83,6 +83,9 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
                 dry_run(config, plan, compiled, needed, prepared.data.train.num_tokens, steps, display)
                 return None
             memory.check_memory(needed, memory.device_limit(), less)
+            # Before there are weights, so that their memory serves for the step.
+            seconds = time_step(config, plan, compiled)
+            display.line(estimate(config, steps - (prepared.resumes_from or 0), seconds))
             train_loop(_start(prepared, compiled, display, stack), request)
         return prepared.folder
 

@@ -10,9 +10,10 @@ import pytest
 from gpt2_jax import jax_compat
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.memory import MemoryEstimate
-from gpt2_jax.compute.plan import make_plan
+from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import open_data
+from gpt2_jax.training.dry_run import estimate
 from gpt2_jax.training.start_table import start_table
 from tests.conftest import CPU, TINY, available, change
 
@@ -21,8 +22,8 @@ KEEPS_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks - {"barriers"})
 LOSES_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks | {"barriers"})
 
 
-def lines(config: RunConfig, backend=CPU, matmul="xla") -> list[str]:
-    config = change(config, compute={"matmul": matmul})
+def lines(config: RunConfig, backend=CPU, matmul="xla", *, verbose=True) -> list[str]:
+    config = change(config, compute={"matmul": matmul}, run={"verbose": verbose})
     data = open_data(change(config, evaluation={"hellaswag": "", "validate_every": 1}), TINY)
     plan = make_plan(config.compute, backend, TINY)
     rows = start_table(config, plan, "a CPU", data, 60, NEEDED, Path("runs/x"))
@@ -64,7 +65,8 @@ def lines(config: RunConfig, backend=CPU, matmul="xla") -> list[str]:
         ),
         (
             {"run": {"checkpoint_every": 5, "keep_checkpoints": 2, "major_checkpoint_every": 20}},
-            "checkpoints: every 5 steps and after the last, of which the newest 2 and every 20th step's are kept",
+            "checkpoints: every 5 steps and after the last, and every 10 minutes, "
+            "of which the newest 2 and every 20th step's are kept",
         ),
         ({}, "run folder: runs/x"),
     ],
@@ -107,3 +109,47 @@ def test_recomputing_that_saves_memory_or_is_not_asked_for_is_not_remarked_on(co
 def test_what_was_refused_is_said_with_its_reason(config, monkeypatch):
     monkeypatch.setenv("GPT2_JAX_DISABLE", "simd,naive")
     assert ": not simd, naive: switched off by GPT2_JAX_DISABLE" in lines(config)
+
+
+def test_ten_rows_say_the_most_important_and_that_there_are_more(config, monkeypatch):
+    every = lines(config)
+    shown = lines(config, verbose=False)
+    assert len(shown) == 10 < len(every)
+    assert shown[-1] == f": and {len(every) - 9} rows more: --verbose"
+    assert set(shown[:-1]) <= set(every)
+    for name in ("backend", "weights", "model", "training data", "validation data"):
+        assert any(line.startswith(f"{name}: ") for line in shown)
+
+
+def test_what_is_switched_off_or_misleads_comes_first_and_what_is_asked_for_next(config, monkeypatch):
+    monkeypatch.setenv("GPT2_JAX_DISABLE", "simd,naive")
+    config = change(config, data={"validation": config.data.train}, evaluation={"validate_every": 9})
+    shown = lines(config, verbose=False)
+    assert shown[0] == ": not simd, naive: switched off by GPT2_JAX_DISABLE"
+    assert shown[1].startswith("warning: validation data that are trained on too")
+    assert [line.partition(":")[0] for line in shown[2:5]] == ["learning rate", "updates", "evaluation"] or [
+        line.partition(":")[0] for line in shown[2:4]
+    ] == ["learning rate", "evaluation"]
+
+
+def test_no_warning_is_left_out_where_there_are_many(config, monkeypatch):
+    reasons = [f"reason {number}" for number in range(14)]
+    monkeypatch.setattr(Plan, "fallbacks", lambda self: reasons)
+    monkeypatch.setattr(Plan, "rows", lambda self: [("", f"not x: {reason}") for reason in reasons])
+    shown = lines(config, verbose=False)
+    assert len(shown) == 10
+    assert all(any(f"not x: {reason}" in line for line in shown) for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "settings", "said"),
+    [
+        (231, 62.0, {}, "231 steps at 62 s: about 4.0 h; a validation about 6.9 min"),
+        (500, 0.124, {"validation_batches": 40}, "500 steps at 124 ms: about 62 s; a validation about 1.7 s"),
+        (100000, 10.0, {"validate_every": 0}, "100000 steps at 10 s: about 12 days"),
+        (10, 130.0, {"validation_batches": -1}, "10 steps at 2.2 min: about 22 min"),
+    ],
+)
+def test_how_long_it_takes_is_said_in_units_of_their_own(config, steps, seconds, settings, said):
+    config = change(config, evaluation={"validate_every": 20, "validation_batches": 20, **settings})
+    assert estimate(config, steps, seconds) == said

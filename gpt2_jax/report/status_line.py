@@ -1,0 +1,55 @@
+"""One line at the bottom of a terminal that is drawn again and again, and the text above it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from rich.console import Console
+
+_HIDE_CURSOR, _SHOW_CURSOR, _ERASE_BELOW = "\x1b[?25l", "\x1b[?25h", "\x1b[J"
+_SECONDS = 1.0  # from one drawing to the next, where nothing happens
+
+
+class StatusLine:
+    """A line that `render(width)` gives, of at most `width` characters; drawn at once, after every change, every second.
+
+    After a drawing the cursor stands at the line's beginning. So whatever the terminal makes of the line when it becomes
+    narrower, folded or cut, erasing from the cursor on takes all of it away.
+    """
+
+    def __init__(self, console: Console, render: Callable[[int], str]):
+        self._console, self._render = console, render
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._write(_HIDE_CURSOR)
+        self.draw()
+        self._ticker.start()
+
+    def draw(self) -> None:
+        """Draw the line anew, over the old one."""
+        with self._lock:
+            self._write(f"\r{_ERASE_BELOW}{self._render(self._console.width - 1)}\r")
+
+    def above(self, write: Callable[[], None]) -> None:
+        """Let `write` print whole lines where the line is, which then moves below them."""
+        with self._lock:
+            self._write(f"\r{_ERASE_BELOW}")
+            write()
+            self.draw()
+
+    def end(self) -> None:
+        """Leave the line as it is last drawn, and the cursor below it."""
+        self._ended.set()
+        self._ticker.join()
+        self.draw()
+        self._write(f"\n{_SHOW_CURSOR}")
+
+    def _tick(self) -> None:
+        while not self._ended.wait(_SECONDS):
+            self.draw()
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
