@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import atomic_write
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -70,7 +71,5 @@ def draw_bars(
         figure.legend(
             handles=[Patch(color=colours[group], label=group) for group in groups], loc="outside lower center", ncols=4
         )
-    try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected to write the picture, found: {error.strerror or error}") from None
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)

@@ -6,7 +6,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2_jax.machine import processor_name
@@ -14,6 +17,7 @@ from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.sharing import anonymous
 
 _STARTED = time.monotonic()
+_QUIET_CPUS = 0.1  # kept busy by others: more shows in the figures
 _THREAD_VARIABLES = (
     "NPROC",  # XLA and the custom calls
     "OMP_NUM_THREADS",  # PyTorch
@@ -53,6 +57,61 @@ def free_memory(root: Path = Path("/")) -> int | None:
             cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
             free.append(int((group / limit).read_text()) - int((group / used).read_text()) + int(cached))
     return min(free)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a machine does while a bench does nothing."""
+
+    busy_cpus: float | None  # how many CPUs others keep busy; None where nobody tells
+    average: float | None  # runnable processes, over the last minute
+
+    def __str__(self) -> str:
+        busy = "unknown" if self.busy_cpus is None else f"{self.busy_cpus:.2f}"
+        average = "" if self.average is None else f", load average {self.average:.2f}"
+        return f"{busy} of {os.cpu_count()} CPUs busy with other work{average}"
+
+    @property
+    def disturbs(self) -> bool:
+        return self.busy_cpus is not None and self.busy_cpus > _QUIET_CPUS
+
+
+def measure_load(seconds: float = 0.5, root: Path = Path("/")) -> Load:
+    """Look at the machine for so long, in which the caller does nothing."""
+    before = _busy_and_all(root)
+    time.sleep(seconds)
+    after = _busy_and_all(root)
+    busy = None
+    if before is not None and after is not None and after[1] > before[1]:
+        busy = (after[0] - before[0]) / (after[1] - before[1]) * (os.cpu_count() or 1)
+    return Load(busy, os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+
+
+def load_lines(before: Load, after: Load) -> list[str]:
+    """What is said of it below a bench's table."""
+    lines = [f"load before: {before}", f"load after:  {after}"]
+    if before.disturbs or after.disturbs:
+        lines.append("THE MACHINE WAS BUSY WITH OTHER WORK: these figures are no measure of the implementations.")
+    return lines
+
+
+def spread(seconds: Sequence[float]) -> float | None:
+    """By how much rounds differ: the longest less the shortest, of the median; None for one alone."""
+    return None if len(seconds) < 2 else (max(seconds) - min(seconds)) / statistics.median(seconds)
+
+
+def percent(share: float | None) -> str:
+    return "1 round" if share is None else f"{share:.0%}"
+
+
+def _busy_and_all(root: Path) -> tuple[int, int] | None:
+    """Ticks of all CPUs together that were not idle, and all ticks, as Linux counts them."""
+    try:
+        ticks = [int(tick) for tick in (root / "proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError, IndexError):
+        return None
+    idle = ticks[3] + ticks[4]  # the second waits for a disk
+    return sum(ticks) - idle, sum(ticks)
 
 
 def describe_machine() -> dict[str, str | int]:

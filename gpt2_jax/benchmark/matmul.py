@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import jax
 
 from gpt2_jax.benchmark.chart import Bar, check_writable, draw_bars
-from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_running
+from gpt2_jax.benchmark.machine import (
+    describe_machine,
+    load_lines,
+    machine_line,
+    measure_load,
+    percent,
+    seconds_running,
+    spread,
+)
 from gpt2_jax.benchmark.matmul_timing import ERROR_ROWS, Run, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRODUCTS, dimensions, flops, linears_of
 from gpt2_jax.errors import Gpt2JaxError
@@ -39,7 +48,8 @@ def bench_matmul(
     config = config or config_from_descriptor("d12")
     machine = describe_machine()
     title, size = f"Matrix products of one GPT-2 training step, {tokens:,} tokens", _size_of_step(config, tokens)
-    print(f"{title}; {size}\n{machine_line(machine)}", flush=True)
+    load_before = measure_load()
+    print(f"{title}; {size}\n{machine_line(machine)}\nbefore: {load_before}", flush=True)
     runs, refusals = measure(
         config,
         tokens,
@@ -48,6 +58,7 @@ def bench_matmul(
         seconds=_QUICK_SECONDS if quick else None,
         say=lambda text: print(f"[{seconds_running():4.0f} s] {text}", flush=True),
     )
+    load_after = measure_load()
     record = {
         "bench": "matmul",
         "tokens": tokens,
@@ -55,10 +66,12 @@ def bench_matmul(
         "totals": totals(runs),
         "refused": [refusal._replace(reason=anonymous(refusal.reason))._asdict() for refusal in refusals],
         "machine": machine,
+        "load": {"before": asdict(load_before), "after": asdict(load_after)},
     }
     print(_table(record, runs))
+    print("\n".join(load_lines(load_before, load_after)))
     if plot is not None:
-        _plot_ladder(record, plot, title, f"{size}\n{machine_line(machine)}")
+        _plot_rates(record, plot, title, f"{size}\n{machine_line(machine)}")
         print(f"chart: {plot}")
     print(json.dumps(record))
 
@@ -82,6 +95,8 @@ def totals(runs: list[Run]) -> list[dict[str, Any]]:
             "precision": run.precision,
             "seconds": seconds,
             "gflops": work / seconds / 1e9,
+            "spread": spread(run.round_seconds),
+            "rounds": len(run.round_seconds),
             "max_error": max(run.errors.values()),
         }
         if any(run.is_extrapolated(product, linear) for product, linear in step):
@@ -123,28 +138,31 @@ def _product_gflops(run: Run, product: str) -> float:
 
 def _table(record: dict[str, Any], runs: list[Run]) -> str:
     # XLA and PyTorch in the precision that a run's operands would have there.
-    peers = {(total["implementation"], total["precision"]): total["seconds"] for total in record["totals"]}
+    peers = {(total["implementation"], total["precision"]): total for total in record["totals"]}
     lines = [
         "",
-        f"{'':<32}{'GFLOP/s':^32}{'one step':>10}{'speed, times that of':>23}{'max|err|':>10}",
-        f"{'implementation':<15}{'precision':<17}{'fwd':>8}{'dx':>8}{'dw':>8}{'all':>8}{'seconds':>10}"
-        f"{'XLA':>13}{'PyTorch':>10}{'/max|ref|':>10}",
+        f"{'':<32}{'GFLOP/s':^32}{'one step':>10}{'rounds':>9}{'speed, times that of':>23}{'max|err|':>10}",
+        f"{'implementation':<15}{'precision':<17}{'fwd':>8}{'dx':>8}{'dw':>8}{'all':>8}{'seconds':>10}{'differ by':>11}"
+        f"{'XLA':>11}{'PyTorch':>10}{'/max|ref|':>10}",
     ]
     for run, total in zip(runs, record["totals"], strict=True):
         operands = run.precision if run.precision == "BF16_BF16_F32" else "F32_F32_F32"
-        of_xla, of_pytorch = (_times(peers.get((peer, operands)), total["seconds"]) for peer in ("xla", "pytorch"))
+        of_xla, of_pytorch = (_times(peers.get((peer, operands)), total) for peer in ("xla", "pytorch"))
         speeds = "".join(f"{_product_gflops(run, product):>8.1f}" for product in PRODUCTS)
         mark = "*" if "extrapolated" in total else ""
         lines.append(
             f"{run.implementation + mark:<15}{run.precision:<17}{speeds}{total['gflops']:>8.1f}{total['seconds']:>10.3f}"
-            f"{of_xla:>13}{of_pytorch:>10}{total['max_error']:>10.1e}"
+            f"{percent(total['spread']):>11}{of_xla:>11}{of_pytorch:>10}{total['max_error']:>10.1e}"
         )
     lines += ["", *_refused_lines(record["refused"]), *_notes(runs, any("extrapolated" in total for total in record["totals"]))]
     return "\n".join(lines)
 
 
-def _times(peers_seconds: float | None, seconds: float) -> str:
-    return "-" if peers_seconds is None else f"{peers_seconds / seconds:.2f}"
+def _times(peer: dict[str, Any] | None, total: dict[str, Any]) -> str:
+    """How many times as fast; nothing where one of the two is known from a single round of a slice alone."""
+    if peer is None or any("extrapolated" in each and each["rounds"] < 2 for each in (peer, total)):
+        return "-"
+    return f"{peer['seconds'] / total['seconds']:.2f}"
 
 
 def _refused_lines(refused: list[dict[str, Any]]) -> list[str]:
@@ -165,21 +183,24 @@ def _notes(runs: list[Run], any_extrapolated: bool) -> list[str]:
     rounds = min((len(values) for run in runs for values in run.seconds.values()), default=0)
     notes = [
         f"time: medians of {rounds} round(s), the implementations' in turn; a round is the products of a step in its order,",
-        "  so weights come from memory. This project's rungs write dw to where the gradient belongs and sum its squares, as",
-        "  their step does; every other result is a new array, as in everybody's step.",
+        "  so weights come from memory. This project's implementations write dw to where the gradient belongs and sum its",
+        "  squares, as their step does; every other result is a new array, as in everybody's step.",
+        "rounds differ by: the longest less the shortest, of the median.",
         f"max|err|/max|ref|: the largest of all products, {ERROR_ROWS} rows of each, evenly spread, against float64 from the",
         "  float32 operands before any rounding.",
-        "bfloat16: x and dy are bfloat16, weights float32 as the optimizer keeps them. This project's rungs read those in",
-        "  place, XLA rounds them inside the compiled product, PyTorch once a step (counted in fwd) as its autocast does.",
+        "bfloat16: x and dy are bfloat16, weights float32 as the optimizer keeps them. This project's implementations read",
+        "  those in place, XLA rounds them inside the compiled product, PyTorch once a step (counted in fwd) as its autocast",
+        "  does.",
         "  dw is float32: PyTorch's is bfloat16 converted. Logits are float32, PyTorch's bfloat16.",
     ]
     if any_extrapolated:
-        notes.append("* extrapolated: timed on a slice of rows, evenly spread, as the whole would take too long")
+        notes.append("* extrapolated: timed on a slice of rows, evenly spread, as the whole would take too long; no speed is")
+        notes.append("  told against one that was timed so in one round only")
     return notes
 
 
-def _plot_ladder(record: dict[str, Any], path: str, title: str, subtitle: str) -> None:
-    """The ladder as bars."""
+def _plot_rates(record: dict[str, Any], path: str, title: str, subtitle: str) -> None:
+    """The rates as bars."""
     bars = []
     for total in record["totals"]:
         of_products = [

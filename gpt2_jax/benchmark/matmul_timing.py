@@ -26,8 +26,8 @@ from gpt2_jax.benchmark.products import (
     Linear,
     Multiply,
     Operands,
+    ProductRunner,
     Rows,
-    Workshop,
     dimensions,
     flops,
     make_operands,
@@ -41,7 +41,7 @@ from gpt2_jax.families.gpt2 import GPT2Config
 
 ERROR_ROWS = 4  # rows of a result, evenly spread, that are compared with float64
 _PAUSE = 0.05  # seconds after a round: the threads of OpenMP and OpenBLAS spin for some 20 ms when their work is done
-_PATIENCE = 9.0  # seconds; an implementation whose round would take longer is timed on slices of rows
+_LONGEST_ROUND = 9.0  # seconds; an implementation whose round would take longer is timed on slices of rows
 
 
 # (product, linear's name, layer) -> the compared rows of a result in float64
@@ -99,9 +99,22 @@ class Run:
         return len(self.rows[product, linear.name]) < dimensions(product, linear, self.operands.tokens)[0]
 
     def median_seconds(self, product: str, linear: Linear) -> float:
-        """Of one whole product; of a slice, times the share of the rows that it is."""
-        m = dimensions(product, linear, self.operands.tokens)[0]
-        return statistics.median(self.seconds[product, linear.name]) * m / len(self.rows[product, linear.name])
+        """Of one whole product."""
+        return self._whole(product, linear, statistics.median(self.seconds[product, linear.name]))
+
+    @property
+    def round_seconds(self) -> list[float]:
+        """A whole step's products, by the rounds that met all of them."""
+        parts = [
+            [linear.layers * self._whole(product, linear, value) for value in self.seconds[product, linear.name]]
+            for product in PRODUCTS
+            for linear in self.operands.linears
+        ]
+        return [sum(values) for values in zip(*parts, strict=False)]
+
+    def _whole(self, product: str, linear: Linear, seconds: float) -> float:
+        """Of a slice, times the share of the rows that it is."""
+        return seconds * dimensions(product, linear, self.operands.tokens)[0] / len(self.rows[product, linear.name])
 
 
 class Refusal(NamedTuple):
@@ -131,14 +144,14 @@ def measure(
         raise Gpt2JaxError(f"--implementations: expected some of {known}, found {', '.join(unknown)}")
     say("making the operands ...")
     operands = make_operands(config, tokens)
-    workshop = Workshop(operands)
-    rates, refusals = _offered([name for name in IMPLEMENTATIONS if name in implementations], workshop, config)
+    runner = ProductRunner(operands)
+    rates, refusals = _offered([name for name in IMPLEMENTATIONS if name in implementations], runner, config)
 
     quick = seconds is not None
     layers_a_round = 1 if quick else config.num_layers
     deadline = math.inf if seconds is None else seconds
     # A third of the time goes to preparing: warming up, compiling, comparing with float64.
-    patience = _PATIENCE if seconds is None else max(0.1, (seconds - seconds_running()) / 1.5 / max(1, len(rates)))
+    longest_round = _LONGEST_ROUND if seconds is None else max(0.1, (seconds - seconds_running()) / 1.5 / max(1, len(rates)))
 
     def layers_of(turn: int) -> list[int]:
         """Every run's next layers, none of which the run before it has just had in the caches."""
@@ -149,9 +162,9 @@ def measure(
     references: _References = {}
     for names in sorted(rates, key=lambda names: -sum(rates[names].values())) if quick else rates:
         implementation, precision = names
-        rows = _affordable_rows(operands, rates[names], layers_a_round, patience)
+        rows = _affordable_rows(operands, rates[names], layers_a_round, longest_round)
         try:
-            multiply = workshop.prepare(implementation, precision, rows)
+            multiply = runner.prepare(implementation, precision, rows)
             run = Run(implementation, precision, operands, references, rows, multiply)
             # The first is measured in any case.
             limit = deadline if runs else math.inf
@@ -183,7 +196,7 @@ _Rates = dict[str, float]  # by product, flop/s
 
 
 def _offered(
-    implementations: Sequence[str], workshop: Workshop, config: GPT2Config
+    implementations: Sequence[str], runner: ProductRunner, config: GPT2Config
 ) -> tuple[dict[tuple[str, str], _Rates], list[Refusal]]:
     """The rates of every implementation and precision that can be had, and the refusals of the others."""
     unavailable = dict(make_plan(ComputeSettings(), cpu_backend("a bench of the CPU"), config).linear.refusals)
@@ -195,21 +208,21 @@ def _offered(
             continue
         for precision in PEER_PRECISIONS.get(implementation, PRECISIONS):
             try:
-                rates[implementation, precision] = _rates(implementation, precision, workshop)
+                rates[implementation, precision] = _rates(implementation, precision, runner)
             except RuntimeError as error:
                 refusals.append(Refusal(implementation, precision, _reason(error, precision)))
     return rates, refusals
 
 
-def _rates(implementation: str, precision: str, workshop: Workshop) -> _Rates:
+def _rates(implementation: str, precision: str, runner: ProductRunner) -> _Rates:
     """Roughly: of the smallest linear layer's products, on more and more rows until they take long enough to tell."""
-    operands = workshop.operands
+    operands = runner.operands
     linear = min(operands.linears, key=lambda linear: linear.outputs * linear.inputs)
     rates: _Rates = {}
     share = 1 / 8
     while len(rates) < len(PRODUCTS):
         rows = {(product, linear.name): _slice(product, linear, operands, share) for product in PRODUCTS}
-        multiply = workshop.prepare(implementation, precision, rows)
+        multiply = runner.prepare(implementation, precision, rows)
         for product in PRODUCTS:
             seconds = 0.0
             for _ in range(2):  # the first call compiles
@@ -224,15 +237,15 @@ def _rates(implementation: str, precision: str, workshop: Workshop) -> _Rates:
     return rates
 
 
-def _affordable_rows(operands: Operands, rates: _Rates, layers: int, patience: float) -> Rows:
-    """All rows of every product when a round of them ends within the patience, else slices that take a third of it."""
+def _affordable_rows(operands: Operands, rates: _Rates, layers: int, longest_round: float) -> Rows:
+    """All rows of every product when a round of them ends within the longest_round, else slices that take a third of it."""
     work = {
         product: sum(min(linear.layers, layers) * flops(product, linear, operands.tokens) for linear in operands.linears)
         for product in PRODUCTS
     }
-    whole = sum(work[product] / rates[product] for product in PRODUCTS) <= patience
+    whole = sum(work[product] / rates[product] for product in PRODUCTS) <= longest_round
     # The same time for each kind of product: their rates can differ by a factor of ten.
-    shares = {product: 1.0 if whole else min(1.0, patience / 9 * rates[product] / work[product]) for product in PRODUCTS}
+    shares = {product: 1.0 if whole else min(1.0, longest_round / 9 * rates[product] / work[product]) for product in PRODUCTS}
     return {
         (product, linear.name): _slice(product, linear, operands, shares[product])
         for product in PRODUCTS

@@ -22,7 +22,7 @@ from gpt2_jax.ops import matmul
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.threaded import WeightView
 
-# This project's own in the order of the ladder, then the peers.
+# This project's own, from the plainest to the fastest, then the peers.
 IMPLEMENTATIONS = (*matmul.RUNGS, "xla", "numpy", "pytorch")
 PRECISIONS = ("F32_F32_F32", "BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "S8_S8_S32_X6")
 PEER_PRECISIONS = {"xla": PRECISIONS[:2], "numpy": PRECISIONS[:1], "pytorch": PRECISIONS[:2]}
@@ -115,7 +115,7 @@ _First = dict[tuple[str, str], jax.Array]
 Multiply = Callable[[str, Linear, int], Any]
 
 
-class Workshop:
+class ProductRunner:
     """The operands, and what the implementations make of them, kept for the next one that needs the same."""
 
     def __init__(self, operands: Operands):

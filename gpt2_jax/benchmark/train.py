@@ -12,10 +12,10 @@ from typing import Any
 
 from gpt2_jax.benchmark import peak as peak_of
 from gpt2_jax.benchmark.chart import check_writable
-from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_running
+from gpt2_jax.benchmark.machine import describe_machine, load_lines, machine_line, measure_load, seconds_running
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS
 from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, record, table, title
-from gpt2_jax.benchmark.train_rounds import Patience, measure_in_turn
+from gpt2_jax.benchmark.train_rounds import TurnLimits, measure_in_turn
 from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS
 from gpt2_jax.compute.backend import cpu_backend
 from gpt2_jax.compute.plan import make_plan
@@ -65,7 +65,7 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
 
 
 def _splits_float32(implementation: str) -> bool:
-    """Whether a rung multiplies float32 only in parts, so that every --matmul-precision has other products."""
+    """Whether an implementation multiplies float32 only in parts, so that every --matmul-precision has other products."""
     if implementation not in matmul.IMPLEMENTATIONS or implementation == "xla":
         return False
     try:
@@ -98,7 +98,8 @@ def bench_train(
     if plot is not None:
         check_writable(plot)
     machine = describe_machine()
-    print(f"{title(work)}\n{machine_line(machine)}", flush=True)
+    load_before = measure_load()
+    print(f"{title(work)}\n{machine_line(machine)}\nbefore: {load_before}", flush=True)
 
     peak = _measure_peak(work, quick)
     left_out = [Measured(system, None, reason) for system in chosen if not systems and (reason := _too_slow(system, peak))]
@@ -106,14 +107,17 @@ def bench_train(
         [system for system in chosen if system not in [one.system for one in left_out]],
         work,
         steps,
-        Patience(deadline=_QUICK_SECONDS if quick else None),
+        TurnLimits(deadline=_QUICK_SECONDS if quick else None),
         _say,
     )
     measured = sorted(left_out + in_turn, key=lambda one: chosen.index(one.system))
     by_tokens = _measure_scaling(work, chosen) if scaling else []
 
+    load_after = measure_load()
+    load = {"before": dataclasses.asdict(load_before), "after": dataclasses.asdict(load_after)}
     print(table(measured, by_tokens, work, peak))
-    line = record(measured, by_tokens, work, peak, machine)
+    print("\n".join(load_lines(load_before, load_after)))
+    line = record(measured, by_tokens, work, peak, machine, load)
     if plot is not None:
         plot_systems(measured, work, plot, machine_line(machine))
         print(f"chart: {plot}")
@@ -163,7 +167,7 @@ def _measure_scaling(work: Workload, chosen: list[System]) -> list[tuple[Workloa
             grown = dataclasses.replace(work, batch_size=tokens // sequence_length, sequence_length=sequence_length)
             say = partial(_say_of, f"{tokens} tokens")
             system = System("gpt2_jax", "auto", dtype)
-            (one,) = measure_in_turn([system], grown, _SCALING_STEPS, Patience(), say)
+            (one,) = measure_in_turn([system], grown, _SCALING_STEPS, TurnLimits(), say)
             result.append((grown, one))
     return result
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt2_jax.benchmark.chart import Bar, draw_bars
+from gpt2_jax.benchmark.machine import percent, spread
 from gpt2_jax.benchmark.train_system import Result
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.flops import flops_per_token
@@ -93,6 +94,7 @@ def record(
     work: Workload,
     peak: dict[str, Any],
     machine: dict[str, str | int],
+    load: dict[str, Any],
 ) -> dict[str, Any]:
     """The JSON line."""
     return {
@@ -115,6 +117,7 @@ def record(
             if one.result is not None
         ],
         "machine": machine,
+        "load": load,
     }
 
 
@@ -127,6 +130,8 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
         "precision": one.result.precision,
         "weight_gradient_precision": one.result.weight_gradient_precision,
         "seconds_per_step": one.seconds_per_step,
+        "steps": len(one.result.seconds),
+        "spread": spread(one.result.seconds),
         "tokens_per_second": work.tokens / one.seconds_per_step,
         "gflops": _gflops(one, work),
         "peak_memory_bytes": one.result.peak_memory_bytes,
@@ -149,28 +154,36 @@ def _gflops(one: Measured, work: Workload) -> float:
 
 def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], work: Workload, peak: dict[str, Any]) -> str:
     nanogpt = nanogpt_flops_per_token(work.config, work.sequence_length) / flops_per_token(work.config, work.sequence_length)
-    pytorch = {one.system.dtype: one.seconds_per_step for one in measured if one.result and one.system.name == "pytorch"}
+    pytorch = {one.system.dtype: one for one in measured if one.result and one.system.name == "pytorch"}
     lines = [
         "",
-        f"{'':<40}{'':>18}{'time, of':>10}{'GFLOP/s by':^20}{'':>7}{'peak':>10}{'compile':>9}{'loss after':>12}",
-        f"{'system':<17}{'matmul':<14}{'dtype':<9}{'s/step':>9}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}{'nanoGPT':>10}{'MFU':>7}"
-        f"{'memory':>10}{'s':>9}{'1 step':>12}",
+        f"{'':<40}{'':>9}{'steps':>10}{'':>9}{'time, of':>10}{'GFLOP/s by':^20}{'':>7}{'peak':>10}{'compile':>9}"
+        f"{'loss after':>12}",
+        f"{'system':<17}{'matmul':<14}{'dtype':<9}{'s/step':>9}{'differ by':>10}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}"
+        f"{'nanoGPT':>10}{'MFU':>7}{'memory':>10}{'s':>9}{'1 step':>12}",
     ]
     for one in measured:
         if one.result is None:
             continue
         seconds, gflops = one.seconds_per_step, _gflops(one, work)
-        of_pytorch = f"{seconds / pytorch[one.system.dtype]:.2f}" if one.system.dtype in pytorch else "-"
+        of_pytorch = _ratio(one, pytorch.get(one.system.dtype))
         loss = f"{one.result.losses[1]:.4f}" if len(one.result.losses) > 1 else "-"
         lines.append(
             f"{one.system.name:<17}{_matmul_name(one.result):<14}{one.system.dtype:<9}{seconds:>9.3f}"
-            f"{work.tokens / seconds:>9,.0f}{of_pytorch:>10}{gflops:>10,.1f}{gflops * nanogpt:>10,.1f}"
-            f"{gflops / peak['gflops']:>7.1%}{gigabytes(one.result.peak_memory_bytes):>10}"
+            f"{percent(spread(one.result.seconds)):>10}{work.tokens / seconds:>9,.0f}{of_pytorch:>10}{gflops:>10,.1f}"
+            f"{gflops * nanogpt:>10,.1f}{gflops / peak['gflops']:>7.1%}{gigabytes(one.result.peak_memory_bytes):>10}"
             f"{one.result.compile_seconds:>9.1f}{loss:>12}"
         )
     lines += [f"not {one.system}: {one.reason}" for one in measured if one.result is None]
     lines += ["", *_memory_lines(measured), *_scaling_lines(by_tokens), *_notes(measured, peak)]
     return "\n".join(lines)
+
+
+def _ratio(one: Measured, peer: Measured | None) -> str:
+    """Of the peer's time; nothing where one of the two is known from a single step, which may have been the first."""
+    if peer is None or any(each.result is None or len(each.result.seconds) < 2 for each in (one, peer)):
+        return "-"
+    return f"{one.seconds_per_step / peer.seconds_per_step:.2f}"
 
 
 def _memory_lines(measured: list[Measured]) -> list[str]:
@@ -199,10 +212,12 @@ def _scaling_lines(by_tokens: list[tuple[Workload, Measured]]) -> list[str]:
             lines.append(f"{one.system.dtype:<14}{work.tokens:>8}  {one.reason}")
             continue
         a_token = one.seconds_per_step / work.tokens
-        relative = a_token / first.setdefault(one.system.dtype, a_token)
+        relative = "-"
+        if len(one.result.seconds) > 1:
+            relative = f"{a_token / first.setdefault(one.system.dtype, a_token):.2f}"
         lines.append(
             f"{one.system.dtype:<14}{work.tokens:>8}{f'{work.batch_size} x {work.sequence_length}':>12}"
-            f"{one.seconds_per_step:>10.3f}{1 / a_token:>9,.0f}{relative:>28.2f}  {_of_estimate(one.result)}"
+            f"{one.seconds_per_step:>10.3f}{1 / a_token:>9,.0f}{relative:>28}  {_of_estimate(one.result)}"
         )
     return [*lines, ""]
 
@@ -214,6 +229,7 @@ def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
         f"time: medians of {steps} step(s) after the first (one alone may be the first), forward, backward, clipping, AdamW;",
         "  each system in a process of its own, with the same random weights and tokens; on the CPU in turn, a third of the",
         "  steps at a time (all, if they are few) after one that is not timed, as many systems as memory holds.",
+        "steps differ by: the longest less the shortest, of the median; of one step alone no ratio is told.",
         "GFLOP/s: llm.c counts 6 N + 6 L C T a token, N with the vocabulary's padding; nanoGPT 6 N + 12 L C T, N without",
         "  positions.",
         f"MFU: llm.c's count over the best rate of matrix products alone in this run, {peak['gflops']:,.1f} GFLOP/s by",

@@ -33,7 +33,7 @@ _PAUSE = 0.05  # seconds between turns: a library's threads may look out for mor
 
 
 @dataclass(frozen=True)
-class Patience:
+class TurnLimits:
     """What time there is: for one system, after which it gets no further turn, and for the whole program."""
 
     seconds: float = 300.0
@@ -53,7 +53,7 @@ class Patience:
 
 
 def measure_in_turn(
-    systems: Sequence[System], work: Workload, steps: int, patience: Patience, say: Callable[[str], None]
+    systems: Sequence[System], work: Workload, steps: int, limits: TurnLimits, say: Callable[[str], None]
 ) -> list[Measured]:
     """Every system's `steps`, as many systems at a time as memory holds; one at a time on an accelerator, which a
     process may have all of."""
@@ -62,33 +62,33 @@ def measure_in_turn(
     with contextlib.ExitStack() as stack:
         while waiting:
             together: list[_Process] = []
-            if patience.is_over:
+            if limits.is_over:
                 measured += [Measured(system, None, "no time was left for it") for system in waiting]
                 break
             while waiting and (not together or _another_fits(together, work)):
                 process = stack.enter_context(_Process(waiting.pop(0), work, steps))
-                process.get_ready(patience.share(len(waiting) + 2))  # then the others, and then all take turns
+                process.get_ready(limits.share(len(waiting) + 2))  # then the others, and then all take turns
                 if process.answer is None:
                     say(f"{process.system}: ready after {process.ready_seconds:.0f} s")
                 together.append(process)
-            _take_turns(together, steps, patience, say)
+            _take_turns(together, steps, limits, say)
             for process in together:
                 measured.append(process.measured())
                 say(progress(measured[-1], work))
     return measured
 
 
-def _take_turns(together: Sequence[_Process], steps: int, patience: Patience, say: Callable[[str], None]) -> None:
+def _take_turns(together: Sequence[_Process], steps: int, limits: TurnLimits, say: Callable[[str], None]) -> None:
     while running := [process for process in together if process.answer is None]:
         started = time.monotonic()
         for number, process in enumerate(running):
             time.sleep(_PAUSE if len(running) > 1 else 0)
             # It got ready by a step at least.
-            if process.seconds > patience.seconds or patience.left < process.ready_seconds:
+            if process.seconds > limits.seconds or limits.left < process.ready_seconds:
                 process.end()
             else:
-                seconds = min(patience.share(len(running) - number), patience.seconds / _TURNS)
-                process.take_turn(-(-steps // _TURNS) if steps > _FEWEST else steps, seconds, patience.share(1))
+                seconds = min(limits.share(len(running) - number), limits.seconds / _TURNS)
+                process.take_turn(-(-steps // _TURNS) if steps > _FEWEST else steps, seconds, limits.share(1))
         say(f"{len(running)} system(s) in turn took {time.monotonic() - started:.0f} s")
 
 

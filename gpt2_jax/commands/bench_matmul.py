@@ -1,8 +1,8 @@
-"""Time the matrix products of a GPT-2 124M training step: every rung of this project, XLA, numpy and PyTorch in one run.
+"""Time the matrix products of a GPT-2 124M training step: every implementation of this project, XLA, numpy and PyTorch in one run.
 
   python scripts/bench_matmul.py                                      all of them; minutes
   python scripts/bench_matmul.py --quick                              within 50 seconds
-  python scripts/bench_matmul.py --tokens 2048 --plot ladder.png
+  python scripts/bench_matmul.py --tokens 2048 --plot rates.png
   python scripts/bench_matmul.py --implementations threaded xla pytorch --rounds 9
 
 The last line printed is one JSON object. PyTorch needs pip install -e '.[test]'.
@@ -28,7 +28,7 @@ class Arguments:
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One layer a round and few rounds: for a first look, not for a claim."""
     plot: FilePath | None = None
-    """PNG file to draw the ladder into."""
+    """PNG file to draw the rates into."""
     implementations: tuple[str, ...] = ()
     """Only these; by default all, and those that cannot be had are listed with the reason."""
     rounds: int = 5

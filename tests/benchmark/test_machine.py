@@ -45,3 +45,32 @@ def test_all_libraries_get_the_same_threads():
     environment = {**os.environ, "NPROC": "1"}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.stdout.split() == ["1", "1", "1"], ended.stderr
+
+
+def stat(folder, busy, idle):
+    (folder / "proc").mkdir(exist_ok=True)
+    (folder / "proc" / "stat").write_text(f"cpu  {busy} 0 0 {idle} 0 0 0 0 0 0\ncpu0 1 1 1 1\n")
+
+
+def test_how_many_cpus_others_keep_busy(tmp_path, monkeypatch):
+    stat(tmp_path, 1000, 9000)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(machine.time, "sleep", lambda seconds: stat(tmp_path, 1050, 9150))
+    load = machine.measure_load(root=tmp_path)
+    assert load.busy_cpus == pytest.approx(1.0)
+    assert str(load).startswith("1.00 of 4 CPUs busy with other work")
+    assert load.disturbs
+    assert machine.load_lines(load, load)[-1].startswith("THE MACHINE WAS BUSY")
+
+
+def test_a_system_that_does_not_tell_is_no_disturbance(tmp_path):
+    load = machine.measure_load(0.0, tmp_path)
+    assert load.busy_cpus is None
+    assert not load.disturbs
+    assert str(load).startswith("unknown of ")
+    assert len(machine.load_lines(load, load)) == 2
+
+
+@pytest.mark.parametrize(("seconds", "found"), [([2.0], "1 round"), ([2.0, 1.0, 3.0], "100%"), ([1.0, 1.0], "0%")])
+def test_by_how_much_rounds_differ(seconds, found):
+    assert machine.percent(machine.spread(seconds)) == found

@@ -27,7 +27,7 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def everything():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matmul_timing, "_PATIENCE", math.inf)
+        patch.setattr(matmul_timing, "_LONGEST_ROUND", math.inf)
         return measure(CONFIG, TOKENS, rounds=2)
 
 
@@ -88,7 +88,7 @@ def test_a_wrong_implementation_shows_in_its_error(monkeypatch):
 
 
 def test_the_slow_are_timed_on_slices_and_marked(monkeypatch):
-    monkeypatch.setattr(matmul_timing, "_PATIENCE", 1e-9)
+    monkeypatch.setattr(matmul_timing, "_LONGEST_ROUND", 1e-9)
     runs, _ = measure(CONFIG, TOKENS, ["blocked", "numpy"], rounds=1)
     totals, rows = bench.totals(runs), bench._rows(runs)
     assert [total["extrapolated"] for total in totals] == [True] * 3
@@ -102,6 +102,18 @@ def test_the_slow_are_timed_on_slices_and_marked(monkeypatch):
                 statistics.median(run.seconds[product, name]) * whole / len(made)
             )
         assert max(run.errors.values()) < 1e-2  # the right rows are compared
+
+
+def test_of_one_extrapolated_round_no_speed_is_told(monkeypatch):
+    for rounds, told in ((1, "-"), (3, "1.00")):
+        monkeypatch.setattr(matmul_timing, "_LONGEST_ROUND", 1e-9)
+        runs, _ = measure(CONFIG, TOKENS, ["xla"], rounds=rounds)
+        totals = bench.totals(runs)
+        assert [total["rounds"] for total in totals] == [rounds] * 2
+        assert [total["spread"] is None for total in totals] == [rounds == 1] * 2
+        text = bench._table({"totals": totals, "refused": []}, runs)
+        row = next(line for line in text.splitlines() if line.startswith("xla*") and "F32_F32_F32" in line)
+        assert row.split()[-3] == told
 
 
 def test_with_a_limit_the_first_is_measured_and_the_rest_refused():
@@ -177,12 +189,12 @@ def test_it_prints_a_table_and_one_json_line_last_and_draws(capsys, tmp_path, mo
     assert (record["bench"], record["tokens"]) == ("matmul", TOKENS)
     row_keys = {"implementation", "precision", "product", "m", "k", "n", "seconds", "gflops"}
     assert {frozenset(row) for row in record["rows"]} == {frozenset(row_keys)}
-    total_keys = {"implementation", "precision", "seconds", "gflops", "max_error"}
+    total_keys = {"implementation", "precision", "seconds", "gflops", "rounds", "spread", "max_error"}
     assert {frozenset(total) for total in record["totals"]} == {frozenset(total_keys)}
     assert {refusal["implementation"] for refusal in record["refused"]} == {"simd"}
     lines = [line for line in text if line.startswith(("simd ", "xla "))]
     assert len(lines) == 4
-    assert any(line.split()[:2] == ["xla", "F32_F32_F32"] and line.split()[7] == "1.00" for line in lines)
+    assert any(line.split()[:2] == ["xla", "F32_F32_F32"] and line.split()[7:10] == ["1", "round", "1.00"] for line in lines)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 

@@ -175,7 +175,7 @@ def answer(matmul="xla", seconds=(2.0, 1.0, 4.0), losses=(5.5, 5.4, 5.3, 5.2), *
 
 
 def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
-    ours = answer("threaded", (1.0,), estimated_bytes=2_000_000_000, compiled_bytes=2_200_000_000)
+    ours = answer("threaded", (1.0, 0.9, 1.2), estimated_bytes=2_000_000_000, compiled_bytes=2_200_000_000)
     answers_by_name(monkeypatch, {"gpt2_jax": ours, "pytorch": answer("pytorch"), "jax_plain": {"refused": "no reason"}})
     picture = tmp_path / "steps.png"
     assert train.bench_train(WORK, ["gpt2_jax:auto", "pytorch:float32", "jax_plain:float32"], plot=str(picture))
@@ -200,6 +200,8 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         "precision": "F32_F32_F32",
         "weight_gradient_precision": "F32_F32_F32",
         "seconds_per_step": 2.0,
+        "steps": 3,
+        "spread": 1.5,
         "tokens_per_second": 24.0,
         "gflops": pytest.approx(flops / 2.0 / 1e9),
         "peak_memory_bytes": 3_000_000_000,
@@ -208,7 +210,8 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
     assert record["refused"] == [{"name": "jax_plain", "matmul": "", "dtype": "float32", "setting": "", "reason": "no reason"}]
     assert record["matmul_peak_gflops"] == 100.0
     row = next(line.split() for line in text if line.startswith("gpt2_jax "))
-    assert row[:6] == ["gpt2_jax", "threaded", "float32", "1.000", "48", "0.50"]
+    assert row[:6] == ["gpt2_jax", "threaded", "float32", "1.000", "30%", "48"]
+    assert row[6] == "0.50"
     assert f"{flops / 1e9 / 100.0:.1%}" in row
     assert "not jax_plain:float32: no reason" in text
     memory = "memory of gpt2_jax:threaded:float32: 2.00 GB estimated, 2.20 GB (1.10 times that) in the compiled step"
@@ -233,7 +236,7 @@ def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):
 
     def answer_of(system, work):
         asked.append((work.tokens, work.sequence_length, system.matmul, system.dtype))
-        return answer("xla", (work.tokens / 1000 * 1.5 ** (work.tokens == 8192),), estimated_bytes=100, compiled_bytes=100)
+        return answer("xla", (work.tokens / 1000 * 1.5 ** (work.tokens == 8192),) * 2, estimated_bytes=100, compiled_bytes=100)
 
     answers(monkeypatch, answer_of)
     train.bench_train(Workload("tiny", config, 4, 64, "cpu"), ["gpt2_jax:auto:bfloat16"], scaling=True)
@@ -243,6 +246,25 @@ def test_scaling_is_measured_from_256_to_8192_tokens(monkeypatch, capsys):
     assert [row["batch_size"] * row["sequence_length"] for row in rows] == [256, 512, 1024, 2048, 4096, 8192]
     relative = [line.split()[7] for line in text if line.startswith("bfloat16")]
     assert relative == ["1.00"] * 5 + ["1.50"]
+
+
+def test_of_one_step_alone_no_ratio_is_told(monkeypatch, capsys):
+    answers_by_name(monkeypatch, {"gpt2_jax": answer("threaded", (1.0,)), "pytorch": answer("pytorch")})
+    train.bench_train(WORK, ["gpt2_jax:auto:float32", "pytorch:float32"])
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("gpt2_jax "))
+    assert row[4:8] == ["1", "round", "48", "-"]
+
+
+def test_a_busy_machine_is_told_before_and_after(monkeypatch, capsys):
+    loads = iter([machine.Load(0.02, 0.1), machine.Load(1.5, 2.0)])
+    monkeypatch.setattr(train, "measure_load", lambda: next(loads))
+    answers_by_name(monkeypatch, {"pytorch": answer("pytorch")})
+    train.bench_train(WORK, ["pytorch:float32"])
+    *text, last = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("before: 0.02 of ") for line in text)
+    assert any(line.startswith("load after:  1.50 of ") for line in text)
+    assert any(line.startswith("THE MACHINE WAS BUSY WITH OTHER WORK") for line in text)
+    assert json.loads(last)["load"]["after"] == {"busy_cpus": 1.5, "average": 2.0}
 
 
 def test_a_system_that_fails_is_told_and_counts(monkeypatch, capsys):
@@ -304,8 +326,8 @@ def test_impossible_settings_are_refused_before_anything_runs(work, options, cap
 PYTORCH = System("pytorch", "", "float32")
 
 
-def in_turn(*systems, work=WORK, **patience):
-    return train_rounds.measure_in_turn(systems, work, 2, train_rounds.Patience(**patience), lambda text: None)
+def in_turn(*systems, work=WORK, **limits):
+    return train_rounds.measure_in_turn(systems, work, 2, train_rounds.TurnLimits(**limits), lambda text: None)
 
 
 @pytest.mark.torch
