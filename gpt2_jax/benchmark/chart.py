@@ -23,12 +23,12 @@ class Bar(NamedTuple):
     group: str  # decides the colour, and is named in the legend
     value: float
     text: str  # beside the bar
-    range: tuple[float, float] | None = None  # lowest and highest of what `value` sums up
+    range: tuple[float, float] | None = None  # the lowest and the highest value that `value` is the median of
     pale: bool = False
 
 
 def check_writable(path: str) -> None:
-    """Gpt2JaxError now, not after minutes, for a picture that could not be saved."""
+    """Raise Gpt2JaxError if the picture could not be saved, before minutes of measuring."""
     folder = Path(path).parent
     if not folder.is_dir() or Path(path).suffix.lower() != ".png":
         raise Gpt2JaxError(f"--plot: expected a .png file in a folder that exists, found {path}", f"mkdir -p {folder}")

@@ -17,7 +17,7 @@ from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.sharing import anonymous
 
 _STARTED = time.monotonic()
-_QUIET_CPUS = 0.1  # kept busy by others: more shows in the figures
+_QUIET_CPUS = 0.1  # If others keep more of them busy, the figures show it.
 _THREAD_VARIABLES = (
     "NPROC",  # XLA and the custom calls
     "OMP_NUM_THREADS",  # PyTorch
@@ -28,7 +28,7 @@ _THREAD_VARIABLES = (
 
 
 def seconds_running() -> float:
-    """Since this module was imported, which a bench does first of all."""
+    """Seconds since this module was imported; a bench imports it first of all."""
     return time.monotonic() - _STARTED
 
 
@@ -41,8 +41,10 @@ def limit_threads() -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that could be had without swapping, of the machine and of this container; None where nobody tells, in the
-    files that Linux has under `root`."""
+    """Bytes that this process can still get without swapping: the less of what the machine and this container have free.
+
+    Read from Linux's files under `root`; None on other systems.
+    """
     try:
         lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         free = [1024 * int(lines["MemAvailable"].removesuffix("kB"))]
@@ -61,7 +63,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 @dataclass(frozen=True)
 class Load:
-    """What a machine does while a bench does nothing."""
+    """The work of others on this machine, measured while the bench waits."""
 
     busy_cpus: float | None  # how many CPUs others keep busy; None where nobody tells
     average: float | None  # runnable processes, over the last minute
@@ -88,7 +90,7 @@ def measure_load(seconds: float = 0.5, root: Path = Path("/")) -> Load:
 
 
 def load_lines(before: Load, after: Load) -> list[str]:
-    """What is said of it below a bench's table."""
+    """Both loads, for the lines below a bench's table."""
     lines = [f"load before: {before}", f"load after:  {after}"]
     if before.disturbs or after.disturbs:
         lines.append("THE MACHINE WAS BUSY WITH OTHER WORK: these figures are no measure of the implementations.")
@@ -96,7 +98,7 @@ def load_lines(before: Load, after: Load) -> list[str]:
 
 
 def spread(seconds: Sequence[float]) -> float | None:
-    """By how much rounds differ: the longest less the shortest, of the median; None for one alone."""
+    """(longest - shortest) / median of the rounds' seconds; None for a single round."""
     return None if len(seconds) < 2 else (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
@@ -131,7 +133,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def machine_line(machine: dict[str, str | int]) -> str:
-    """The same for people."""
+    """The description in one line, for people."""
     features = f" ({machine['features']})" if machine["features"] else ""
     versions = ", ".join(f"{name} {machine[name]}" for name in ("jax", "numpy", "torch") if name in machine)
     return f"{machine['cpu']}{features}, {machine['threads']} thread(s), {machine['system']}; {versions}"

@@ -84,7 +84,7 @@ def _size_of_step(config: GPT2Config, tokens: int) -> str:
 
 
 def totals(runs: list[Run]) -> list[dict[str, Any]]:
-    """Of every run, a training step's worth of products: the JSON line's "totals"."""
+    """The seconds and rate of a whole step's products, for every run: the JSON line's "totals"."""
     result = []
     for run in runs:
         step = [(product, linear) for product in PRODUCTS for linear in run.operands.linears]
@@ -130,7 +130,7 @@ def _rows(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _product_gflops(run: Run, product: str) -> float:
-    """Of all products of one kind in a step."""
+    """GFLOP/s of all products of one kind (fwd, dx or dw) in a step."""
     linears = run.operands.linears
     work = sum(linear.layers * flops(product, linear, run.operands.tokens) for linear in linears)
     return work / sum(linear.layers * run.median_seconds(product, linear) for linear in linears) / 1e9
@@ -159,7 +159,7 @@ def _table(record: dict[str, Any], runs: list[Run]) -> str:
 
 
 def _times(peer: dict[str, Any] | None, total: dict[str, Any]) -> str:
-    """How many times as fast; nothing where one of the two is known from a single round of a slice alone."""
+    """How many times as fast as the peer; "-" if one of the two was timed on a slice in a single round only."""
     if peer is None or any("extrapolated" in each and each["rounds"] < 2 for each in (peer, total)):
         return "-"
     return f"{peer['seconds'] / total['seconds']:.2f}"

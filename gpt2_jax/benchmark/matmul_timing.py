@@ -99,12 +99,12 @@ class Run:
         return len(self.rows[product, linear.name]) < dimensions(product, linear, self.operands.tokens)[0]
 
     def median_seconds(self, product: str, linear: Linear) -> float:
-        """Of one whole product."""
+        """The median over the rounds, of one whole product."""
         return self._whole(product, linear, statistics.median(self.seconds[product, linear.name]))
 
     @property
     def round_seconds(self) -> list[float]:
-        """A whole step's products, by the rounds that met all of them."""
+        """Seconds of all products of a step, for each round that had every one of them."""
         parts = [
             [linear.layers * self._whole(product, linear, value) for value in self.seconds[product, linear.name]]
             for product in PRODUCTS
@@ -113,7 +113,7 @@ class Run:
         return [sum(values) for values in zip(*parts, strict=False)]
 
     def _whole(self, product: str, linear: Linear, seconds: float) -> float:
-        """Of a slice, times the share of the rows that it is."""
+        """The seconds of a whole product from those of the slice that was timed."""
         return seconds * dimensions(product, linear, self.operands.tokens)[0] / len(self.rows[product, linear.name])
 
 
@@ -136,8 +136,8 @@ def measure(
 ) -> tuple[list[Run], list[Refusal]]:
     """Time every implementation in every precision that it offers over a step's products at this many tokens.
 
-    With a limit of `seconds` of the whole program a round has one of the layers instead of all, the fastest come first,
-    and who but the first is not through a round by then is a refusal.
+    `seconds` limits the whole program. Then a round has one layer instead of all, and the fastest implementations are
+    timed first; those that have not ended a round by then are refused, except the first.
     """
     if unknown := sorted(set(implementations) - set(IMPLEMENTATIONS)):
         known = ", ".join(IMPLEMENTATIONS)
@@ -154,7 +154,7 @@ def measure(
     longest_round = _LONGEST_ROUND if seconds is None else max(0.1, (seconds - seconds_running()) / 1.5 / max(1, len(rates)))
 
     def layers_of(turn: int) -> list[int]:
-        """Every run's next layers, none of which the run before it has just had in the caches."""
+        """The next layers for a run: others than the run before had, whose weights are in the caches."""
         first = turn if quick else 0
         return [(first + i) % config.num_layers for i in range(layers_a_round)]
 
@@ -182,7 +182,7 @@ def measure(
     for number in range(1 if quick else 0, rounds):
         started = seconds_running()
         try:
-            # Back and forth, so that none always follows the same neighbour.
+            # Back and forth, so that no implementation always follows the same one.
             for place, run in enumerate(runs[:: -1 if number % 2 else 1]):
                 run.round(layers_of(number * len(runs) + place), deadline=deadline)
                 time.sleep(_PAUSE)
@@ -215,7 +215,7 @@ def _offered(
 
 
 def _rates(implementation: str, precision: str, runner: ProductRunner) -> _Rates:
-    """Roughly: of the smallest linear layer's products, on more and more rows until they take long enough to tell."""
+    """Rough rates: the smallest linear layer's products on more and more rows, until one takes 5 ms."""
     operands = runner.operands
     linear = min(operands.linears, key=lambda linear: linear.outputs * linear.inputs)
     rates: _Rates = {}
@@ -238,7 +238,7 @@ def _rates(implementation: str, precision: str, runner: ProductRunner) -> _Rates
 
 
 def _affordable_rows(operands: Operands, rates: _Rates, layers: int, longest_round: float) -> Rows:
-    """All rows of every product when a round of them ends within the longest_round, else slices that take a third of it."""
+    """All rows of every product if a round then takes at most `longest_round` seconds, else slices that take a third of it."""
     work = {
         product: sum(min(linear.layers, layers) * flops(product, linear, operands.tokens) for linear in operands.linears)
         for product in PRODUCTS
@@ -270,7 +270,7 @@ def _spread(m: int, count: int) -> np.ndarray:
 
 
 def _reason(error: Exception, precision: str) -> str:
-    """The reason in an implementation's refusal; any other error is none, and goes on its way."""
+    """The reason that an implementation gives for its refusal. An error that is no refusal is raised again."""
     text = str(error).splitlines()[0]
     if isinstance(error, NotImplementedError):
         return text

@@ -49,7 +49,7 @@ def measure_peak(request: Request) -> dict[str, Any]:
         seconds=request.seconds,
     )
     measured = totals(runs)
-    # A single round of a slice is no rate to hold anything against, while there is another.
+    # A rate from a slice in a single round is taken only if there is no other.
     known = [total for total in measured if "extrapolated" not in total or total["rounds"] > 1]
     best = max(known or measured, key=lambda total: total["gflops"])
     return {"gflops": best["gflops"], "of": f"{best['implementation']} {best['precision']}", "totals": measured}

@@ -1,8 +1,8 @@
 """The matrix products of a training step: their operands, and every implementation that makes them.
 
 Operands and results are as each implementation's own training step has them: row-major, weights (outputs, inputs) and
-float32, gradients of weights float32; where products are of bfloat16, x and dy are, and who cannot read a float32
-weight rounds it inside the time that is measured. The custom calls write a weight's gradient to where it belongs, all
+float32, gradients of weights float32. For products in bfloat16, x and dy are bfloat16; an implementation that cannot read
+a float32 weight rounds it within the measured time. The custom calls write a weight's gradient to where it belongs, all
 others make a new array.
 """
 
@@ -91,7 +91,7 @@ def make_operands(config: GPT2Config, tokens: int, seed: int = 0) -> Operands:
     """Random normal operands; weights with GPT-2's standard deviation of 0.02."""
     linears, layout = linears_of(config), config.layout
     generator = np.random.default_rng(seed)
-    # Blocks of normals, repeated: drawing them all takes seconds. The lengths are primes, so no row is another's twin.
+    # Blocks of normals are repeated, since drawing all takes seconds. Their lengths are prime, so that no two rows are equal.
     weight_block = 0.02 * generator.standard_normal(1_048_583, dtype=np.float32)
     x_block, dy_block = generator.standard_normal((2, 524_309), dtype=np.float32)
     tensors = layout.views(np.resize(weight_block, layout.num_parameters))
@@ -116,7 +116,7 @@ Multiply = Callable[[str, Linear, int], Any]
 
 
 class ProductRunner:
-    """The operands, and what the implementations make of them, kept for the next one that needs the same."""
+    """Runs the products of any implementation, and keeps the operands that several of them share."""
 
     def __init__(self, operands: Operands):
         self.operands = operands
@@ -126,9 +126,9 @@ class ProductRunner:
         self._gradients: dict[tuple[str, int, int], jax.Array] = {}
 
     def prepare(self, implementation: str, precision: str, rows: Rows) -> Multiply:
-        """An implementation with its operands in place, for these rows of these products.
+        """The function that computes these rows of the products by one implementation.
 
-        NotImplementedError or a RuntimeError, at the latest from the first product, when it cannot be had.
+        NotImplementedError or RuntimeError, here or from the first product, if the implementation is not available.
         """
         if implementation == "numpy":
             return self._numpy(rows)
@@ -228,7 +228,7 @@ class ProductRunner:
 
 
 def _out_dtype(product: str, linear: Linear, dtype: jnp.dtype) -> jnp.dtype:
-    """As in the step: gradients of weights and logits are float32."""
+    """The dtype of a result, as in the step: float32 for gradients of weights and for logits."""
     wide = product == "dw" or (product == "fwd" and linear.name == "wte")
     return jnp.dtype("float32") if wide else dtype
 
@@ -261,7 +261,7 @@ def _compiled_into(implementation: str, precision: str) -> jax.stages.Wrapped:
 def rows_of(result: Any, rows: np.ndarray, columns: int) -> np.ndarray:
     """Rows of any implementation's result, in float64."""
     if isinstance(result, jax.Array):
-        # Not np.asarray, which a jax array remembers: memory with another owner is not written to in place.
+        # np.asarray would make NumPy a second owner of the memory, and jax would not write to it in place any more.
         result = np.from_dlpack(result) if result.dtype == jnp.float32 else np.asarray(result)  # type: ignore[arg-type]
     if isinstance(result, np.ndarray):
         return result.reshape(-1, columns)[rows].astype(np.float64)

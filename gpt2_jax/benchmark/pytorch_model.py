@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gpt2_jax.families.gpt2 import GPT2Config
 
-# This project's, of gpt2_jax/buffer/adamw.py, which would bring JAX into the process whose memory is measured.
+# As in gpt2_jax/buffer/adamw.py. Importing it would load JAX into the process whose memory is measured.
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 GRADIENT_CLIP = 1.0
 

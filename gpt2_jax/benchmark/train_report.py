@@ -1,4 +1,4 @@
-"""What bench_train.py says of what it measured: the table, the JSON line, the picture."""
+"""The report of bench_train.py: the table, the JSON line, the picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.machine import gigabytes
 from gpt2_jax.sharing import anonymous
 
-# How float32 is split for units that do not multiply it, for people to read.
+# Short names of the ways to split float32, for units that do not multiply float32 itself.
 _SPLITS = {"BF16_BF16_F32_X3": "X3", "BF16_BF16_F32_X6": "X6", "S8_S8_S32_X6": "S8"}
 
 
@@ -78,7 +78,7 @@ def progress(one: Measured, work: Workload) -> str:
 
 
 def _name(one: Measured) -> str:
-    """With the implementation that 'auto' came to."""
+    """The system's name, with the implementation that 'auto' chose."""
     matmul_name = one.result.matmul if one.result is not None and one.system.matmul else one.system.matmul
     return str(one.system._replace(matmul=matmul_name))
 
@@ -140,7 +140,7 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
 
 
 def _matmul_name(result: Result) -> str:
-    """With how float32 is split: 'amx X3', or 'amx S8 dw X3' where a weight's gradient is split in another way."""
+    """The implementation and how it splits float32: 'amx X3', or 'amx S8 dw X3' if weights' gradients are split otherwise."""
     split, of_dw = (_SPLITS.get(each) for each in (result.precision, result.weight_gradient_precision))
     if split is None:
         return result.matmul
@@ -148,7 +148,7 @@ def _matmul_name(result: Result) -> str:
 
 
 def _gflops(one: Measured, work: Workload) -> float:
-    """By llm.c's formula."""
+    """GFLOP/s by llm.c's formula."""
     return flops_per_token(work.config, work.sequence_length) * work.tokens / one.seconds_per_step / 1e9
 
 
@@ -180,7 +180,7 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
 
 
 def _ratio(one: Measured, peer: Measured | None) -> str:
-    """Of the peer's time; nothing where one of the two is known from a single step, which may have been the first."""
+    """The time as a share of the peer's; "-" if one of the two made a single step only, which may have been the first."""
     if peer is None or any(each.result is None or len(each.result.seconds) < 2 for each in (one, peer)):
         return "-"
     return f"{one.seconds_per_step / peer.seconds_per_step:.2f}"

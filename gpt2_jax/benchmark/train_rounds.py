@@ -1,7 +1,7 @@
 """Training steps of several systems in turn, each system in a process of its own.
 
-What else happens on a machine comes and goes: systems that are measured one after the other meet different machines. A
-turn is several steps in a row, as in training, and one before them that is not timed.
+Other work on a machine comes and goes, so systems that are measured one after the other are measured under different
+conditions. A turn is one step that is not timed and then several timed steps in a row, as in training.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _LONGEST = 1800.0  # seconds to get ready or to make a step in, after which a sy
 _ENDING = 10.0  # seconds that a process may need to end
 _TURNS = 3  # of every system, of a third of its steps each
 _FEWEST = 5  # steps that are one turn
-_PAUSE = 0.05  # seconds between turns: a library's threads may look out for more work a while
+_PAUSE = 0.05  # seconds between turns: a library's threads may spin for a while after their work
 
 
 @dataclass(frozen=True)
 class TurnLimits:
-    """What time there is: for one system, after which it gets no further turn, and for the whole program."""
+    """Limits of time: `seconds` for one system, after which it gets no further turn, and a deadline for the whole program."""
 
     seconds: float = 300.0
     deadline: float | None = None  # by seconds_running()
@@ -48,15 +48,15 @@ class TurnLimits:
         return self.left <= 0
 
     def share(self, of: int) -> float:
-        """Of the time that is left, in seconds, if so many ask for as much; never too little to end in."""
+        """One of `of` equal shares of the time that is left, in seconds; at least what a process needs to end."""
         return min(_LONGEST, max(_ENDING, self.left / of))
 
 
 def measure_in_turn(
     systems: Sequence[System], work: Workload, steps: int, limits: TurnLimits, say: Callable[[str], None]
 ) -> list[Measured]:
-    """Every system's `steps`, as many systems at a time as memory holds; one at a time on an accelerator, which a
-    process may have all of."""
+    """Time `steps` of every system: as many systems at a time as memory holds, but one at a time on an accelerator, of
+    which a process may take all memory."""
     measured: list[Measured] = []
     waiting = list(systems)
     with contextlib.ExitStack() as stack:
@@ -83,7 +83,7 @@ def _take_turns(together: Sequence[_Process], steps: int, limits: TurnLimits, sa
         started = time.monotonic()
         for number, process in enumerate(running):
             time.sleep(_PAUSE if len(running) > 1 else 0)
-            # It got ready by a step at least.
+            # Getting ready included a step, so a turn takes no longer.
             if process.seconds > limits.seconds or limits.left < process.ready_seconds:
                 process.end()
             else:
@@ -93,14 +93,14 @@ def _take_turns(together: Sequence[_Process], steps: int, limits: TurnLimits, sa
 
 
 def _another_fits(together: Sequence[_Process], work: Workload) -> bool:
-    """Whether twice what the largest of them has needed is free: the next may need more."""
+    """Whether another system fits: twice the memory of the largest so far must be free, since it may need more."""
     free = free_memory()
     return work.backend == "cpu" and free is not None and free > 2 * max(process.peak_bytes for process in together)
 
 
 class _Process:
-    """A system between its steps, and its `answer` once it has ended: the JSON object that it printed, or one with the
-    reason why there is none under 'refused' or 'failed'."""
+    """A system's process. Once it has ended, `answer` is the JSON object that it printed, or one that has the reason under
+    'refused' or 'failed'."""
 
     def __init__(self, system: System, work: Workload, steps: int):
         request = Request(
@@ -153,7 +153,7 @@ class _Process:
         self.ready_seconds = self.seconds
 
     def take_turn(self, steps: int, seconds: float, timeout: float) -> None:
-        """So many more steps, of which none begins after `seconds`."""
+        """Let the system make `steps` more steps, but begin none after `seconds`."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: await_turn finds out why
             self._process.stdin.write(f"{steps} {seconds}\n")
@@ -161,13 +161,13 @@ class _Process:
         self.await_turn(timeout)
 
     def end(self) -> None:
-        """No more steps."""
+        """Tell the system that it gets no more turns."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self.await_turn(_ENDING)
 
     def await_turn(self, timeout: float) -> None:
-        """Until it waits for its next turn, or has ended; or is ended, after `timeout` seconds."""
+        """Wait until the system is ready for its next turn or has ended; after `timeout` seconds it is killed."""
         assert self._process.stdout is not None
 
         def give_up() -> None:

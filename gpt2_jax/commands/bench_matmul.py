@@ -1,4 +1,4 @@
-"""Time the matrix products of a GPT-2 124M training step: every implementation of this project, XLA, numpy and PyTorch in one run.
+"""Time the matrix products of a GPT-2 124M training step by all of this project's implementations, XLA, numpy, PyTorch.
 
   python scripts/bench_matmul.py                                      all of them; minutes
   python scripts/bench_matmul.py --quick                              within 50 seconds

@@ -1,4 +1,4 @@
-"""llm.c's own command line (train_gpt2cu), said in the flags of scripts/train.py."""
+"""llm.c's own command line (train_gpt2cu), translated into the flags of scripts/train.py."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Translation(NamedTuple):
 def translate(command_line: str) -> Translation:
     """The arguments that give llm.c's run of this command line, with or without the program's name in front.
 
-    Raises Gpt2JaxError, naming the flag, for one that llm.c does not have, a value that it would misread, and for what
-    would change the result and cannot be had: several processes.
+    Raises Gpt2JaxError, naming the flag, for a flag that llm.c does not have, for a value that llm.c would misread, and
+    for several processes, which would change the result.
     """
     given = _pairs(command_line)
     values = _DEFAULTS | given
@@ -97,7 +97,7 @@ def translate(command_line: str) -> Translation:
 
 
 def _pairs(command_line: str) -> dict[str, str]:
-    """Flags and their values; of a flag that is given twice the last, as in llm.c."""
+    """Flags and their values. As in llm.c the last value counts where a flag is given twice."""
     try:
         words = shlex.split(command_line)
     except ValueError as error:
@@ -226,7 +226,7 @@ def _dtype(init: str) -> str:
 
 
 def _folder(given: dict[str, str]) -> list[str]:
-    """-o, and -y: resume what is there, begin anew if nothing is."""
+    """The flags for -o and -y: with -y 1 the run in the folder is resumed if it has a checkpoint, else a new one begins."""
     folder = given.get("-o")
     resume = _switch("-y", given.get("-y", "0"))
     if folder is None:

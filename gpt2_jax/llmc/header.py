@@ -1,4 +1,4 @@
-"""What all of llm.c's binary files share: a header of 256 32-bit words, checked before anything is read."""
+"""The header that all of llm.c's binary files have: 256 32-bit words, checked before anything else is read."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def read_array(path: str | os.PathLike, dtype: DTypeLike, count: int, offset: in
 
 
 def kind_of_file(path: str | os.PathLike) -> str | None:
-    """Which of llm.c's files a regular file is by its first word; None for none."""
+    """The kind of llm.c file that the first word of a file says; None if it is no file of llm.c's."""
     try:
         word = np.fromfile(path, dtype="<i4", count=1)
     except OSError:

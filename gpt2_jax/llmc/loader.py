@@ -24,7 +24,7 @@ SHUFFLE_SEED = 42  # llm.c's
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where a loader stands; what a training state file keeps of it. The last three are None without shuffling."""
+    """The position of a loader, as a training state file keeps it. The last three are None without shuffling."""
 
     shard_index: int
     sample_index: int
@@ -86,7 +86,7 @@ class TokenLoader:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the first sample of the first shard; shuffled, of a new epoch's order."""
+        """Go back to the first sample of the first shard; when shuffling, in the order of a new epoch."""
         if self._generator is not None:
             self._generator.permute(self._shard_order)
         self._open(0)
@@ -114,7 +114,7 @@ class TokenLoader:
         return tokens[:-1].reshape(shape), tokens[1:].reshape(shape)
 
     def skip(self, num_batches: int) -> None:
-        """Go on as if `num_batches` batches had been taken."""
+        """Pass over `num_batches` batches without reading them."""
         while num_batches:
             if self._sample_index >= self._num_samples:
                 self._open_next()
@@ -134,7 +134,7 @@ class TokenLoader:
         )
 
     def restore(self, state: LoaderState) -> None:
-        """Stand where a loader of the same shards, batch and sequence length stood; Gpt2JaxError if it was another."""
+        """Continue where the loader that saved this state stood. Gpt2JaxError if it had other shards, batches or sequences."""
         if (self._generator is None) != (state.generator is None):
             raise Gpt2JaxError(
                 f"loader state: expected one {'without' if self._generator is None else 'with'} shuffling, found the other",
@@ -179,7 +179,7 @@ class TokenLoader:
 def loader_states(
     pattern: str, batch_size: int, sequence_length: int, num_processes: int, *, shuffle: bool, seed: int, num_batches: int
 ) -> list[LoaderState]:
-    """Where the loaders of all processes, by rank, stand after so many batches each."""
+    """The positions of all processes' loaders, by rank, after `num_batches` batches each."""
     states = []
     for rank in range(num_processes):
         loader = TokenLoader(

@@ -35,8 +35,8 @@ _LAYERNORM_TENSORS = ("ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 
 
 def hint_for(path: str | os.PathLike) -> str:
-    """What helps where this model file cannot be read: another checkpoint of a run; else the command that brings the GPT-2
-    of this name, llm.c's published file or OpenAI's weights from the hub."""
+    """The hint for a model file that cannot be read: for a run's file its folder, which may have another checkpoint; else
+    the command that downloads the GPT-2 of this name."""
     folder, name = os.path.split(path)
     if re.fullmatch(r"model_\d+\.bin", name):
         return (
@@ -55,7 +55,7 @@ def read_model_config(path: str | os.PathLike) -> GPT2Config:
 
 
 def read_model_dtype(path: str | os.PathLike) -> str:
-    """What a model file's version says that it holds, 'float32' or 'bfloat16'; checked as by `read_model_config`."""
+    """The dtype of a model file by its version, 'float32' or 'bfloat16'; checked as by `read_model_config`."""
     return "float32" if _read_checked_header(path)[1] in (1, 3) else "bfloat16"
 
 

@@ -45,7 +45,8 @@ def noise_position(x: Words, y: Words) -> Words:
 
 
 def element_position(index: Words, layer: Words) -> Words:
-    """Position of an element in a layer's part of a tensor: x is its thread, y its block's first element plus the layer."""
+    """The noise position of an element in a layer's part of a tensor: x is its thread, y is its block's first element plus
+    the layer."""
     return noise_position(index & np.uint32(_BLOCK - 1), (index & np.uint32(2**32 - _BLOCK)) + layer)
 
 

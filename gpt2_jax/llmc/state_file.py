@@ -45,7 +45,7 @@ class ProcessState(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What the state files of all processes hold together. `m`, `v`, `master` are (num_parameters,) float32."""
+    """The state files of all processes taken together. `m`, `v`, `master` are (num_parameters,) float32."""
 
     step: int  # optimizer updates done, the next one to run
     m: np.ndarray
@@ -239,6 +239,6 @@ def _merge(parts: list[np.ndarray], layout: ParameterLayout) -> np.ndarray:
 
 
 def _layers_by_process(buffer: np.ndarray, layout: ParameterLayout, num_processes: int) -> list[np.ndarray]:
-    """Of every tensor a view (layers, num_processes, elements of one process)."""
+    """For every tensor a view (layers, num_processes, elements of one process)."""
     layout.part(num_processes)  # refuses a number that does not divide every layer
     return [buffer[tensor.offset : tensor.stop].reshape(tensor.num_layers, num_processes, -1) for tensor in layout.tensors]
