@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
+import shlex
 import tomllib
 import types
 import typing
@@ -18,6 +18,7 @@ import tyro
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import FilePath, read_text_file, with_home
+from gpt2_jax.names import nearest, nearest_path
 
 _MAX_BYTES = 100_000  # of a file with settings
 
@@ -211,8 +212,8 @@ class RunConfig:
                 f"--total-batch-size {max(below, micro_batch)}",
             )
         if self.run.resume and not self.run.out_dir:
-            newest = "runs/latest" if os.path.islink("runs/latest") else "runs/NAME"
-            raise Gpt2JaxError("--resume: expected the run's folder, found no --out-dir", f"--resume --out-dir {newest}")
+            folder = shlex.quote(newest_run("runs") or "runs/NAME")
+            raise Gpt2JaxError("--resume: expected the run's folder, found no --out-dir", f"--resume --out-dir {folder}")
 
     @property
     def num_micro_batches(self) -> int:
@@ -239,6 +240,12 @@ def saved_config_path(out_dir: str | Path) -> Path:
     return Path(out_dir) / "config.toml"
 
 
+def newest_run(folder: str | Path) -> str | None:
+    """Of the runs in a folder the one that was started or resumed last; None where there is none."""
+    runs = [path.parent for path in Path(folder).glob("*/config.toml") if not path.parent.is_symlink()]
+    return str(max(runs, key=lambda run: saved_config_path(run).stat().st_mtime_ns)) if runs else None
+
+
 def load_saved_config(out_dir: str | Path) -> RunConfig | None:
     """The settings of the run in a folder; None where there is none, or one that llm.c wrote."""
     path = saved_config_path(out_dir)
@@ -247,10 +254,12 @@ def load_saved_config(out_dir: str | Path) -> RunConfig | None:
 
 def load_config(path: str | Path) -> RunConfig:
     """Settings of a TOML file over the defaults; Gpt2JaxError for an unknown section or key, or a value of a wrong type."""
+    meant = nearest_path(path)
+    is_near = meant is not None and meant.suffix == ".toml" and meant.is_file()
     text = read_text_file(
         path,
         "a TOML file with settings",
-        "--config demo   (a preset, by its name)",
+        f"--config {shlex.quote(str(meant))}" if is_near else "--config demo   (a preset, by its name)",
         max_bytes=_MAX_BYTES,
         errors="surrogatepass",
     )
@@ -297,7 +306,7 @@ def _flag(name: str) -> str:
 
 
 def _suggestion(found: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(found, known, n=1)
+    close = nearest(found, known)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
@@ -305,7 +314,9 @@ def _checked(where: str, value: Any, expected: Any) -> Any:
     """A TOML value as the setting's type: an integer may stand for a float, nothing else is converted."""
     if typing.get_origin(expected) is Literal:
         if value not in typing.get_args(expected):
-            raise Gpt2JaxError(f"{where}: expected one of {', '.join(typing.get_args(expected))}, found {value!r}")
+            known = [str(choice) for choice in typing.get_args(expected)]
+            close = f"; did you mean {names[0]!r}?" if (names := nearest(str(value), known)) else ""
+            raise Gpt2JaxError(f"{where}: expected one of {', '.join(known)}, found {value!r}{close}")
         return value
     if isinstance(expected, types.UnionType):  # int | None: TOML has no null, a key left out means None
         expected = typing.get_args(expected)[0]

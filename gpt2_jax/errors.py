@@ -47,9 +47,14 @@ def as_typed(text: str) -> str:
         return text
     return re.sub(
         r"\bpython scripts/(\w+)\.py",
-        lambda found: _typed(_COMMANDS.get(found[1], found[1].replace("_", "-"))),
+        lambda found: _typed(command_of_script(found[1])),
         text,
     )
+
+
+def command_of_script(script: str) -> str:
+    """The command of a script by its name without .py: 'reshard' for 'reshard_checkpoint'."""
+    return _COMMANDS.get(script, script.replace("_", "-"))
 
 
 def _typed(command: str) -> str:

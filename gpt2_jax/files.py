@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import difflib
 import glob
 import os
 import re
@@ -22,6 +21,7 @@ from typing import Annotated, Any, BinaryIO, TypeVar, get_args, get_type_hints
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.machine import process_lives
+from gpt2_jax.names import near
 
 # Opens a file for writing under a path that it gets, complete, later: atomic_write, or what write_together gives.
 Writer = Callable[[str | os.PathLike], AbstractContextManager[BinaryIO]]
@@ -67,21 +67,6 @@ def file_size(path: str | os.PathLike, what: str, hint: str | None) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise Gpt2JaxError(f"{path}: expected {what}, found something that is not a regular file", hint)
     return status.st_size
-
-
-def near(path: str | os.PathLike) -> str:
-    """What there is instead of a path that is not there, for an error: the names most like it where it ought to be, or in
-    the nearest folder above it that exists; empty where nothing is like it."""
-    missing = Path(path)
-    while not os.path.isdir(missing.parent) and missing != missing.parent:
-        missing = missing.parent
-    try:
-        names = sorted(os.listdir(missing.parent))
-    except (OSError, ValueError):
-        return ""
-    close = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.6)
-    where = "" if missing.parent == Path() else f" in {missing.parent}"
-    return f"; there is {' and '.join(close)}{where}" if close else ""
 
 
 def read_text_file(

@@ -122,7 +122,11 @@ def test_recipes_are_llmcs(recipe):
         ("[run]\nsteps = 1.5", r"run.steps: expected int, found 1.5"),
         ("[run]\nsteps = true", r"run.steps: expected int, found True"),
         ("[data]\nshuffle = 1", r"data.shuffle: expected bool, found 1"),
-        ("[optimizer]\nschedule = 'cosin'", r"expected one of cosine, linear, constant, wsd, found 'cosin'"),
+        (
+            "[optimizer]\nschedule = 'cosin'",
+            r"expected one of cosine, linear, constant, wsd, found 'cosin'; did you mean 'cosine'\?",
+        ),
+        ("[compute]\nmetal_plugin = 'jaxmps'", r"found 'jaxmps'; did you mean 'jax-mps'\?"),
         ("[model]\nnum_layers = 'six'", r"model.num_layers: expected int"),
         ("[run\n", r"expected TOML, found"),
     ],

@@ -99,7 +99,7 @@ def test_a_command_in_a_hint_parses(hint, monkeypatch):
         words = shlex.split(command.replace("--config {}", "--config demo").replace("{}", "7"))
         script, words = words[1].removeprefix("scripts/").removesuffix(".py"), words[2:]
         assert (REPOSITORY / "scripts" / f"{script}.py").exists(), (HINTS[hint], command)
-        name = errors._COMMANDS.get(script, script.replace("_", "-"))
+        name = errors.command_of_script(script)
         if not words:
             continue
         try:

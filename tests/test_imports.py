@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "gpt2_jax"
 # the layers below. A new room is added here.
 LAYERS: list[tuple[str, ...]] = [
     (
-        *("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.machine", "gpt2_jax.output", "gpt2_jax.sharing"),
+        *("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.machine", "gpt2_jax.names", "gpt2_jax.output", "gpt2_jax.sharing"),
         *("gpt2_jax.jax_compat", "gpt2_jax.config", "gpt2_jax.__init__"),
     ),
     ("gpt2_jax.buffer.layout",),
@@ -40,7 +40,7 @@ READS_SETTINGS = (
     *("gpt2_jax.benchmark", "scripts"),
 )
 WITHOUT_JAX = (
-    *("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.buffer.layout", "gpt2_jax.families", "gpt2_jax.llmc"),
+    *("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.names", "gpt2_jax.buffer.layout", "gpt2_jax.families", "gpt2_jax.llmc"),
     "gpt2_jax.interop",
 )
 NEEDS_JAX = {"jax", "jaxlib", "flax", "optax"}

@@ -38,6 +38,7 @@ from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.names import nearest
 
 ERROR_ROWS = 4  # rows of a result, evenly spread, that are compared with float64
 _PAUSE = 0.05  # seconds after a round: the threads of OpenMP and OpenBLAS spin for some 20 ms when their work is done
@@ -141,7 +142,9 @@ def measure(
     """
     if unknown := sorted(set(implementations) - set(IMPLEMENTATIONS)):
         known = ", ".join(IMPLEMENTATIONS)
-        raise Gpt2JaxError(f"--implementations: expected some of {known}, found {', '.join(unknown)}")
+        instead = " ".join(dict.fromkeys(name for typed in implementations for name in nearest(typed, IMPLEMENTATIONS)))
+        hint = f"--implementations {instead or 'threaded xla'}"
+        raise Gpt2JaxError(f"--implementations: expected some of {known}, found {', '.join(unknown)}", hint)
     say("making the operands ...")
     operands = make_operands(config, tokens)
     runner = ProductRunner(operands)

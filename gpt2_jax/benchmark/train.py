@@ -21,6 +21,7 @@ from gpt2_jax.compute.backend import cpu_backend
 from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.names import nearest
 from gpt2_jax.ops import matmul
 from gpt2_jax.ops.cpu import library as custom_calls
 
@@ -55,10 +56,13 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
         named = [s for s in known if parts <= set(s) - {""} and ("auto" in parts or s.matmul != "auto")]
         if not named:
             implementations = ", ".join(("auto", *matmul.IMPLEMENTATIONS))
+            parts_known = sorted({part for system in known for part in system} - {""})
+            meant = {name for part in pattern.split(":") for name in nearest(part, parts_known)}
+            is_one = meant and any(meant <= set(system) for system in known)
             raise Gpt2JaxError(
                 f"--systems: expected names of {', '.join(SYSTEMS)}, {', '.join(DTYPES)} or {implementations}, "
                 f"joined by colons, found {pattern!r}",
-                "--systems gpt2_jax:auto pytorch:bfloat16",
+                f"--systems {':'.join(sorted(meant)) if is_one else 'gpt2_jax:auto pytorch:bfloat16'}",
             )
         chosen += named
     return [s for s in known if s in chosen]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 import shlex
@@ -23,6 +22,7 @@ import gpt2_jax
 from gpt2_jax.config import DataSettings, ModelSettings, RunConfig, load_config, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError, as_typed, program_name
 from gpt2_jax.files import FilePath, with_home
+from gpt2_jax.names import nearest
 
 _Arguments = TypeVar("_Arguments")
 
@@ -104,7 +104,7 @@ def find_config(name: str) -> Path:
     folders = [parent / "configs" for parent in (*roots, *checkouts)]
     presets = {preset.stem: preset for folder in folders for preset in folder.glob("*.toml")}
     if name not in presets:
-        close = difflib.get_close_matches(name, presets, n=1)
+        close = nearest(name, presets)
         raise Gpt2JaxError(
             f"--config: expected a TOML file or one of {', '.join(sorted(presets))}, found {name!r}",
             f"--config {close[0] if close else 'demo'}",

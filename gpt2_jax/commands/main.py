@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
-from gpt2_jax.errors import Gpt2JaxError, program_name, run_program, started_as
+from gpt2_jax.errors import Gpt2JaxError, command_of_script, program_name, run_program, started_as
+from gpt2_jax.names import nearest
 from gpt2_jax.output import make_output_safe
 
 COMMANDS = {
@@ -54,7 +54,7 @@ def _no_command(words: list[str]) -> None:
     """What the program says without the name of a command; only --help ends well."""
     program = program_name()
     if words and words[0] not in ("-h", "--help"):
-        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        close = nearest(command_of_script(words[0]), COMMANDS)
         raise Gpt2JaxError(
             f"{program}: expected one of {', '.join(COMMANDS)}, found {words[0]!r}",
             f"{program} {close[0] if close else '--help'}",

@@ -9,6 +9,7 @@ python scripts/prepare_data.py --hellaswag hellaswag_val.jsonl  HellaSwag's ques
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from gpt2_jax.data import corpus
 from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.hellaswag import read_hellaswag, write_hellaswag
 from gpt2_jax.files import FilePath, file_size
+from gpt2_jax.names import nearest, nearest_path
 from gpt2_jax.report.progress import bytes_progress
 
 _BY_NAME: dict[str, corpus.Recipe] = {"kjv": corpus.kjv, "tinyshakespeare": corpus.tinyshakespeare}
@@ -68,10 +70,19 @@ def _write(arguments: Arguments) -> dict[Path, int]:
     cuts = CutRuns()
     print(f"reading and tokenizing {source} ...", flush=True)
     recipe = partial(corpus.text_file, source, cuts=cuts)
-    written = _with_progress("a text file", None, [source], recipe, Path(source).stem, arguments.output_dir)
+    written = _with_progress("a text file", _meant_by(source), [source], recipe, Path(source).stem, arguments.output_dir)
     if cuts.number:
         print(f"note: {source}: {cuts}")
     return written
+
+
+def _meant_by(source: str) -> str | None:
+    """For a source that is not there, the flag with the nearest name of a text; None for one that is there."""
+    if Path(source).exists():
+        return None
+    path = nearest_path(source)
+    text = str(path) if path is not None and path.is_file() else next(iter(nearest(source, _BY_NAME)), "kjv")
+    return f"--source {shlex.quote(text)}"
 
 
 def _with_progress(

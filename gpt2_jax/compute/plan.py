@@ -22,6 +22,7 @@ from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
+from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.table import Choice, Implementation, check_switched_off, choose
 
 # In the order of choosing: `accepts` may ask for the choices before its own.
@@ -143,6 +144,8 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) 
     """
     _check_switches()
     check_switched_off([f"{seam}:{row.name}" for seam, table in SEAMS.items() for row in table])
+    if "custom_calls" not in backend.lacks:
+        library.check_features()
     plan = Plan(backend, config, compute.dtype, compute.recompute, _matmul_precision(compute))
     for seam, table in SEAMS.items():
         requested = compute.matmul if seam == "linear" else "auto"

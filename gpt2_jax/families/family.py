@@ -12,6 +12,7 @@ from typing import Protocol
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families import gpt2
+from gpt2_jax.names import nearest
 
 
 class FamilyConfig(Protocol):
@@ -73,8 +74,10 @@ def family_of_descriptor(text: str) -> Family:
     for family in FAMILIES:
         if family.is_descriptor(text):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.descriptors)
-    raise Gpt2JaxError(f"model descriptor: expected one of {known}, found {text!r}", "--init d12")
+    known = [name for family in FAMILIES for name in family.descriptors]
+    raise Gpt2JaxError(
+        f"model descriptor: expected one of {', '.join(known)}, found {text!r}", next(iter(nearest(text, known)), "d12")
+    )
 
 
 def family_of_magic(magic: int) -> Family | None:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from gpt2_jax.buffer.layout import Normal, ParameterLayout, Tensor
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.names import nearest
 
 FILE_MAGIC = 20240326  # of llm.c's model files
 VOCAB_PADDING_MULTIPLE = 128
@@ -149,6 +150,8 @@ def config_from_descriptor(descriptor: str) -> GPT2Config:
     if match and match["channels"] and (channels := int(match["channels"])) in _GPT3_CHANNELS:
         layers, head_size = _GPT3_CHANNELS[channels]
         return GPT2Config(2048, GPT2_VOCAB_SIZE, layers, channels // head_size, channels)
+    known = known_descriptors()
     raise Gpt2JaxError(
-        f"model descriptor: expected one of {', '.join(known_descriptors())}, found {descriptor!r}", "--init d12"
+        f"model descriptor: expected one of {', '.join(known)}, found {descriptor!r}",
+        next(iter(nearest(descriptor, known)), "d12"),
     )

@@ -12,8 +12,8 @@ import shlex
 from pathlib import Path
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import near
 from gpt2_jax.llmc.state_file import num_processes_of
+from gpt2_jax.names import near, nearest_path
 
 
 def newest_step(folder: str | os.PathLike) -> int:
@@ -25,13 +25,16 @@ def newest_step(folder: str | os.PathLike) -> int:
         raise Gpt2JaxError(
             f"{folder}: expected a run folder with a complete checkpoint "
             f"(model_*.bin, state_*.bin and DONE_* of one step), found {found}",
-            _begins_anew(folder, parts),
+            _instead_of(folder, parts),
         )
     return steps[-1]
 
 
-def _begins_anew(folder: str | os.PathLike, parts: list[str]) -> str:
-    """The command that helps where a folder has no complete set, but perhaps parts of one."""
+def _instead_of(folder: str | os.PathLike, parts: list[str]) -> str:
+    """What helps where a folder has no complete set, but perhaps parts of one: the run that was meant, or the command that
+    begins anew."""
+    if not os.path.lexists(folder) and (meant := nearest_path(folder)) and complete_steps(meant):
+        return f"{shlex.quote(str(meant))}   (the nearest name of a run)"
     models = [name for name in parts if name.startswith("model_")]
     if models:
         return f"--init {shlex.quote(os.path.join(folder, models[-1]))}   (its weights alone, without --resume)"
@@ -54,7 +57,8 @@ def step_of(folder: str | os.PathLike, step: int | None) -> int:
         return newest_step(folder)
     if step not in (steps := complete_steps(folder)):
         there = f"those of {', '.join(map(str, steps))}" if steps else "none"
-        hint = f"--step {min(steps, key=lambda other: abs(other - step))}" if steps else "another folder"
+        nearest_step = min(steps, key=lambda other: abs(other - step), default=None)
+        hint = _instead_of(folder, files_of_sets(folder)) if nearest_step is None else f"--step {nearest_step}"
         raise Gpt2JaxError(f"{folder}: expected the complete checkpoint of step {step}, found {there}", hint)
     return step
 

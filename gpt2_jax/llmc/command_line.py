@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.model_file import read_model_dtype
+from gpt2_jax.names import nearest
 
 _PROGRAM = "train_gpt2cu"
 _HELLASWAG = "dev/data/hellaswag/hellaswag_val.bin"  # where llm.c looks for it
@@ -107,7 +108,8 @@ def _pairs(command_line: str) -> dict[str, str]:
     known = [*_TEXTS, *_INTEGERS, *_NUMBERS, *_WITHOUT_EFFECT, *_SPECIAL]
     for flag in words[::2]:
         if flag not in known:
-            raise Gpt2JaxError(f"--llmc: expected flags of {_PROGRAM}, found {flag!r}", f"one of {' '.join(sorted(known))}")
+            instead = " or ".join(nearest(flag, known, count=3)) or f"one of {' '.join(sorted(known))}"
+            raise Gpt2JaxError(f"--llmc: expected flags of {_PROGRAM}, found {flag!r}", instead)
     if len(words) % 2:
         raise Gpt2JaxError(f"--llmc: expected a value after {words[-1]}, found none")
     # Their values are numbers and paths. In quotes no shell expands `~`.

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import near
 from gpt2_jax.llmc.random import Mt19937
 from gpt2_jax.llmc.token_shard import hint_for, open_token_shard
+from gpt2_jax.names import near
 
 SHUFFLE_SEED = 42  # llm.c's
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -23,9 +24,11 @@ from gpt2_jax.llmc.header import (
     MAGIC_MODEL,
     check_size,
     header_words,
+    kind_of_file,
     read_array,
     read_header,
 )
+from gpt2_jax.names import nearest, nearest_path
 
 _PUBLISHED = ("gpt2_124M.bin", "gpt2_124M_bf16.bin", "gpt2_124M_debug_state.bin", "gpt2_tokenizer.bin")
 _PUBLISHED_URL = "https://huggingface.co/datasets/chrisdryden/llmcDatasets/resolve/main/"  # llm.c's starter pack
@@ -35,15 +38,17 @@ _LAYERNORM_TENSORS = ("ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 
 
 def hint_for(path: str | os.PathLike) -> str:
-    """The hint for a model file that cannot be read: for a run's file its folder, which may have another checkpoint; else
-    the command that downloads the GPT-2 of this name."""
-    folder, name = os.path.split(path)
-    if re.fullmatch(r"model_\d+\.bin", name):
-        return (
-            f"{shlex.quote(folder or '.')}   (a run folder stands for its newest complete checkpoint), or another of its files"
-        )
+    """The hint for a model file that cannot be read: another model file that is there, of the same run or of a name like
+    it; else the command that downloads the GPT-2 of this name."""
+    name, meant = os.path.basename(path), nearest_path(path) or Path(path)
+    of_the_run = {other.name: other for other in sorted(meant.parent.glob("model_????????.bin")) if other != Path(path)}
+    if of_the_run and re.match(r"(model|state|run|DONE)_\d|config\.toml", meant.name):
+        other = of_the_run[(nearest(meant.name, of_the_run) or list(of_the_run)[-1:])[0]]
+        return f"{shlex.quote(str(other))}   (another model file of the run)"
     if name in _PUBLISHED:
         return f"curl -fL -o {shlex.quote(str(path))} {_PUBLISHED_URL}{name}"
+    if meant != Path(path) and (kind_of_file(meant) or "").startswith("a model file"):
+        return f"{shlex.quote(str(meant))}   (the nearest name of a model file)"
     hub = next((hub for size, hub in _HUB_NAMES.items() if size in name.lower() or hub == name), "gpt2")
     url = f"https://huggingface.co/openai-community/{hub}/resolve/main/"
     return f"curl -fL --create-dirs -o '{hub}/#1' '{url}{{config.json,model.safetensors}}'   (GPT-2's weights: --init {hub})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from gpt2_jax.llmc.header import (
     kind_of_file,
     read_header,
 )
+from gpt2_jax.names import nearest_path
 
 _PREPARE = "python scripts/prepare_data.py"
 # llm.c's published shards, of 100M tokens each; shard 0 is the validation data.
@@ -41,6 +44,8 @@ def takeover_command(path: str | os.PathLike) -> str:
 def hint_for(pattern: str | os.PathLike) -> str:
     """The command that brings the shards of this name or pattern: llm.c's published ones, or those made of a text."""
     folder, name = os.path.split(pattern)
+    if (meant := _meant_by(os.fspath(pattern))) is not None:
+        return f"{shlex.quote(meant)}   (the nearest name of token shards)"
     for kind, url in _PUBLISHED.items():
         if name.startswith(kind):
             files = f"{kind}_{{val_000000,train_000001,train_000002}}.bin"
@@ -51,6 +56,22 @@ def hint_for(pattern: str | os.PathLike) -> str:
     if name.startswith("kjv_"):
         return _PREPARE
     return f"{_PREPARE} --source TEXT_FILE   (makes shards of a text; without --source of the built-in one)"
+
+
+def _meant_by(pattern: str) -> str | None:
+    """What there is instead of shards that are not there: the same pattern in the folder that was meant, or the shard of the
+    nearest name. Validation shards never stand for training shards."""
+    folder, name = os.path.split(pattern)
+    if os.path.lexists(pattern) or glob.glob(pattern):
+        return None
+    elsewhere = os.path.join(nearest_path(folder) or folder, name)
+    if os.path.lexists(elsewhere) or glob.glob(elsewhere):
+        return elsewhere
+    shard = nearest_path(pattern)
+    if shard is None or kind_of_file(shard) != "a token shard":
+        return None
+    roles = [set(re.findall("train|val", text)) for text in (name, shard.name)]
+    return str(shard) if not roles[0] or roles[0] == roles[1] else None
 
 
 def open_token_shard(path: str | os.PathLike) -> np.memmap:

@@ -3,45 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
+import shlex
 from collections.abc import Callable
 
 import numpy as np
 
-from gpt2_jax.config import ModelSettings
+from gpt2_jax.config import ModelSettings, newest_run, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError, announce
-from gpt2_jax.families.family import family_of_descriptor, is_descriptor
+from gpt2_jax.families.family import FAMILIES, family_of_descriptor, is_descriptor
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.huggingface_config import read_huggingface_config
 from gpt2_jax.interop.nanogpt import is_nanogpt_checkpoint, read_nanogpt_checkpoint, read_nanogpt_sizes
 from gpt2_jax.interop.stored_tensors import WEIGHTS_FILES
-from gpt2_jax.llmc.checkpoint_set import set_paths, step_of
-from gpt2_jax.llmc.model_file import read_model_config, read_model_file
+from gpt2_jax.llmc.checkpoint_set import files_of_sets, set_paths, step_of
+from gpt2_jax.llmc.model_file import hint_for, read_model_config, read_model_file
 from gpt2_jax.models.initialize import SEED, initialize_parameters
+from gpt2_jax.names import near, nearest, nearest_path
 
 
 def model_source(init: str, step: int | None = None) -> str:
     """`init` itself, or of a run folder its model file: that of the newest complete checkpoint, or that of `step`.
 
-    Gpt2JaxError for a folder that is neither a run's nor Hugging Face's, and for a step with anything but a run folder.
+    Gpt2JaxError for what is neither a descriptor nor there, for a folder that is neither a run's nor Hugging Face's, and
+    for a step with anything but a run folder.
     """
+    if is_descriptor(init) and step is None:
+        return init
     if is_run_folder(init):
-        return str(set_paths(init, step_of(init, step))[0])
+        # A link such as runs/latest may soon name another run.
+        folder = os.path.join(os.path.dirname(init), os.readlink(init)) if os.path.islink(init) else init
+        return str(set_paths(folder, step_of(folder, step))[0])
     if step is not None:
         raise Gpt2JaxError(f"--step: expected a run folder, found {init}", "a folder such as runs/NAME, or leave --step out")
+    if not os.path.exists(init):
+        found = f"a link to {os.readlink(init)}, which is not there" if os.path.islink(init) else f"no such name{near(init)}"
+        raise Gpt2JaxError(
+            f"{init}: expected a model file, a run folder, a Hugging Face folder or a descriptor such as d12, found {found}",
+            _instead_of(init),
+        )
     if os.path.isdir(init) and not os.path.lexists(os.path.join(init, "config.json")):
         raise Gpt2JaxError(
             f"{init}: expected a run folder (model_*.bin, DONE_*) or a Hugging Face folder (config.json), found neither",
-            "runs/NAME, or the path of a model file",
+            _instead_of(init),
         )
     return init
 
 
 def is_run_folder(path: str) -> bool:
-    """Whether a folder holds checkpoints of a run, complete or not."""
-    return bool(glob.glob(os.path.join(glob.escape(path), "model_????????.bin")))
+    """Whether a folder is a run's: it holds checkpoints, complete or not, or a run's settings."""
+    return bool(files_of_sets(path)) or os.path.lexists(saved_config_path(path))
+
+
+def _instead_of(init: str) -> str:
+    """What stands for a model in place of a name that does not: the newest run of the folder, the nearest name of a model,
+    the nearest descriptor; else the command that makes a run, or brings a GPT-2."""
+    in_runs = os.path.basename(os.path.dirname(os.path.abspath(init))) == "runs"
+    meant = nearest_path(init)
+    if os.path.isdir(init) and (run := newest_run(init)):
+        return f"{shlex.quote(run)}   (the run that was started last)"
+    if meant is not None and (is_run_folder(str(meant)) or (meant / "config.json").exists()):
+        return f"{shlex.quote(str(meant))}   (the nearest name of a folder with a model)"
+    if in_runs and (run := newest_run(os.path.dirname(init))):
+        return f"{shlex.quote(run)}   (the run that was started last)"
+    if descriptors := nearest(init, [name for family in FAMILIES for name in family.descriptors], similarity=0.75):
+        return f"{descriptors[0]}   (random weights of this size)"
+    if in_runs or os.path.basename(os.path.abspath(init)) == "runs":
+        return "python scripts/train.py   (makes a run)"
+    return hint_for(init)
 
 
 def load_weights(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.names import nearest
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
@@ -97,4 +98,15 @@ def check_switched_off(known: Sequence[str]) -> None:
     if unknown := sorted(switched_off() - set(known)):
         shown = ", ".join(name.removeprefix("linear:") for name in known)
         found = ", ".join(name.removeprefix("linear:") for name in unknown)
-        raise Gpt2JaxError(f"GPT2_JAX_DISABLE: expected names of {shown}, found {found}", "unset GPT2_JAX_DISABLE")
+        meant = [_meant_by(name, known) for name in sorted(switched_off())]
+        names = ",".join(name.removeprefix("linear:") for name in meant if name)
+        instead = f"GPT2_JAX_DISABLE={names}   (or unset GPT2_JAX_DISABLE)" if all(meant) else "unset GPT2_JAX_DISABLE"
+        raise Gpt2JaxError(f"GPT2_JAX_DISABLE: expected names of {shown}, found {found}", instead)
+
+
+def _meant_by(name: str, known: Sequence[str]) -> str | None:
+    """The nearest implementation of the nearest seam."""
+    seam, _, implementation = name.partition(":")
+    seams = nearest(seam, [row.partition(":")[0] for row in known])
+    rows = nearest(implementation, [row.partition(":")[2] for row in known if seams and row.startswith(f"{seams[0]}:")])
+    return f"{seams[0]}:{rows[0]}" if rows else None

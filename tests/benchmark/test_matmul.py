@@ -176,8 +176,10 @@ def test_an_implementation_that_breaks_is_no_refusal(monkeypatch):
 
 
 def test_an_unknown_implementation_is_an_error_with_the_known_ones():
-    with pytest.raises(Gpt2JaxError, match=r"--implementations: expected some of naive, .*pytorch, found gemm"):
-        measure(CONFIG, TOKENS, ["gemm"])
+    for typed, hint in ((["gemm"], "threaded xla"), (["xla", "threded", "py-torch"], "xla threaded pytorch")):
+        with pytest.raises(Gpt2JaxError, match=r"--implementations: expected some of naive, .*pytorch, found ") as refused:
+            measure(CONFIG, TOKENS, typed)
+        assert refused.value.hint == f"--implementations {hint}"
 
 
 def test_it_prints_a_table_and_one_json_line_last_and_draws(capsys, tmp_path, monkeypatch):

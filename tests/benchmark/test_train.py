@@ -125,9 +125,13 @@ def test_systems_by_name():
     assert len(select("gpt2_jax:bfloat16")) == len(IMPLEMENTATIONS)
     assert select("high") == ["gpt2_jax:amx:float32:high"]
     assert select("jax_plain", "jax_plain:float32") == ["jax_plain:float32", "jax_plain:bfloat16"]
-    for wrong in ("torch", "pytorch:simd", "", "pytorch:"):
-        with pytest.raises(Gpt2JaxError, match="--systems: expected names of gpt2_jax, "):
+    for wrong in ("torch", "pytorch:simd", "pytorch:smid", "", "pytorch:"):
+        with pytest.raises(Gpt2JaxError, match="--systems: expected names of gpt2_jax, ") as refused:
             select(wrong)
+        assert select(*refused.value.hint.removeprefix("--systems ").split())
+    with pytest.raises(Gpt2JaxError) as refused:
+        select("gpt2_jax:thraded")
+    assert refused.value.hint == "--systems gpt2_jax:threaded"
 
 
 PEAK = {

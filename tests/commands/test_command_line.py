@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 
@@ -93,6 +94,34 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(name, hint):
         parse_command_line(["--config", name], "")
     assert refused.value.problem == f"--config: expected a TOML file or one of {known}, found {name!r}"
     assert refused.value.hint == f"--config {hint}"
+
+
+def test_a_mistyped_path_of_settings_brings_the_file_that_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my configs").mkdir()
+    (tmp_path / "my configs" / "small.toml").touch()
+    for path, hint in (("my config/smal.toml", "--config 'my configs/small.toml'"), ("elsewhere/x.toml", "--config demo   (")):
+        with pytest.raises(Gpt2JaxError, match="found no such file") as refused:
+            parse_command_line(["--config", path], "")
+        assert refused.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize("with_link", [True, False])
+def test_resuming_without_a_folder_names_the_run_that_was_started_last(tmp_path, monkeypatch, with_link):
+    monkeypatch.chdir(tmp_path)
+    hints = []
+    for age, name in ((0, None), (2, "older"), (1, "my run")):
+        if name is not None:
+            (tmp_path / "runs" / name).mkdir(parents=True)
+            (tmp_path / "runs" / name / "config.toml").touch()
+            os.utime(tmp_path / "runs" / name / "config.toml", (1000 - age, 1000 - age))
+            if with_link:
+                (tmp_path / "runs" / "latest").unlink(missing_ok=True)
+                (tmp_path / "runs" / "latest").symlink_to(name)
+        with pytest.raises(Gpt2JaxError, match="found no --out-dir") as refused:
+            parse_command_line(["--resume"], "")
+        hints.append(refused.value.hint)
+    assert hints == [f"--resume --out-dir {folder}" for folder in ("runs/NAME", "runs/older", "'runs/my run'")]
 
 
 def test_an_empty_config_is_refused():

@@ -101,14 +101,25 @@ def test_help_keeps_the_lines_of_its_examples(started, command, argv0, capsys, m
     assert ("scripts/" in shown) == argv0.startswith("scripts/")
 
 
-def test_an_unknown_command_names_the_nearest_one(started, capsys):
-    started("/usr/bin/gpt2-jax", "", ["trian"])
+@pytest.mark.parametrize(
+    ("typed", "command"),
+    [
+        ("trian", "train"),
+        ("Train", "train"),
+        ("prepare_data", "prepare"),
+        ("reshard_checkpoint", "reshard"),
+        ("write_starter_pack", "starter-pack"),
+        ("zzz", "--help"),
+    ],
+)
+def test_an_unknown_command_names_the_nearest_one(started, capsys, typed, command):
+    started("/usr/bin/gpt2-jax", "", [typed])
     with pytest.raises(SystemExit) as ended:
         program.main()
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: gpt2-jax: expected one of train, generate")
-    assert error.endswith("found 'trian'\n---> HINT: gpt2-jax train\n")
+    assert error.endswith(f"found {typed!r}\n---> HINT: gpt2-jax {command}\n")
 
 
 @pytest.mark.parametrize(("words", "status"), [([], 2), (["--help"], 0)])

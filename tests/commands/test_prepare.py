@@ -14,6 +14,7 @@ import pytest
 
 from gpt2_jax.commands import prepare
 from gpt2_jax.data.kjv import kjv_chapters
+from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
 
@@ -42,6 +43,19 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(output.splitlines()[-1]) < 12 * MEGABYTE
     assert open_token_shard(tmp_path / "out" / "large_train.bin").size > 5_000_000
+
+
+def test_a_source_that_is_not_there_brings_the_nearest_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my book.txt").write_text("In the beginning")
+    for typed, meant in (("tinyshakespear", "tinyshakespeare"), ("mybook.txt", "'my book.txt'"), ("zzz", "kjv")):
+        with pytest.raises(Gpt2JaxError, match=f"{typed}: expected a text file, found no such file") as refused:
+            prepare.main(["--source", typed])
+        assert refused.value.hint == f"--source {meant}"
+    (tmp_path / "short.txt").write_text("In")
+    with pytest.raises(Gpt2JaxError) as refused:
+        prepare.main(["--source", "short.txt"])
+    assert "kjv" not in str(refused.value)
 
 
 def test_nanogpts_file_is_named_by_its_folder(tmp_path, capsys, monkeypatch):

@@ -128,6 +128,34 @@ def test_an_unknown_name_in_the_environment_is_an_error_with_the_known_ones(monk
     assert error.hint == "unset GPT2_JAX_DISABLE"
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("tread,linear:amx", "amx,threaded"),
+        ("atention:custom_call", "attention:custom_call"),
+        ("adamw:customcall,embedding:gather", "adamw:custom_call,embedding:gather"),
+    ],
+)
+def test_a_mistyped_name_in_the_environment_brings_the_one_that_was_meant(monkeypatch, typed, meant):
+    monkeypatch.setenv("GPT2_JAX_DISABLE", typed)
+    assert refusal().hint == f"GPT2_JAX_DISABLE={meant}   (or unset GPT2_JAX_DISABLE)"
+    monkeypatch.setenv("GPT2_JAX_DISABLE", meant)
+    plan_of(matmul="auto")
+
+
+@needs_library
+def test_a_cpu_feature_that_the_library_does_not_know_is_refused(monkeypatch):
+    """It would allow none, and the run be slow without a word."""
+    features = {"seen": ["avx2", "fma"], "allowed": ["fma"], "mask": "avx3, fma", "unknown": ["avx3"]}
+    described = library.description() | {"cpu_features": features}
+    monkeypatch.setattr(library, "description", lambda: described)
+    error = refusal()
+    assert error.problem == "GPT2_JAX_CPU_FEATURES: expected none, or some of avx2, fma, found avx3"
+    assert error.hint == "GPT2_JAX_CPU_FEATURES=avx2,fma   (or unset GPT2_JAX_CPU_FEATURES)"
+    features |= {"mask": "quick", "unknown": ["quick"]}
+    assert refusal().hint == "unset GPT2_JAX_CPU_FEATURES"
+
+
 @pytest.mark.parametrize("seam", SEAMS)
 def test_every_implementation_but_the_reference_can_be_switched_off_alone(monkeypatch, seam):
     before = plan_of(matmul="auto")

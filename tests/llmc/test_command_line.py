@@ -100,6 +100,13 @@ def test_without_a_flag_llmcs_defaults_hold():
     assert (config.compute.dtype, config.compute.recompute) == ("bfloat16", "gelu")
 
 
+def test_a_flag_that_llmc_has_not_brings_the_nearest():
+    for line, hint in (("-i a -jj b", "-j"), ("-batch 4", "one of -a -b ")):
+        with pytest.raises(Gpt2JaxError) as raised:
+            translate(line)
+        assert raised.value.hint.startswith(hint)
+
+
 @pytest.mark.parametrize(
     ("llmc", "message"),
     [

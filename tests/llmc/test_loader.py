@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +349,35 @@ def test_missing_shards_say_what_there_is_and_how_to_get_them(tmp_path, pattern,
     assert f"found no file of that name or pattern{found}" in raised.value.problem
     assert raised.value.hint.startswith(hint)
     assert ("fineweb-edu" in raised.value.hint) == ("edu" in pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("data/mine_trian.bin", "data/mine_train.bin"),
+        ("dta/mine_train.bin", "data/mine_train.bin"),
+        ("dta/mine_train*.bin", "'data/mine_train*.bin'"),
+        ("data/mine_vla.bin", "data/mine_val.bin"),
+        ("data/pile_000001.bin", None),
+        ("data/mine_valid_train.bin", None),  # not the validation shard
+    ],
+)
+def test_shards_that_are_there_are_named_in_place_of_mistyped_ones(tmp_path, monkeypatch, pattern, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        write_token_shard(tmp_path / "data" / f"mine_{split}.bin", np.arange(40))
+    with pytest.raises(Gpt2JaxError) as raised:
+        TokenLoader(pattern, 1, 4, vocab_size=50)
+    if meant is None:
+        assert raised.value.hint.startswith("python scripts/prepare_data.py")
+    else:
+        assert raised.value.hint == f"{meant}   (the nearest name of token shards)"
+        TokenLoader(shlex.split(meant)[0], 1, 4, vocab_size=50)
+
+
+def test_validation_shards_never_stand_for_missing_training_shards(tmp_path):
+    write_token_shard(tmp_path / "mine_val.bin", np.arange(40))
+    with pytest.raises(Gpt2JaxError) as raised:
+        TokenLoader(str(tmp_path / "mine_train.bin"), 1, 4, vocab_size=50)
+    assert raised.value.hint.startswith("python scripts/prepare_data.py --source TEXT_FILE")

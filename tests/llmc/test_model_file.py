@@ -292,7 +292,9 @@ def test_parameters_may_be_any_view_of_the_buffer(path, tiny_params):
             "curl -fL --create-dirs -o 'gpt2-xl/#1' 'https://huggingface.co/openai-community/gpt2-xl/resolve/main/{{config",
         ),
         ("gpt2-medium", "curl -fL --create-dirs -o 'gpt2-medium/#1'"),
-        ("model_500.bin", "{folder}   (a run folder stands for its newest complete checkpoint)"),
+        ("model_500.bin", "{model}   (another model file of the run)"),
+        ("state_00000500_00000.bin", "{model}   (another model file of the run)"),
+        ("gpt2_debug.bin", "curl -fL --create-dirs -o 'gpt2/#1'"),
     ],
 )
 def test_a_missing_model_file_says_how_to_get_it(tmp_path, name, hint):
@@ -301,6 +303,6 @@ def test_a_missing_model_file_says_how_to_get_it(tmp_path, name, hint):
     (folder / "model_00000500.bin").touch()
     with pytest.raises(Gpt2JaxError, match="found no such file") as raised:
         read_model_config(folder / name)
-    quoted = {"path": shlex.quote(str(folder / name)), "folder": shlex.quote(str(folder))}
+    quoted = {"path": shlex.quote(str(folder / name)), "model": shlex.quote(str(folder / "model_00000500.bin"))}
     assert raised.value.hint.startswith(hint.format(**quoted))
-    assert ("there is model_00000500.bin in " in raised.value.problem) == (name == "model_500.bin")
+    assert ("there is model_00000500.bin in " in raised.value.problem) == ("500" in name)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import gpt2_jax
 from gpt2_jax import jax_compat
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.names import nearest
 from gpt2_jax.ops.table import Fallback
 
 if TYPE_CHECKING:
@@ -85,6 +87,23 @@ def description() -> dict[str, Any]:
     describe.restype = ctypes.c_char_p
     result: dict[str, Any] = json.loads(describe())
     return result
+
+
+def check_features() -> None:
+    """Gpt2JaxError when GPT2_JAX_CPU_FEATURES names a feature that the library does not know; it would go without."""
+    try:
+        features = description()["cpu_features"]
+    except NotImplementedError:
+        return
+    if unknown := features["unknown"]:
+        meant = dict.fromkeys(
+            name for typed in features["mask"].split(",") for name in nearest(typed.strip(), features["seen"])
+        )
+        instead = f"GPT2_JAX_CPU_FEATURES={','.join(meant)}   (or unset GPT2_JAX_CPU_FEATURES)"
+        raise Gpt2JaxError(
+            f"GPT2_JAX_CPU_FEATURES: expected none, or some of {', '.join(features['seen'])}, found {', '.join(unknown)}",
+            instead if meant else "unset GPT2_JAX_CPU_FEATURES",
+        )
 
 
 def implementation(rung: str) -> dict[str, Any]:
