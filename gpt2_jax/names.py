@@ -32,7 +32,7 @@ def nearest_path(path: str | os.PathLike) -> Path | None:
     found = Path(path.anchor)
     for part in path.parts[len(found.parts) :]:
         if not os.path.lexists(found / part):
-            names = nearest(part, _names_in(found))
+            names = nearest(part, _names_in(found), similarity=0.7)
             if not names:
                 return None
             part = names[0]
