@@ -5,6 +5,7 @@ Made to run where something is broken: jax is started last, in a process of its 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.jax_compat import YNNPACK_FLAG, unmet_requirements, version_text
 from gpt2_jax.machine import processor_name, system_name
+from gpt2_jax.sharing import anonymous
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "torch")
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -53,9 +55,10 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Everything there is to say, one by one as it is found."""
+    """All findings, one by one as they are found. They are made for sharing: without names, paths and addresses."""
     for examination in (_machine, _packages, _environment, _plugins, _plan, _devices):
-        yield from examination()
+        for finding in examination():
+            yield dataclasses.replace(finding, found=anonymous(finding.found))
 
 
 def _machine() -> Iterator[Finding]:

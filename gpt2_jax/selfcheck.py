@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_sta
 from gpt2_jax.config import ComputeSettings, OptimizerSettings
 from gpt2_jax.data.corpus import encode_documents
 from gpt2_jax.data.kjv import kjv_chapters
+from gpt2_jax.doctor import VARIABLES
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
 from gpt2_jax.files import atomic_write
@@ -34,6 +36,7 @@ from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pyto
 from gpt2_jax.jax_compat import version_text
 from gpt2_jax.machine import processor_name, system_name
 from gpt2_jax.models.initialize import initialize_parameters
+from gpt2_jax.sharing import anonymous
 
 SMALL_MODEL = GPT2Config(max_sequence_length=64, vocab_size=GPT2_VOCAB_SIZE, num_layers=4, num_heads=4, channels=128)
 BATCH_SIZE = 4
@@ -150,21 +153,21 @@ def rows_to_show(rows: list[Comparison]) -> list[tuple[str, Comparison]]:
     return shown
 
 
-def write_report(path: Path, checks: list[Check], config: GPT2Config, *, dtype: str, environment: dict[str, str]) -> None:
-    """One JSON object for sharing: nothing in it names a person, a folder or a network."""
+def write_report(path: Path, checks: list[Check], config: GPT2Config, *, dtype: str) -> None:
+    """One JSON object for sharing: nothing in it names a person, a machine, a path or a network."""
     packages = ("gpt2_jax", "jax", "jaxlib", "jax-mps", "metaljax", "jax-graft", "jax-metal", "numpy", "torch")
     report: dict[str, Any] = {
-        "processor": processor_name(),
-        "system": system_name(),
+        "processor": anonymous(processor_name()),
+        "system": anonymous(system_name()),
         "versions": {name: version for name in packages if (version := version_text(name))},
-        "environment": environment,
+        "environment": {name: anonymous(os.environ[name]) for name in VARIABLES if name in os.environ},
         "model": dataclasses.asdict(config),
         "dtype": dtype,
         "passed": all(check.passed for check in checks),
         "systems": [
             {
                 "name": check.outcome.system.name,
-                "device": check.outcome.system.device.device_kind,
+                "device": anonymous(check.outcome.system.device.device_kind),
                 "compile_seconds": check.outcome.compile_seconds,
                 "step_seconds": check.outcome.step_seconds,
                 "median_step_seconds": check.outcome.median_seconds,

@@ -15,7 +15,10 @@ PACKAGE = REPOSITORY / "gpt2_jax"
 # From the bottom up. A module belongs to the longest name that it begins with, and may import those of its own layer and of
 # the layers below. A new room is added here.
 LAYERS: list[tuple[str, ...]] = [
-    ("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.machine", "gpt2_jax.jax_compat", "gpt2_jax.config", "gpt2_jax.__init__"),
+    (
+        *("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.machine", "gpt2_jax.sharing", "gpt2_jax.jax_compat"),
+        *("gpt2_jax.config", "gpt2_jax.__init__"),
+    ),
     ("gpt2_jax.buffer.layout",),
     ("gpt2_jax.families",),
     ("gpt2_jax.llmc", "gpt2_jax.interop"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_the_report_is_json_that_names_nobody(checks, tmp_path):
     outcome = dataclasses.replace(checks[-1].outcome, losses=[float("nan"), 1.0, 2.0])
     reported = [*checks[:-1], dataclasses.replace(checks[-1], outcome=outcome)]
     path = tmp_path / "selfcheck.json"
-    selfcheck.write_report(path, reported, TINY, dtype="float32", environment={"MLX_ENABLE_TF32": "0"})
+    selfcheck.write_report(path, reported, TINY, dtype="float32")
     text = path.read_text(encoding="utf-8")
     report = json.loads(text)
     assert report["passed"]
@@ -123,7 +124,17 @@ def test_the_status_of_the_script_can_be_trusted(tmp_path, learning_rate, status
     )
     script = str(REPOSITORY / "scripts" / "selfcheck.py")
     command = [sys.executable, "-c", program, script, "--backend", "cpu", "--output", str(tmp_path / "report.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    home = tmp_path / "home" / "janedoe"
+    home.mkdir(parents=True)
+    names = {"HOME": str(home), "USER": "janedoe", "LOGNAME": "janedoe", "HOSTNAME": "janes-box"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={home}/janes-box"
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")}
+    environment = kept | names | {"XLA_FLAGS": flags}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode == status, ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1] == last
-    assert json.loads((tmp_path / "report.json").read_text())["passed"] == (status == 0)
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text)["passed"] == (status == 0)
+    assert json.loads(text)["environment"]["XLA_FLAGS"].endswith(" --xla_dump_to=<path>")
+    for private in (str(tmp_path), "home", *names.values()):
+        assert private not in text

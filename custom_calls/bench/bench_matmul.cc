@@ -3,10 +3,10 @@
 //   bench_matmul m n k [num_threads = 1] [layout = nn] [dtype = f32]
 //   bench_matmul --products gpt2 [--tokens 256] [--threads 1] [--rungs amx,threaded]
 //
-// layout: one letter an operand, n as stored or t transposed: nt is GPT-2's forward product
-// (weights stored n x k), nn its input gradient, tn its weight gradient. dtype: f32 or bf16, of
-// operands and output. Prints the median of the runs that fit in a second; a rung too slow for the
-// whole product is timed on its first rows and marked so.
+// layout has one letter for each operand: n as stored, t transposed. GPT-2's forward product is nt
+// (weights stored n x k), its input gradient nn, its weight gradient tn. dtype, f32 or bf16, is
+// that of operands and output. Prints the median of the runs that fit in a second. A rung too slow
+// for the whole product is timed on its first rows and marked.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -82,7 +82,7 @@ int bench_shape(int argc, char** argv) {
   std::printf("%d thread(s), cpu features %s, kernel %s\n", num_threads,
               cpu_feature_names(cpu_features()).c_str(), best_kernel(cpu_features()).name);
   for (const Precision precision : kPrecisions) {
-    // The one-pass mode is for bfloat16 operands, the others are for float32 ones.
+    // BF16_BF16_F32 is timed with bfloat16 operands, the other precisions with float32 ones.
     if ((dtype == DType::kBFloat16) != (precision == Precision::kBF16_BF16_F32)) continue;
     matmul.precision = precision;
     std::printf("%s\n", to_string(matmul).c_str());

@@ -33,11 +33,11 @@ constexpr Weight kWeights[] = {{"qkv", 2304, 768, 12},
                                {"classifier", 50304, 768, 1}};
 constexpr const char* kProducts[] = {"fwd", "dx", "dw"};
 
-// What a step holds: weights and their gradients in one flat float32 buffer each, so that every
-// product meets its weight in memory, not in a cache; activations in the precision's own dtype.
+// The memory of a step. Weights and their gradients are one flat float32 buffer each, so that every
+// product reads its weight from memory, not from a cache. Activations have the precision's dtype.
 struct Memory {
   Storage weights, gradients, x, dy;
-  Storage y;  // any result but a gradient of weights
+  Storage y;  // every result but the weights' gradients
 
   Memory(int64_t tokens, DType dtype)
       : weights(num_weights(), DType::kFloat32, 1),
@@ -53,7 +53,7 @@ struct Memory {
   }
 };
 
-// A product of the step: `kind` of kProducts, with the weight that starts at `offset`.
+// One product of the step: kProducts[kind], with the weight that starts at `offset`.
 Matmul product(Memory& memory, int kind, const Weight& weight, int64_t offset, int64_t tokens,
                Precision precision) {
   const Operand w = {memory.weights.data(), offset, weight.inputs, DType::kFloat32, kind == 0};
@@ -79,7 +79,7 @@ Matmul product(Memory& memory, int kind, const Weight& weight, int64_t offset, i
   return matmul;
 }
 
-// max |out - float64| / max |float64| over some rows and columns of all parts of the output.
+// max |out - float64| / max |float64|, over rows and columns sampled from the whole output.
 double max_error(const Matmul& matmul) {
   constexpr int64_t kRows = 7, kColumns = 61;
   double error = 0, largest = 0;
@@ -108,8 +108,8 @@ double max_error(const Matmul& matmul) {
 void multiply_nothing(int64_t, const float*, const float*, float*, int64_t, bool) {}
 void multiply_no_tiles(const TileBlock&) {}
 
-// The rung with everything but its multiplications: packing, and the way out. nullptr for the rungs
-// that do not pack.
+// The rung without its multiplications: only packing and storing. nullptr for rungs that do not
+// pack.
 std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& rung) {
   if (rung == "amx") {
     return [](const Matmul& matmul, Executor& executor) {
@@ -130,8 +130,8 @@ std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& r
   return nullptr;
 }
 
-// The tile kernel on panels that stay in L1, by `num_threads` threads at once: no product is
-// faster.
+// The tile kernel's speed on panels that stay in L1, on `num_threads` threads at once: an upper
+// bound for every product.
 double peak_gflops(const TileKernel& kernel, int num_threads) {
   constexpr int64_t kSteps = 8, kCalls = 4000;
   const auto work = [&kernel] {
@@ -176,10 +176,10 @@ struct Total {
   }
 };
 
-// All products with one rung in one precision.
+// Times all products with one rung in one precision.
 void bench_rung(const Implementation& rung, Precision precision, Memory& memory, int64_t tokens,
                 Executor& executor) {
-  constexpr double kBudget = 0.12;  // seconds a product
+  constexpr double kBudget = 0.12;  // seconds for each product
   const auto packing = packing_alone(rung.name);
   Total step, all[3];
   bool extrapolated = false;
@@ -195,7 +195,8 @@ void bench_rung(const Implementation& rung, Precision precision, Memory& memory,
       const Matmul whole = next();
       int64_t rows = whole.m;
       if (!packing) {
-        // A rung too slow for all of it computes its first rows: not fewer than it has in a block.
+        // A rung too slow for the whole product computes its first rows: at least one block of
+        // them.
         Matmul slice = whole;
         slice.m = std::string(rung.name) == "naive" ? 1 : std::min<int64_t>(64, whole.m);
         const double seconds = median_seconds(0, [&] { rung.run(slice, executor); });
@@ -263,7 +264,7 @@ void bench_gpt2_products(int64_t tokens, int num_threads, const std::string& run
         continue;
       }
       for (const Precision precision : kPrecisions) {
-        // bfloat16 activations are for the one-pass mode, float32 ones for the others.
+        // BF16_BF16_F32 is timed with bfloat16 activations, the other precisions with float32 ones.
         if ((dtype == DType::kBFloat16) != (precision == Precision::kBF16_BF16_F32)) continue;
         const Matmul matmul = product(memory, 0, kWeights[0], 0, tokens, precision);
         if (rung.refuse(matmul).empty()) bench_rung(rung, precision, memory, tokens, executor);

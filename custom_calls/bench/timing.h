@@ -1,4 +1,4 @@
-// Operands for the bench, and how long something takes.
+// Random operands for the bench, and a stopwatch.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace gpt2_jax {
 
-// Random values in [-0.5, 0.5) of either dtype.
+// An array of random values in [-0.5, 0.5), of either dtype.
 class Storage {
  public:
   Storage(int64_t count, DType dtype, uint32_t seed)
@@ -38,7 +38,7 @@ class Storage {
   std::vector<float> words_;
 };
 
-// The median of as many runs as fit in `budget` seconds, at least one.
+// The median time of a run, over as many runs as fit in `budget` seconds, at least one.
 template <typename Run>
 double median_seconds(double budget, const Run& run) {
   std::vector<double> seconds;

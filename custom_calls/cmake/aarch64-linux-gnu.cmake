@@ -1,4 +1,4 @@
-# For arm64 Linux from another: Debian's g++-aarch64-linux-gnu, and qemu-user to run the tests.
+# Cross-compiles for arm64 Linux with Debian's g++-aarch64-linux-gnu; qemu-user runs the tests.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)

@@ -1,4 +1,4 @@
-// The XLA FFI handlers of the optimizer: buffers and constants in, checked, to adamw/.
+// The XLA FFI handlers of the optimizer: they check buffers and constants and call adamw/.
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -38,7 +38,7 @@ ffi::Error sums_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Res
   });
 }
 
-// All of [0, count), in runs of one weight decay.
+// [0, count) as spans of equal weight decay, in order.
 std::vector<DecaySpan> runs_of_one_decay(ffi::Span<const int64_t> decay_spans, float weight_decay,
                                          int64_t count) {
   std::vector<DecaySpan> spans;

@@ -13,7 +13,7 @@
 namespace gpt2_jax {
 namespace {
 
-// What the kernel and its packing use.
+// The features that the kernel and its packing use.
 constexpr CpuFeatures kNeeded = kAvx512Code | kAvx512bf16 | kAmxTile | kAmxBf16 | kAmxInt8;
 
 int request_permission_of_linux() {

@@ -10,8 +10,8 @@
 namespace gpt2_jax {
 namespace {
 
-// Queries at a time: enough for the products to pay for their packing, few enough that a block of
-// scores stays in the cache and little of what the mask hides is computed.
+// Queries in a block. Enough that packing costs little beside the products; few enough that a block
+// of scores stays in the cache and few masked scores are computed.
 constexpr int64_t kQueries = 128;
 
 // One head of one sequence.
@@ -22,7 +22,7 @@ class Head {
 
   int64_t width() const { return a_.heads * a_.head_size; }
 
-  // Rows [first, ...) of q, k or v (part 0, 1, 2) in a buffer shaped as qkv.
+  // The rows from `first` on of q, k or v (part 0, 1 or 2), in a buffer of qkv's shape.
   Operand part(const void* qkv, int part, int64_t first, bool transposed) const {
     return {qkv, part_offset(part, first), 3 * width(), a_.dtype, transposed};
   }
@@ -30,7 +30,7 @@ class Head {
     return (batch_ * a_.time + first) * 3 * width() + part * width() + head_ * a_.head_size;
   }
 
-  // The same rows in a buffer shaped as out.
+  // The rows from `first` on in a buffer of out's shape.
   Operand output(const void* out, int64_t first, bool transposed) const {
     return {out, output_offset(first), width(), a_.dtype, transposed};
   }

@@ -1,9 +1,10 @@
 // Causal self-attention of all heads in one call, its products made by one of the matmul rungs.
 //
-//   out = softmax(q k^T / sqrt(D), positions up to one's own) v     for each sequence and head
+//   out = softmax(q k^T / sqrt(D) + causal mask) v     for each sequence and head
 //
-// Reference: gpt2_jax/ops/attention.py. The scores are made for a block of queries at a time and never
-// stored whole; the backward pass makes them again from the log-sums of the forward pass.
+// Reference: gpt2_jax/ops/attention.py. The scores are computed for one block of queries at a time
+// and never stored whole; the backward pass computes them again from the log-sums of the forward
+// pass.
 #pragma once
 
 #include <cstdint>
@@ -22,11 +23,12 @@ struct Attention {
   Precision precision;
 };
 
-// out: batch x time x heads x head_size. log_sums: batch x heads x time, of the scores'
-// exponentials. The bits do not depend on the threads. Throws std::bad_alloc.
+// Sets out (batch x time x heads x head_size) and log_sums (batch x heads x time): the logarithm of
+// the sum of the exponentials of a query's scores. The bits do not depend on the number of threads.
+// Throws std::bad_alloc.
 void attention_forward(const Attention& attention, void* out, float* log_sums, Executor& executor);
 
-// dqkv as qkv, from dout and what the forward pass returned.
+// Sets dqkv, which has qkv's shape, from dout and the forward pass's out and log_sums.
 void attention_backward(const Attention& attention, const void* out, const float* log_sums,
                         const void* dout, void* dqkv, Executor& executor);
 

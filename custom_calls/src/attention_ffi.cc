@@ -1,4 +1,4 @@
-// The XLA FFI handlers of attention: buffers and attributes in, checked, to attention.cc.
+// The XLA FFI handlers of attention: they check buffers and attributes and call attention.cc.
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -39,7 +39,7 @@ Attention decode(Checker& check, const NamedBuffer& qkv, const Attributes& attri
   return attention;
 }
 
-// A buffer with `parts` times the output's elements, in its dtype.
+// Checks that a buffer has `parts` times the output's elements, in the output's dtype.
 void expect_parts(Checker& check, const NamedBuffer& buffer, const Attention& attention,
                   int64_t parts) {
   check.expect(check.dtype(buffer) == attention.dtype,
@@ -52,7 +52,7 @@ void expect_log_sums(Checker& check, const Floats& log_sums, const Attention& at
   check.size({"log_sums", log_sums}, attention.batch * attention.heads * attention.time);
 }
 
-// Attention by work(), unless its products are refused.
+// Calls work(), unless the rung refuses one of attention's products.
 template <typename Work>
 ffi::Error run(const Checker& check, const Attention& attention, const Work& work) {
   Matmul scores;

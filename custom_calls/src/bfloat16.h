@@ -19,10 +19,11 @@ inline uint32_t bits_of(float value) {
   return bits;
 }
 
-// Towards zero.
+// Rounds towards zero.
 inline uint16_t upper_half(float value) { return static_cast<uint16_t>(bits_of(value) >> 16); }
 
-// To nearest, ties to even. A NaN stays a NaN: rounding its payload up could make it an infinity.
+// Rounds to nearest, ties to even. A NaN stays a NaN: rounding its payload up could make it an
+// infinity.
 inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -30,7 +31,7 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
 }
 
-// The same as the CPU's bfloat16 instructions round: what is denormal counts as zero.
+// Rounds as the CPU's bfloat16 instructions do: to nearest even, and a denormal becomes zero.
 inline uint16_t float_to_bfloat16_without_denormals(float value) {
   const uint32_t bits = bits_of(value);
   if ((bits & 0x7f800000) == 0) return static_cast<uint16_t>((bits >> 16) & 0x8000);

@@ -1,4 +1,4 @@
-// What is wrong with a call of an FFI handler: what was expected, and what was found.
+// Checks of an FFI call's arguments. Messages say what was expected and what was found.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace gpt2_jax {
 
-// A buffer, whatever its handler knows of its type, and what messages call it.
+// A buffer of any FFI buffer type, with its name in messages.
 struct NamedBuffer {
   template <typename Buffer>
   NamedBuffer(const char* name, const Buffer& buffer)
@@ -31,10 +31,10 @@ struct NamedBuffer {
   void* data;
 };
 
-// One call, and the first thing that is wrong with it.
+// The checks of one call; keeps the first failure.
 class Checker {
  public:
-  // The buffers are those that every message ends with, as they were found.
+  // Every message ends with the types and shapes of `buffers`.
   Checker(const char* handler, std::vector<NamedBuffer> buffers)
       : handler_(handler), buffers_(std::move(buffers)) {}
 
@@ -47,18 +47,21 @@ class Checker {
   DType dtype(const NamedBuffer& buffer);
   void size(const NamedBuffer& buffer, int64_t expected);
 
-  // The attributes that choose who computes a product, and how.
+  // The rung and the precision of these names; a failure when there is none.
   const Implementation* implementation(std::string_view name);
   Precision precision(std::string_view name);
 
   bool ok() const { return error_.empty(); }
 
-  // UNIMPLEMENTED with the reason, where the implementation does not compute this product; else
-  // success, as where something else is wrong.
+  // UNIMPLEMENTED with the reason when the implementation does not compute this product; else
+  // success. Also success after a failed check: run() reports that.
   xla::ffi::Error refusal(const Implementation* implementation, const Matmul& matmul) const;
 
-  // INVALID_ARGUMENT or, where nothing is wrong, what becomes of work(): success, or
-  // RESOURCE_EXHAUSTED where it finds no memory.
+  // Calls work() unless a check failed.
+  //
+  //   a check failed             INVALID_ARGUMENT
+  //   work() threw bad_alloc     RESOURCE_EXHAUSTED
+  //   work() returned            success
   template <typename Work>
   xla::ffi::Error run(const Work& work) const {
     if (!ok()) return xla::ffi::Error::InvalidArgument(error_);

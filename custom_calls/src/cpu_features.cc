@@ -39,7 +39,8 @@ std::string_view trim(std::string_view text) {
 }
 
 #if defined(__x86_64__)
-// What the compiler's support library does not tell, or only that of a late compiler.
+// AMX's features and AVX-512 BF16, read by CPUID: only recent compilers' support libraries know
+// them.
 CpuFeatures tile_features_seen() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return 0;

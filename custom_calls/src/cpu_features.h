@@ -1,4 +1,4 @@
-// What the CPU can do, and how much of it we may use.
+// The CPU's instruction sets, and the mask that forbids some of them.
 #pragma once
 
 #include <cstdint>
@@ -23,21 +23,22 @@ enum CpuFeature : CpuFeatures {
   kAmxInt8 = 1u << 9,
 };
 
-// What code compiled for an instruction set needs; src/CMakeLists.txt has the compiler's flags.
+// The features that code compiled for an instruction set needs; src/CMakeLists.txt has the
+// compiler's flags.
 constexpr CpuFeatures kAvx2Code = kAvx2 | kFma;
 constexpr CpuFeatures kAvx512Code = kAvx512f | kAvx512bw | kAvx512vl;
 
 constexpr bool has_all(CpuFeatures features, CpuFeatures needed) { return !(needed & ~features); }
 
-// What CPU and operating system offer, whatever the mask says.
+// The features that CPU and operating system offer. The mask does not count here.
 CpuFeatures cpu_features_seen();
 
-// What is seen and allowed by GPT2_JAX_CPU_FEATURES: a comma list of allowed features ("avx2,fma"),
-// or "none". Unset or empty allows all. Read once, at the first call.
+// The offered features that GPT2_JAX_CPU_FEATURES allows. The variable is a comma list of features
+// ("avx2,fma"), or "none"; unset or empty allows all. Read once, at the first call.
 CpuFeatures cpu_features();
 
-// The features named in such a list. Names that are no feature are returned in `unknown`, as a
-// comma list, when it is not null; they allow nothing.
+// The features that such a list names. Sets `unknown`, when it is not null, to a comma list of the
+// names that are no feature; they allow nothing.
 CpuFeatures parse_cpu_features(std::string_view list, std::string* unknown);
 
 // "avx2,fma"; "" for none.

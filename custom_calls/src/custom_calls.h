@@ -1,4 +1,4 @@
-// The library's whole surface: what Python finds in it by name. C linkage, nothing else exported.
+// The library's whole interface. These functions have C linkage; nothing else is exported.
 #pragma once
 
 #if defined(__GNUC__)
@@ -10,9 +10,11 @@
 struct XLA_FFI_Error;
 struct XLA_FFI_CallFrame;
 
-// XLA FFI handlers (CPU), to be registered as targets of any name. Arguments other than said here
-// are INVALID_ARGUMENT with what was expected and what was found; a rung that refuses is
-// UNIMPLEMENTED with its reason; memory that cannot be had is RESOURCE_EXHAUSTED.
+// XLA FFI handlers (CPU), to be registered as targets of any name. Their errors:
+//
+//   INVALID_ARGUMENT    an argument is not as described here: what was expected, what was found
+//   UNIMPLEMENTED       the rung does not compute this product: its reason
+//   RESOURCE_EXHAUSTED  out of memory
 //
 // The product:
 //
@@ -30,49 +32,52 @@ struct XLA_FFI_CallFrame;
 //               num_threads               int64, at least 1, the calling thread included
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul(XLA_FFI_CallFrame* call_frame);
 
-// The product plus a bias, out = op(a) . op(b) + bias, the bias added to every row's float32 sums
-// before they are rounded. As gpt2_jax_matmul, and
+// The product plus a bias: out = op(a) . op(b) + bias. The bias is added to every row's float32
+// sums before they are rounded. Like gpt2_jax_matmul, with these besides:
 //
-//   argument    bias: f32 of rank 1, after a and b; n elements from element bias_offset on. A flat
-//               buffer of parameters can be b and bias at once
+//   argument    bias: f32 of rank 1, after a and b; n elements from element bias_offset on. One
+//               flat buffer of parameters can be both b and bias
 //   attribute   bias_offset               int64, elements
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_bias(XLA_FFI_CallFrame* call_frame);
 
-// The product written into, or added to, a part of a flat buffer, all else of which is kept:
-// out = target, then out[out_offset ... + m * n] = or += op(a) . op(b). As gpt2_jax_matmul, and
+// The product written into, or added to, a part of a flat buffer; the rest of the buffer is kept.
+// out = target, then out[out_offset ... + m * n] = or += op(a) . op(b). Like gpt2_jax_matmul, with
+// these besides:
 //
-//   argument    target: f32 of rank 1, after a and b. Where XLA aliases it to out, which it should,
-//               nothing is copied; otherwise target is copied to out first, whole
+//   argument    target: f32 of rank 1, after a and b. XLA should alias it to out: then nothing is
+//               copied. Otherwise all of target is copied to out first
 //   results     out: of target's type and shape. Neither a nor b may lie in the part written;
-//               squares: f32, one element, the sum of the squares of what is in that part then
+//               squares: f32, one element: the sum of the squares of that part's new elements
 //   attributes  out_offset                int64, elements
-//               accumulate                int64, 0 or 1: written, or added
+//               accumulate                int64, 0: written, 1: added
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_matmul_into(XLA_FFI_CallFrame* call_frame);
 
 // Small pieces written into, or added to, their places in a flat buffer.
 //
 //   arguments   target: f32 of rank 1; then any number of f32 pieces
-//   result      out: target's new content; aliased to target, which it should be, nothing is copied
+//   result      out: target's new content. XLA should alias it to target: then nothing is copied
 //   attributes  offsets                   int64 array, elements: where each piece begins
-//               accumulate                int64, 0 or 1: written, or added
+//               accumulate                int64, 0: written, 1: added
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_write_into(XLA_FFI_CallFrame* call_frame);
 
-// Its first argument as it is, at a time of the caller's choice: XLA sees a new value that cannot
-// be had before the others. XLA's own barriers are gone when its CPU compiler orders the calls.
+// Returns x unchanged, and delays it until the other arguments exist: to XLA the result is a new
+// value that depends on all of them. XLA's own optimization barriers cannot do this: its CPU
+// compiler has removed them by the time it orders the calls.
 //
 //   arguments   x: of any type; then any number of others, which are not read
-//   result      out: as x; aliased to x, which it should be, nothing is copied
+//   result      out: x. XLA should alias it to x: then nothing is copied
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_barrier(XLA_FFI_CallFrame* call_frame);
 
-// Rows added, one after another, to the rows of a matrix in a flat buffer that indices name.
+// Adds rows[i] to row indices[i] of a matrix that lies in a flat buffer, for one i after another.
 //
 //   arguments   target: f32 of rank 1; indices: s32; rows: f32 or bf16, one for each index
-//   results     out: target's new content, as above; change: f32, one element, by which the sum
-//               of the squares of out is more than target's
+//   results     out: target's new content, aliased as above; change: f32, one element: the sum of
+//               the squares of out less that of target
 //   attribute   out_offset                int64, elements: where the matrix begins
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_frame);
 
-// The sums of the squares of spans of a flat buffer, in double over blocks of a fixed size.
+// The sum of the squares of each span of a flat buffer, summed in double over blocks of a fixed
+// size.
 //
 //   argument    values: f32 of any rank
 //   result      sums: f32, one a span
@@ -80,20 +85,20 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_add_rows_into(XLA_FFI_CallFrame* call_fr
 //               num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sums_of_squares(XLA_FFI_CallFrame* call_frame);
 
-// Causal self-attention of all heads; attention.h has the formula. All f32 or all bf16 but
-// log_sums.
+// Causal self-attention of all heads; attention.h has the formula. log_sums is f32; the others are
+// all f32 or all bf16.
 //
 //   forward     qkv [batch,time,3 channels] -> out [batch,time,channels],
 //               log_sums f32 [batch,heads,time]
 //   backward    qkv, out, log_sums, dout -> dqkv
-//   attributes  num_heads int64; implementation, precision: of the products, as gpt2_jax_matmul's;
-//               num_threads int64
+//   attributes  num_heads int64; implementation and precision of the products, as in
+//               gpt2_jax_matmul; num_threads int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention(XLA_FFI_CallFrame* call_frame);
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention_backward(XLA_FFI_CallFrame* call_frame);
 
-// What happens row by row between the products; rows/rows.h has the formulas. Matrices are f32 or
-// bf16, all of a call's of one dtype but where f32 is said; their last dimension is the columns,
-// all others are rows. Attribute: num_threads int64.
+// The row by row computations between the products; rows/rows.h has the formulas. The matrices of a
+// call are all f32 or all bf16, except where f32 is written below. The last dimension is the
+// columns, all others are rows. Attribute: num_threads int64.
 //
 //   layer_norm             x, gain f32, bias f32 -> out
 //   layer_norm_backward    x, gain f32, dout, dresidual -> dx = dresidual + ...,
@@ -114,20 +119,19 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_column_sums(XLA_FFI_CallFrame* call_fram
 // One AdamW update of flat buffers in one pass; adamw/adamw.h has the formula.
 //
 //   arguments   gradients, params, m, v: f32, of one length; scalars: f32, 5 elements: gradient
-//               scale, learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t), and 0 to leave the
-//               buffers as they are, else 1
-//   results     params, m, v. Where XLA aliases them to the arguments, which it should, nothing is
-//               copied
+//               scale, learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t), and 1 to update or 0 to
+//               leave the buffers unchanged
+//   results     params, m, v. XLA should alias them to the arguments: then nothing is copied
 //   attributes  decay_spans               int64 array: start and stop of each span that decays
 //               weight_decay, beta1, beta2, epsilon  float
 //               num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_adamw(XLA_FFI_CallFrame* call_frame);
 
-// Where OpenBLAS is: the path of the shared library in the PyPI package scipy-openblas32. To be
-// called before `describe`, which says what is wrong with it.
+// Tells the library where OpenBLAS is: the path of the shared library in the PyPI package
+// scipy-openblas32. Call it before `describe`, which reports a library that cannot be loaded.
 GPT2_JAX_EXPORT void gpt2_jax_use_openblas(const char* path);
 
-// What this library is and what it can do on this machine, as one JSON object:
+// The library's version and what it can use on this machine, as one JSON object:
 //
 //   {"version": "0.1.0", "xla_ffi_api": "0.1",
 //    "implementations": [{"name": "naive", "available": true, "reason": "",

@@ -9,7 +9,8 @@ namespace gpt2_jax {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// The size of equal blocks, at most `block` (a multiple of `unit`) each, that cover `total`.
+// The block size that covers `total` as evenly as possible: a multiple of `unit`, at most `block`
+// (itself a multiple of `unit`).
 inline int64_t even_block(int64_t total, int64_t block, int64_t unit) {
   return round_up(ceil_div(total, ceil_div(total, block)), unit);
 }
@@ -18,7 +19,7 @@ struct Range {
   int64_t first, size;
 };
 
-// [first, first + total) in blocks of one size but for the last.
+// [first, first + total) cut into blocks of one size; the last block may be smaller.
 struct Cut {
   int64_t total, block;
   int64_t first = 0;

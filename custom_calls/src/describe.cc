@@ -14,7 +14,8 @@ std::string quoted(std::string_view text) {
   std::string result = "\"";
   for (const char c : text) {
     if (c == '"' || c == '\\') result += '\\';
-    // Text from outside is an environment variable or a path; a control character there is noise.
+    // A control character can only come from an environment variable or a path; a space replaces
+    // it.
     result += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
   }
   return result + "\"";
@@ -32,7 +33,7 @@ std::string json_list(std::string_view names) {
   return result + "]";
 }
 
-// The precisions in which an implementation multiplies f32 operands, as a comma list.
+// A comma list of the precisions in which an implementation multiplies f32 operands.
 std::string precisions(const Implementation& implementation) {
   std::string names;
   for (const Precision precision : kPrecisions) {

@@ -11,7 +11,7 @@
 namespace gpt2_jax {
 namespace {
 
-// Shared between the caller and its tasks; outlives the call for as long as a late task holds it.
+// State shared by the caller and its tasks. It outlives the call while a late task still holds it.
 class Job {
  public:
   Job(int64_t count, const std::function<void(int64_t, int)>& item) : count_(count), item_(item) {}
@@ -24,14 +24,15 @@ class Job {
     }
   }
 
-  // Items that nobody has taken yet are skipped.
+  // Keeps the first error and makes everybody skip the items that nobody has taken yet.
   void fail(std::exception_ptr error) {
     next_ = count_;
     std::lock_guard<std::mutex> lock(mutex_);
     if (error_ == nullptr) error_ = std::move(error);
   }
 
-  // A helper's whole life. item_ is the caller's: it may be touched only between enter and leave.
+  // All that a helper task does. item_ belongs to the caller, who waits only while helpers_ > 0: it
+  // may be used only while this helper is counted there.
   void help() {
     int worker;
     {
@@ -45,7 +46,7 @@ class Job {
     if (--helpers_ == 0) idle_.notify_one();
   }
 
-  // Throws what an item threw.
+  // Throws the first exception of an item, if any.
   void close_and_wait_for_helpers() {
     std::unique_lock<std::mutex> lock(mutex_);
     closed_ = true;
@@ -78,7 +79,8 @@ void parallel_for_with_workers(Executor& executor, int64_t count,
   try {
     for (int64_t i = 0; i < helpers; ++i) executor.schedule([job] { job->help(); });
   } catch (...) {
-    job->fail(std::current_exception());  // helpers may already run, with this frame's item
+    // Helpers may already run and use this frame's `item`, so wait for them below.
+    job->fail(std::current_exception());
   }
   job->take_items(0);
   job->close_and_wait_for_helpers();

@@ -1,4 +1,5 @@
-// Running independent items of work on somebody else's threads without ever blocking on them.
+// Runs independent items of work on another library's threads and never waits for one of its tasks
+// to start.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,12 @@ class Executor {
   virtual ~Executor() = default;
   // Threads that may work at once, the calling one included; at least 1.
   virtual int num_threads() const = 0;
-  // Runs `task` some time: at once on this thread, later on another, or long after the caller has
-  // gone. Nothing may depend on when.
+  // Runs `task` at a time that nothing may depend on: at once on this thread, later on another, or
+  // long after the caller has returned.
   virtual void schedule(std::function<void()> task) = 0;
 };
 
-// The calling thread alone.
+// Runs everything on the calling thread.
 class InlineExecutor final : public Executor {
  public:
   int num_threads() const override { return 1; }
@@ -36,8 +37,8 @@ class InlineExecutor final : public Executor {
 // task that needs a thread to start.
 void parallel_for(Executor& executor, int64_t count, const std::function<void(int64_t)>& item);
 
-// The same, calling item(i, worker): a number in [0, executor.num_threads()) that no two items have
-// at the same time, so that each worker can have memory of its own.
+// The same, calling item(i, worker). `worker` is in [0, executor.num_threads()), and no two items
+// that run at the same time get the same one, so each worker can have memory of its own.
 void parallel_for_with_workers(Executor& executor, int64_t count,
                                const std::function<void(int64_t, int)>& item);
 

@@ -1,8 +1,8 @@
-// The XLA FFI handlers: attributes and buffers in, a checked Matmul to the registry.
+// The XLA FFI handlers of products: they check attributes and buffers and pass a Matmul to a rung.
 //
-// Compiled against API 0.1 headers they load in every jaxlib since 0.4.34, as long as they never
+// Compiled against headers of API 0.1 they load in every jaxlib since 0.4.34, as long as they never
 // call ThreadPool::num_threads() (in 0.4.34 that slot of the API table is another function) nor
-// return a Future. Hence the thread count as an attribute.
+// return a Future. That is why the number of threads is an attribute.
 #include "xla/ffi/api/ffi.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// One product's attributes and buffers.
+// Checks the attributes and buffers of one product.
 class ProductChecker : public Checker {
  public:
   ProductChecker(const char* handler, const ffi::Dictionary& attributes,
@@ -40,7 +40,7 @@ class ProductChecker : public Checker {
     return value == 1;
   }
 
-  // To be called when every attribute was asked for: another is misspelt or of another handler.
+  // Fails if the call has attributes that were not read. To be called after reading them all.
   void no_other_attributes() {
     if (attributes_.size() != static_cast<size_t>(asked_)) {
       fail("expected " + std::to_string(asked_) + " attributes, got " +
@@ -48,7 +48,7 @@ class ProductChecker : public Checker {
     }
   }
 
-  // The stored matrix, rows x columns from `offset` on, must lie inside the buffer.
+  // Checks that the stored matrix, rows x columns from `offset` on, lies inside the buffer.
   void matrix(const NamedBuffer& buffer, int64_t offset, int64_t rows, int64_t columns) {
     if (!ok()) return;
     const std::string expected = std::string("expected ") + buffer.name + " to hold a matrix [" +
@@ -64,7 +64,7 @@ class ProductChecker : public Checker {
     }
   }
 
-  // A flat float32 buffer that holds `count` elements from `offset` on.
+  // Checks that the buffer is flat float32 and has `count` elements from `offset` on.
   void flat(const NamedBuffer& buffer, int64_t offset, int64_t count) {
     if (!ok()) return;
     expect(buffer.dtype == ffi::F32 && buffer.dimensions.size() == 1 && offset >= 0 &&
@@ -87,7 +87,7 @@ class ProductChecker : public Checker {
   int asked_ = 0;
 };
 
-// What the handlers share: the product, and who computes it.
+// A decoded call: the product, the rung that computes it, and the number of threads.
 struct Request {
   Matmul matmul;
   const Implementation* implementation;
@@ -127,7 +127,7 @@ Request decode(ProductChecker& check, const ffi::AnyBuffer& a, const ffi::AnyBuf
   return request;
 }
 
-// out is the product and nothing else.
+// Checks that out holds exactly the product.
 void check_whole_output(ProductChecker& check, const Matmul& matmul, const ffi::AnyBuffer& out) {
   check.matrix({"out", out}, 0, matmul.m, matmul.n);
   // Once the matrix fits, m * n cannot overflow.
@@ -169,7 +169,7 @@ ffi::Error matmul_bias_handler(ffi::ThreadPool pool, ffi::Dictionary attributes,
   return run(check, request, pool);
 }
 
-// Whether any of an operand's `rows` stored rows lies in the `count` floats at `part`.
+// True when an operand of `rows` stored rows overlaps the `count` floats at `part`.
 bool lies_in(const Operand& operand, int64_t rows, const float* part, int64_t count) {
   const int64_t width = operand.dtype == DType::kFloat32 ? 4 : 2;
   const auto first = reinterpret_cast<uintptr_t>(operand.buffer) + operand.offset * width;

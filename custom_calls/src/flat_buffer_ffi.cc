@@ -107,7 +107,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_write_into, gpt2_jax::write_into_handler,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_barrier, gpt2_jax::barrier_handler,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()    // x
-                                  .RemainingArgs()               // what x waits for
+                                  .RemainingArgs()               // values that must exist before x
                                   .Ret<xla::ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_add_rows_into, gpt2_jax::add_rows_into_handler,

@@ -1,4 +1,4 @@
-// The contract: what one matrix product is. Every implementation reads this and nothing else.
+// One matrix product, as every implementation gets it.
 //
 //   out (m x n) = op(a) (m x k) . op(b) (k x n),  all row-major in memory.
 #pragma once
@@ -11,13 +11,14 @@ namespace gpt2_jax {
 
 enum class DType : uint8_t { kFloat32, kBFloat16 };
 
-// Arithmetic of the product, named as in jax.lax.DotAlgorithmPreset; the last as XLA would.
+// Arithmetic of the product. All but the last have the names of jax.lax.DotAlgorithmPreset, which
+// has nothing like the last.
 enum class Precision : uint8_t {
   kF32_F32_F32,       // operands as they are, float32 products and sums
   kBF16_BF16_F32,     // operands rounded to bfloat16 (nearest, ties to even), float32 sums
   kBF16_BF16_F32_X3,  // float32 operands as hi + lo bfloat16, three products
   kBF16_BF16_F32_X6,  // float32 operands as three bfloat16 parts, six products
-  kS8_S8_S32_X6,      // as integers of three digits of 8 bits, six exact products
+  kS8_S8_S32_X6,      // operands as integers of three 8-bit digits, six exact products
 };
 constexpr Precision kPrecisions[] = {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32,
                                      Precision::kBF16_BF16_F32_X3, Precision::kBF16_BF16_F32_X6,
@@ -43,8 +44,8 @@ struct Matmul {
   DType out_dtype = DType::kFloat32;  // bfloat16: each float32 sum is rounded once, at the end
   bool accumulate = false;            // out += product; out is float32 and there is no bias
   const float* bias = nullptr;        // n elements added to every row's float32 sums
-  // For the sum of the squares of what is in a float32 out then, or nullptr. An implementation that
-  // does not say that it sums_squares leaves it alone: `multiply` asks and adds up out itself.
+  // Unless nullptr: set to the sum of the squares of out's new elements; out is then float32. Only
+  // an implementation with sums_squares sets it. For the others `multiply` (registry.h) does.
   double* sum_of_squares = nullptr;
   Precision precision = Precision::kF32_F32_F32;
 };
@@ -56,7 +57,7 @@ bool parse_precision(std::string_view text, Precision* precision);
 
 class Executor;
 
-// Sets sum_of_squares, which is asked for, from what is in out.
+// Sets sum_of_squares, which must not be nullptr, from the elements of out.
 void add_up_squares(const Matmul& matmul, Executor& executor);
 
 // "f32[256,768] . bf16[2304,768]^T + bias -> f32[256,2304], BF16_BF16_F32", for messages.

@@ -1,4 +1,4 @@
-// Reading an operand: where op(X)(row, column) lies, and what float32 it stands for.
+// Reading an operand: where element (row, column) of op(X) lies, and its value as float32.
 //
 // Element types are resolved once per block by `visit_operand`, so that the inner loops are written
 // once and compiled for each stored type.
@@ -16,7 +16,7 @@ struct LoadFloat32 {
   static float load(Stored value) { return value; }
 };
 
-struct LoadFloat32AsBFloat16 {  // the operand's rounding of BF16_BF16_F32
+struct LoadFloat32AsBFloat16 {  // rounds a float32 operand, as BF16_BF16_F32 asks
   using Stored = float;
   static float load(Stored value) { return bfloat16_to_float(float_to_bfloat16(value)); }
 };
@@ -37,7 +37,7 @@ struct MatrixView {
   }
 };
 
-// Calls visitor(MatrixView<Load>) with the Load that the stored type and the precision ask for.
+// Calls visitor(MatrixView<Load>) with the Load for the operand's stored type and the precision.
 template <typename Visitor>
 void visit_operand(const Operand& operand, Precision precision, const Visitor& visitor) {
   const auto visit = [&](auto load) {
@@ -57,7 +57,7 @@ void visit_operand(const Operand& operand, Precision precision, const Visitor& v
   }
 }
 
-// Ends one float32 sum: adds the bias, or what out(row, column) holds, and stores it there.
+// Finishes one float32 sum: adds the bias or the old out(row, column), and stores the result there.
 inline void store_result(const Matmul& matmul, int64_t row, int64_t column, float value) {
   const int64_t index = row * matmul.out_leading_dimension + column;
   if (matmul.bias != nullptr) value += matmul.bias[column];

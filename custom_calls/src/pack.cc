@@ -20,10 +20,10 @@ void copy_panel(const typename Load::Stored* source, int64_t k_stride, int64_t d
   }
 }
 
-// Memory runs along k: transpose in squares of 4, what is left over by ones.
+// Memory runs along k: transpose in squares of 4 x 4, and the rest one element at a time.
 template <int kWidth>
 void transpose_panel(const float* source, int64_t lane_stride, int64_t depth, float* panel) {
-  constexpr int kSquares = kWidth / 4 * 4;  // lanes that squares cover
+  constexpr int kSquares = kWidth / 4 * 4;  // lanes covered by squares
   const int64_t square_depth = depth / 4 * 4;
   for (int64_t p = 0; p < square_depth; p += 4) {
     for (int lane = 0; lane < kSquares; lane += 4) {
@@ -43,11 +43,11 @@ void transpose_panel(const float* source, int64_t lane_stride, int64_t depth, fl
   }
 }
 
-// The same for elements to be converted: a chunk of each lane to float32 first, along memory.
+// The same for elements that need conversion: first converts a chunk of each lane, in memory order.
 template <int kWidth, typename Load>
 void convert_and_transpose_panel(const typename Load::Stored* source, int64_t lane_stride,
                                  int64_t depth, float* panel) {
-  constexpr int64_t kChunk = 64;  // with 32 lanes 8 KiB, a part of L1
+  constexpr int64_t kChunk = 64;  // 32 lanes of it are 8 KiB, a part of L1
   alignas(64) float lanes[kWidth * kChunk];
   for (int64_t p = 0; p < depth; p += kChunk) {
     const int64_t length = std::min(kChunk, depth - p);
@@ -88,7 +88,7 @@ template <typename Load>
 void pack_panels(const typename Load::Stored* source, int64_t lane_stride, int64_t k_stride,
                  int64_t lanes, int64_t depth, int width, float* packed) {
   void (*pack_full)(const typename Load::Stored*, int64_t, int64_t, int64_t, float*) = nullptr;
-  switch (width) {  // every mr and nr in the table of kernels
+  switch (width) {  // one case for every mr and nr in the table of kernels
     case 4:
       pack_full = pack_full_panel<4, Load>;
       break;

@@ -1,8 +1,8 @@
-// Packing: from an operand, as it lies in memory, to the panels a micro-kernel reads in order.
+// Packing: copies an operand into panels, which a micro-kernel reads in order.
 //
 // A panel is `width` lanes (rows of op(a), columns of op(b)) by `depth` steps of k, stored step by
-// step: panel[p * width + lane]. Transposition, conversion to float32 and rounding to bfloat16 all
-// happen here, on the way.
+// step: panel[p * width + lane]. Packing also transposes, converts to float32 and rounds to
+// bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ struct PackRange {
   int64_t first_k, depth;
 };
 
-// Packs `range` of op(a) (lanes are rows) into ceil(lanes / width) panels at `packed`. Lanes beyond
-// the last are filled with zeros.
+// Packs `range` of op(a) (lanes are rows) into ceil(lanes / width) panels at `packed`. Lanes of the
+// last panel beyond the range are zeros.
 void pack_a(const Matmul& matmul, const PackRange& range, int width, float* packed);
 
 // The same for op(b), whose lanes are columns.

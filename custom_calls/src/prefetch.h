@@ -1,7 +1,8 @@
-// Asking for memory that a pass over a long stream will need: the processor's own prefetching ends
-// with a page of 4 KiB.
+// Prefetches memory for a pass over a long array: the processor's own prefetching stops at the end
+// of each 4 KiB page.
 //
-// Like kernel.h, for files with instruction sets of their own: internal linkage, no library.
+// Included by files that are compiled for an instruction set of their own, so everything has
+// internal linkage and uses no library; kernel.h says why.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +10,11 @@
 namespace gpt2_jax {
 namespace {
 
-constexpr int64_t kPrefetched = 256;      // elements asked for at a time, and used before the next
-constexpr int64_t kPrefetchAhead = 1024;  // elements
+constexpr int64_t kPrefetched = 256;      // elements prefetched by one call
+constexpr int64_t kPrefetchAhead = 1024;  // elements between the one in use and the prefetched ones
 
-// Those kPrefetchAhead elements further on in a stream that is read from `values` on; past its end
-// nothing happens.
+// Prefetches kPrefetched elements that begin kPrefetchAhead after `values`. To be called once for
+// every kPrefetched elements read. Harmless past the array's end.
 inline void prefetch_ahead(const float* values) {
   constexpr int64_t kLine = 64 / sizeof(float);
   for (int64_t i = 0; i < kPrefetched; i += kLine) {

@@ -9,9 +9,9 @@ namespace {
 
 std::string always_available() { return ""; }
 
-// float32 arithmetic is exact on bfloat16 operands, so these two modes come for free. The others
-// imitate float32 on hardware that only multiplies bfloat16 or bytes: here they would be slower and
-// worse.
+// Rungs that compute in float32 accept two precisions: float32 products of bfloat16 operands are
+// exact, so one kernel serves both. The other precisions imitate float32 on hardware that
+// multiplies only bfloat16 or bytes; in float32 they would be slower and less exact.
 std::string refuse_split_precision(const Matmul& matmul) {
   if (matmul.precision == Precision::kF32_F32_F32 ||
       matmul.precision == Precision::kBF16_BF16_F32) {

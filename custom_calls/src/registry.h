@@ -1,4 +1,4 @@
-// The ladder: every implementation by name, and why it will not do when it will not.
+// The ladder: every implementation by name, with its reason when it cannot be used.
 #pragma once
 
 #include <string>
@@ -18,14 +18,14 @@ struct Implementation {
   std::string (*refuse)(const Matmul& matmul);
   // Computes the product. Throws std::bad_alloc when there is no memory for its workspace.
   void (*run)(const Matmul& matmul, Executor& executor);
-  // Whether it sets Matmul::sum_of_squares on the way out, while the sums are in registers.
+  // True when run() sets Matmul::sum_of_squares itself, while the sums are in registers.
   bool sums_squares = false;
 };
 
-// The product, and the sum of squares where it is asked for, whoever adds it up.
+// Computes the product, and the sum of squares when matmul asks for it.
 void multiply(const Implementation& implementation, const Matmul& matmul, Executor& executor);
 
-// From the plainest up; other people's libraries last.
+// In order: the plainest first, other people's libraries last.
 const std::vector<Implementation>& implementations();
 
 // nullptr when there is none of that name.

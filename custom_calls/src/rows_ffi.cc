@@ -1,4 +1,4 @@
-// The XLA FFI handlers of rows/: buffers in, checked, to the loops.
+// The XLA FFI handlers of rows/: they check the buffers and call the loops.
 #include <cstdint>
 #include <string>
 
@@ -13,7 +13,7 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 
-// A matrix of f32 or bf16: all dimensions but the last are its rows.
+// A buffer as a matrix of f32 or bf16: its last dimension is the columns, the others are rows.
 Rows matrix(Checker& check, const NamedBuffer& buffer) {
   const bool narrow = check.dtype(buffer) == DType::kBFloat16;
   if (buffer.dimensions.size() == 0) {

@@ -16,15 +16,16 @@ struct Sums {
   int64_t stride;
 };
 
-// Packed blocks, as one pass over k sees them.
+// The packed blocks of one pass over k.
 struct Pass {
   const float* a;  // panels of mr rows
   const float* b;  // panels of nr columns
   int64_t depth;
-  bool accumulate;  // not the first pass, or the product is added to what out holds
+  bool accumulate;  // add to the sums: after the first pass, or when matmul.accumulate
 };
 
-// Rows [i, i_end) and columns [j, j_end) of the block, i and j multiples of the tile's sides.
+// Computes rows [i_begin, i_end) and columns [j_begin, j_end) of the block. i_begin and j_begin are
+// multiples of the tile's sides.
 void compute_item(const Kernel& kernel, const Pass& pass, const Sums& sums, int64_t i_begin,
                   int64_t i_end, int64_t j_begin, int64_t j_end) {
   for (int64_t j = j_begin; j < j_end; j += kernel.nr) {
@@ -38,7 +39,7 @@ void compute_item(const Kernel& kernel, const Pass& pass, const Sums& sums, int6
         kernel.run(pass.depth, a, b, out, sums.stride, pass.accumulate);
         continue;
       }
-      // A ragged edge: a whole tile aside, then the part that exists.
+      // An incomplete tile at the edge: compute a whole one aside, then copy the part that exists.
       alignas(64) float tile[kMaxTile];
       kernel.run(pass.depth, a, b, tile, kernel.nr, false);
       for (int64_t r = 0; r < rows; ++r) {
@@ -52,7 +53,8 @@ void compute_item(const Kernel& kernel, const Pass& pass, const Sums& sums, int6
   }
 }
 
-// Items small enough that every thread gets several, large enough that taking one costs nothing.
+// Sizes of a work item: small enough that every thread gets several, large enough that the cost of
+// taking one is negligible.
 struct ItemSizes {
   int64_t m, n;
 };
@@ -113,7 +115,7 @@ void packed_matmul(const Matmul& matmul, const Kernel& kernel, Executor& executo
 
       for (int64_t kb = 0; kb < k_cut.count(); ++kb) {
         const int64_t k0 = kb * k_cut.block, depth = k_cut.size(kb);
-        // With all of k in one block, what is packed of op(b) serves every block of rows.
+        // When k is a single block, op(b) is packed once and serves every block of rows.
         const bool b_is_packed = ib > 0 && k_cut.count() == 1;
         const int64_t a_items = m_items.count();
         const int64_t b_items = b_is_packed ? 0 : n_items.count();

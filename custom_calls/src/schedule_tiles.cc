@@ -13,7 +13,7 @@
 namespace gpt2_jax {
 namespace {
 
-// An operand as tiles see it: lanes by k, where the lanes are out's rows or columns.
+// An operand as lanes by k. The lanes are out's rows or columns.
 struct Lanes {
   Operand operand;
   int64_t count;
@@ -39,7 +39,8 @@ struct Lanes {
   const float* scales(const unsigned char* panel, int64_t depth) const {
     return reinterpret_cast<const float*>(panel + panel_bytes(depth) - kScalesBytes);
   }
-  // Bytes to be transposed in packing: memory along k suits left tiles, along lanes right ones.
+  // Bytes that packing must transpose. None for left tiles when memory runs along k, nor for right
+  // tiles when it runs along the lanes.
   double transposed_bytes(int64_t k, TileSide for_side) const {
     const bool suits = (k_stride == 1) == (for_side == TileSide::kLeft);
     return suits ? 0 : static_cast<double>(count) * k * parts * (digits ? 1 : 2);
@@ -60,7 +61,8 @@ Lanes as_lanes(const Operand& operand, int64_t count, bool along_k, Precision pr
   return {operand, count, along_k ? stride : 1, along_k ? 1 : stride, parts, side, digits};
 }
 
-// The products of parts that a precision keeps, one part changing from each to the next.
+// The products of parts that a precision keeps, ordered so that each shares a part with the one
+// before it.
 struct Passes {
   TilePass pass[6];
   int count = 0;
@@ -80,21 +82,21 @@ Passes choose_passes(int left_parts, int right_parts) {
   return passes;
 }
 
-// Of digits: those of each order, one after the other.
+// The products of digits, in order of their order: order i begins at kFirstOfOrder[i].
 constexpr TilePass kDigitPasses[] = {{0, 0}, {0, 1}, {1, 0}, {0, 2}, {1, 1}, {2, 0}};
 constexpr int kFirstOfOrder[] = {0, 1, 3, 6};
 
-// What is decided once about a product.
+// The decisions made once for a product.
 struct Plan {
   const Matmul& matmul;
   const TileKernel& kernel;
   Lanes a, b;
   bool transposed;  // op(b) is on the left: the tiles hold out's transpose
   bool a_is_shared;
-  Passes passes;  // of bfloat16
+  Passes passes;  // for bfloat16; digits use kDigitPasses
   Cut k_cut;
-  // Six products a step round a sum six times as often: the sums of three parts begin anew in every
-  // block of k, and are added up.
+  // With three parts a sum is rounded six times in each step. So each block of k has its own sums,
+  // which begin at zero, and the blocks' sums are then added up.
   bool sums_begin_anew;
   bool stream;
 
@@ -110,7 +112,7 @@ Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
 
   const double as_is = plan.a.transposed_bytes(matmul.k, TileSide::kLeft) +
                        plan.b.transposed_bytes(matmul.k, TileSide::kRight);
-  // And the sums on the way out.
+  // Swapping the sides also transposes the float32 sums when they are stored.
   const double swapped = plan.a.transposed_bytes(matmul.k, TileSide::kRight) +
                          plan.b.transposed_bytes(matmul.k, TileSide::kLeft) +
                          4.0 * static_cast<double>(matmul.m) * matmul.n;
@@ -131,8 +133,8 @@ Plan make_plan(const Matmul& matmul, const TileKernel& kernel) {
   return plan;
 }
 
-// Float32 sums of blocks: of (streamed panel p, shared panel q) at data + p * p_stride + q *
-// q_stride.
+// Float32 sums of blocks. Those of streamed panel p and shared panel q begin at
+// data + p * p_stride + q * q_stride.
 struct Sums {
   float* data;
   int64_t p_stride, q_stride;
@@ -140,10 +142,10 @@ struct Sums {
   float* at(int64_t p, int64_t q) const { return data + p * p_stride + q * q_stride; }
 };
 
-// The shared operand, packed: `lanes` of it in the blocks of k from first_block on.
+// The packed part of the shared operand: `lanes` in the blocks of k [first_block, last_block).
 struct SharedBlock {
   Range lanes;
-  int64_t first_block, last_block;  // of k; the last is not in it
+  int64_t first_block, last_block;
   unsigned char* packed;
   int64_t block_bytes;  // from one block of k to the next
 };
@@ -153,7 +155,7 @@ struct Item {
   Range streamed, shared;
 };
 
-// Asks for the lanes of the streamed operand in one block of k, over `steps` steps.
+// A prefetch of `lanes` of the streamed operand in one block of k, spread over `steps` steps.
 TilePrefetch prefetch_of(const Plan& plan, const Range& lanes, const Range& k, int64_t steps) {
   const Lanes& operand = plan.streamed();
   const TileSource source = operand.from(lanes.first, k.first);
@@ -168,7 +170,8 @@ TilePrefetch prefetch_of(const Plan& plan, const Range& lanes, const Range& k, i
   return prefetch;
 }
 
-// `squares` has a place for each block of out, row by row; or it is nullptr.
+// Writes one block of sums to out. `squares` has one element for each block of out, row by row; or
+// it is nullptr.
 void finish_block(const Plan& plan, const float* sums, int64_t streamed_lane, int64_t shared_lane,
                   float* squares) {
   const Matmul& matmul = plan.matmul;
@@ -199,7 +202,8 @@ void pack(const Plan& plan, const Lanes& operand, const Range& lanes, const Rang
   }
 }
 
-// One block of k of a block of out, added to `total` or, where it is the first, put there: parts.
+// Multiplies one block of k for one block of out, by bfloat16 parts. Sets `total` in the first
+// block of k and adds to it in the others. `of_block` is scratch memory.
 void multiply_parts(const Plan& plan, TileBlock& block, bool first, float* of_block, float* total) {
   const bool anew = plan.sums_begin_anew && !first;
   block.passes = plan.passes.pass;
@@ -210,7 +214,7 @@ void multiply_parts(const Plan& plan, TileBlock& block, bool first, float* of_bl
   if (anew) plan.kernel.add(of_block, total);
 }
 
-// The same of digits, of which every order has kBlockSums of its own.
+// The same by digits. `of_orders` is scratch memory: kBlockSums for each order.
 void multiply_digits(const Plan& plan, TileBlock& block, bool first, const float* left_scales,
                      const float* right_scales, int32_t* of_orders, float* total) {
   block.accumulate = false;
@@ -223,8 +227,8 @@ void multiply_digits(const Plan& plan, TileBlock& block, bool first, const float
   plan.kernel.add_digits(of_orders, left_scales, right_scales, !first, total);
 }
 
-// All of an item's work: packs its streamed lanes block by block of k and multiplies them with its
-// shared lanes. `next` are the lanes that this thread will probably be asked for after these.
+// Computes one work item: packs its streamed lanes block by block of k and multiplies them with its
+// shared lanes. `next` is the range of streamed lanes that this thread will probably get next.
 void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Range& next,
                   const Sums& sums, unsigned char* packed, float* squares) {
   const Lanes& streamed = plan.streamed();
@@ -233,7 +237,7 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
   const int64_t q_count = ceil_div(item.shared.size, kPanelLanes);
   const auto tiles = [](int64_t lanes) { return lanes > kTileLanes ? 2 : 1; };
 
-  // Tiles that a block at the edge does not use are added up as well, and never read.
+  // Zeros, because the unused tiles of a block at the edge are added up too. Nobody reads them.
   alignas(64) float of_block[kBlockSums] = {};
   alignas(64) int32_t of_orders[kDigitOrders * kBlockSums] = {};
   plan.kernel.configure();
@@ -289,12 +293,12 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
   }
   plan.kernel.release();
 #if defined(__x86_64__)
-  // Stores past the caches are not ordered with the ones that tell that this item is done.
+  // Streaming stores are not ordered with the store that marks this item as done, so wait for them.
   if (plan.stream) _mm_sfence();
 #endif
 }
 
-// Lanes of one item, of either operand: small enough that every thread gets several.
+// The lanes of either operand in one work item: few enough that every thread gets several items.
 Item item_sizes(const TileBlockSizes& sizes, int64_t streamed, int64_t shared, int threads) {
   Item item = {{0, std::min(round_up(sizes.item_lanes, kPanelLanes), round_up(streamed, 32))},
                {0, even_block(shared, round_up(sizes.shared_lanes, kPanelLanes), kPanelLanes)}};
@@ -311,11 +315,11 @@ Item item_sizes(const TileBlockSizes& sizes, int64_t streamed, int64_t shared, i
   return item;
 }
 
-// How both operands are cut, outermost first.
+// How both operands are cut: the outermost loop first.
 struct Cuts {
-  Cut streamed;       // whole, but where sums must wait for the next blocks of k
-  Cut shared;         // packed at a time
-  int64_t k_at_once;  // blocks of k of it, packed at a time
+  Cut streamed;       // one block, unless sums must wait for later blocks of k
+  Cut shared;         // the lanes of the shared operand that are packed at a time
+  int64_t k_at_once;  // its blocks of k that are packed at a time
 };
 
 Cuts cut_operands(const Plan& plan) {
@@ -357,8 +361,10 @@ void tile_matmul(const Matmul& matmul, const TileKernel& kernel, Executor& execu
   const Item size =
       item_sizes(kernel.blocks, cuts.streamed.block, cuts.shared.block, executor.num_threads());
   const int64_t workers = executor.num_threads();
-  // Sums that wait for another pass over the shared operand are kept for all items, those that wait
-  // for the item's own next block by the worker, and those of a single block not at all.
+  //   sums that wait for                            are kept
+  //   a later part of the shared operand's k        for all items
+  //   the next block of k within the item           by each worker
+  //   nothing, as k is a single block               in one block of sums for each worker
   const bool sums_wait = cuts.k_at_once < plan.k_cut.count();
   const int64_t q_total = ceil_div(cuts.shared.block, kPanelLanes);
   const int64_t p_total = ceil_div(cuts.streamed.block, kPanelLanes);

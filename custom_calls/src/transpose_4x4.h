@@ -1,4 +1,4 @@
-// A 4 x 4 transposition in registers, with what every CPU of the architecture has.
+// A 4 x 4 transposition in registers, with instructions that every CPU of the architecture has.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ inline void transpose_4x4(const float* from, int64_t from_stride, float* to, int
   const float32x4_t row1 = vld1q_f32(from + from_stride);
   const float32x4_t row2 = vld1q_f32(from + 2 * from_stride);
   const float32x4_t row3 = vld1q_f32(from + 3 * from_stride);
-  // Pairs of rows, then halves of the pairs.
+  // Interleave rows 0 and 2, and 1 and 3; then interleave the results.
   const float32x4x2_t even = vzipq_f32(row0, row2);
   const float32x4x2_t odd = vzipq_f32(row1, row3);
   const float32x4x2_t first = vzipq_f32(even.val[0], odd.val[0]);

@@ -1,11 +1,12 @@
-// Scratch memory that outlives a call: fresh pages for every product would cost more than packing.
+// Scratch memory that is kept between calls: fresh pages for every product would cost more than the
+// packing itself.
 #pragma once
 
 #include <cstdint>
 
 namespace gpt2_jax {
 
-// A block of floats, 64-byte aligned, uninitialised, borrowed from a process-wide store for this
+// A block of uninitialised floats, 64-byte aligned, borrowed from a process-wide store for this
 // object's lifetime. The store never shrinks: it holds as many blocks as were ever in use at once.
 // Throws std::bad_alloc.
 class Workspace {

@@ -1,4 +1,4 @@
-// What the FFI handlers share.
+// Shared by all FFI handlers: XLA's thread pool as an Executor, and results in place.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,7 @@ class XlaExecutor final : public Executor {
   int num_threads_;
 };
 
-// Gives a result an argument's content. XLA gives both the same memory where it may; where not, the
-// argument is copied, whole.
+// Copies an argument to a result, unless XLA gave both the same memory.
 template <typename Buffer>
 void copy_unless_aliased(const Buffer& argument, const Buffer& result) {
   if (result.untyped_data() != argument.untyped_data() && argument.size_bytes() > 0) {
@@ -34,7 +33,7 @@ void copy_unless_aliased(const Buffer& argument, const Buffer& result) {
   }
 }
 
-// The memory of a result that is an argument's new content.
+// The memory of a result that replaces an argument; it holds the argument's elements on return.
 inline float* updated(const xla::ffi::Buffer<xla::ffi::F32>& argument,
                       xla::ffi::Result<xla::ffi::Buffer<xla::ffi::F32>>& result) {
   copy_unless_aliased(argument, *result);

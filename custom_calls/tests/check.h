@@ -1,4 +1,4 @@
-// What the tests need of a framework: named cases, checks that say what they saw, an exit status.
+// A small test framework: named cases, checks with messages, an exit status.
 #pragma once
 
 #include <cstdio>
@@ -12,7 +12,7 @@ inline int& failures() {
   return count;
 }
 
-// Prints at most the first 20: a wrong kernel fails everywhere.
+// Counts a failure and prints the first 20: a wrong kernel fails everywhere.
 inline void fail(const char* file, int line, const std::string& message) {
   if (++failures() <= 20) std::fprintf(stderr, "%s:%d: %s\n", file, line, message.c_str());
 }

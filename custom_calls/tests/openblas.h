@@ -1,4 +1,4 @@
-// Where the tests' OpenBLAS is: GPT2_JAX_OPENBLAS, the path of scipy-openblas32's library.
+// The tests' OpenBLAS: GPT2_JAX_OPENBLAS is the path of scipy-openblas32's shared library.
 #pragma once
 
 #include <cstdio>
@@ -8,7 +8,7 @@
 
 namespace gpt2_jax {
 
-// False, and a line that says so, when the variable is not set.
+// Returns false and prints a line when the variable is not set.
 inline bool use_openblas_of_environment() {
   const char* path = std::getenv("GPT2_JAX_OPENBLAS");
   if (path == nullptr) {

@@ -13,14 +13,14 @@
 
 namespace gpt2_jax {
 
-// Deterministic everywhere, unlike the distributions of <random>.
+// The same numbers with every C++ library, unlike the distributions of <random>.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed * 2654435769u + 1) {}
   int64_t below(int64_t limit) { return static_cast<int64_t>(next() % limit); }
   float uniform() { return static_cast<float>(next() & 0xffffff) / (1 << 23) - 1.0f; }  // [-1, 1)
 
-  // Zeros, denormals, infinities, NaNs, the smallest and the largest, and mostly plain numbers.
+  // Mostly plain numbers; also zeros, denormals, infinities, NaNs and numbers of any exponent.
   float any_float() {
     uint32_t bits = static_cast<uint32_t>(below(int64_t{1} << 31)) << 1 | below(2);
     switch (below(8)) {
@@ -56,7 +56,7 @@ class Random {
   uint64_t state_;
 };
 
-// Elements of either dtype.
+// An array of either dtype.
 class Elements {
  public:
   Elements(int64_t count, DType dtype) : dtype_(dtype), bytes_(count * width()) {}
@@ -97,12 +97,12 @@ struct Types {
   Precision precision = Precision::kF32_F32_F32;
 };
 
-// What becomes of the sums.
+// Whether the product is stored, gets a bias, or is added to the output.
 enum class Epilogue { kStore, kBias, kAccumulate };
 
-// Operands lie at random offsets, with random gaps between rows; everything around them, and around
-// the output, holds a canary: NaN in the operands (read by mistake, it would spread), kCanary in
-// the output.
+// Operands lie at random offsets, with random gaps between rows. The elements around them are NaN,
+// which would spread if read by mistake. The elements around the output are kCanary, which must
+// still be there afterwards.
 class Problem {
  public:
   static constexpr float kCanary = -512;  // a bfloat16, too
@@ -145,7 +145,8 @@ class Problem {
   void set_a(int64_t i, int64_t p, float value) { a_.set(index(matmul_.a, i, p), value); }
   void set_b(int64_t p, int64_t j, float value) { b_.set(index(matmul_.b, p, j), value); }
 
-  // Canaries, and where the product is to be added to something, that.
+  // Fills the output's memory with canaries, and with the old values if the product is added to
+  // them.
   void clear() {
     for (int64_t i = 0; i < out_.size(); ++i) out_.set(i, kCanary);
     sum_of_squares_ = kCanary;
@@ -155,7 +156,7 @@ class Problem {
     }
   }
 
-  // The sum of squares is that of what is in out: of products of 24 bits, at most 1024 of them
+  // Checks sum_of_squares against out. The bound: squares rounded to 24 bits, at most 1024 of them
   // added up in float32.
   void check_squares(const std::string& who) const {
     if (matmul_.sum_of_squares == nullptr) return;
@@ -170,10 +171,10 @@ class Problem {
               << expected);
   }
 
-  // |out - reference| <= (c + k 2^-24) (|op(a)| |op(b)| + |added|), element by element, and what
-  // digits leave out; nothing else written.
+  // Checks every element: |out - reference| <= (c + k 2^-24) (|op(a)| |op(b)| + |added|), plus the
+  // products that digits leave out. Also checks that nothing else was written.
   void check(const std::string& who) const {
-    // One more addition than products, at most, and one more for each product of parts.
+    // At most one more addition than products, and one more for each product of parts.
     const double additions = 2.0 + part_products(matmul_.precision) + static_cast<double>(shape_.k);
     const double epsilon = std::ldexp(additions, -24) + split_error(matmul_.precision);
     const bool rounded = matmul_.precision == Precision::kBF16_BF16_F32;
@@ -196,7 +197,7 @@ class Problem {
       }
       for (int64_t j = 0; j < shape_.n; ++j) {
         double allowed = epsilon * bound[j] + digits_error();
-        // One rounding to 8 bits, of a value that is itself off by at most `allowed`.
+        // A bfloat16 result is rounded once more, to 8 bits.
         if (matmul_.out_dtype == DType::kBFloat16) {
           allowed += std::ldexp(std::fabs(sum[j]) + allowed, -8);
         }
@@ -222,17 +223,22 @@ class Problem {
     return precision == Precision::kBF16_BF16_F32_X6 ? 6 : 1;
   }
 
-  // Two parts, each off by at most 2^-8 of what it rounds, leave out 2^-16 of either operand and
-  // the product of the low ones; a little more for the parts' own factors 1 + 2^-8. Three parts,
-  // each less than 2^-7 of what it was cut off, leave out two products of 2^-7 by 2^-15 at most,
-  // and one of 2^-15 by 2^-15.
+  // The relative error of splitting float32 into parts.
+  //
+  // Two parts: rounding a part has an error of at most 2^-8 of the rounded value, so two parts
+  // leave out 2^-16 of either operand, and the product of the low parts is left out too. The
+  // factors 1 + 2^-8 of the parts add a little.
+  //
+  // Three parts: the remainder after cutting is less than 2^-7 of the value. Left out are two
+  // products of 2^-7 by 2^-15 at most, and one of 2^-15 by 2^-15.
   static double split_error(Precision precision) {
     if (precision == Precision::kBF16_BF16_F32_X3) return std::ldexp(3.1, -16);
     return precision == Precision::kBF16_BF16_F32_X6 ? std::ldexp(8.1, -24) : 0;
   }
 
-  // Of operands of at most 1, integers times at most 2^-22: either is off by half of one, and the
-  // products of the fourth and fifth order, two of 2^14 times 2^8 and one of 2^14, are left out.
+  // The error of digits, for operands of at most 1, so units of at most 2^-22. Either operand is
+  // off by half a unit. Left out are the products of the fourth and fifth order: in units, two of
+  // 2^14 times 2^8 and one of 2^14.
   double digits_error() const {
     if (matmul_.precision != Precision::kS8_S8_S32_X6) return 0;
     return static_cast<double>(shape_.k) * (std::ldexp(1.0, -22) + std::ldexp(2.1, 22 - 44));
@@ -281,8 +287,8 @@ class Problem {
   Elements a_, b_;
   int64_t out_offset_;
   Elements out_;
-  std::vector<float> bias_;    // one element too many, so that the pointer is not aligned
-  std::vector<float> target_;  // what out holds at first, where the product is added to it
+  std::vector<float> bias_;    // begins with a spare element, so that the bias is not aligned
+  std::vector<float> target_;  // out's old elements, when the product is added to them
   double sum_of_squares_ = kCanary;
 };
 

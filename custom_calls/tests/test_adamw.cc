@@ -1,4 +1,4 @@
-// AdamW against its formula in double, every kernel this CPU has, for any number of threads.
+// AdamW against its formula in double: every kernel that this CPU can run, any number of threads.
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -49,7 +49,7 @@ void test_kernel(AdamWKernel kernel, int64_t count) {
         m * kConstants.correction1 / (std::sqrt(v * kConstants.correction2) + kConstants.epsilon) +
         weight_decay * double(before.params[i]);
     const double p = before.params[i] - kConstants.learning_rate * direction;
-    // A handful of float32 roundings of terms of these sizes.
+    // The bound: a few float32 roundings of terms of these sizes.
     const double unit = std::ldexp(8.0, -24);
     CHECK(std::abs(after.m[i] - m) <= unit * (std::abs(before.m[i]) + std::abs(g)),
           "m of element " << i);
@@ -60,7 +60,7 @@ void test_kernel(AdamWKernel kernel, int64_t count) {
   }
 }
 
-// Spans whose bounds fall inside the blocks that the work is cut into.
+// The spans' bounds lie inside the blocks that the work is cut into.
 void test_update_is_the_kernel_span_by_span(int threads) {
   const int64_t count = (1 << 17) + 777;
   const DecaySpan spans[] = {{0, 70000, 0.1f}, {70000, 70001, 0.0f}, {70001, count, 0.2f}};

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kMaxSteps = 7, kStepBytes = kMaxParts * 2 * kTileBytes;
 
-// Random panels' product, without its sums.
+// A product of random panels; the caller sets its sums.
 TileBlock random_block(const Workspace& left, const Workspace& right, const TilePass* passes,
                        int max_passes, TilePrefetch* prefetch, Random& random) {
   TileBlock block;
@@ -33,7 +33,7 @@ TileBlock random_block(const Workspace& left, const Workspace& right, const Tile
   return block;
 }
 
-// The block's sums by the model and by the CPU, which both begin with the same.
+// Computes the block by the model and by the CPU, from the same sums.
 void multiply_both(TileBlock block, void (*on_model)(const TileBlock&),
                    void (*on_cpu)(const TileBlock&), const Workspace& model,
                    const Workspace& hardware) {
@@ -48,7 +48,7 @@ void multiply_both(TileBlock block, void (*on_model)(const TileBlock&),
   amx_kernel()->release();
 }
 
-// The kernel on random panels: of plain numbers, of tiny ones whose products are denormal, and of
+// Random panels of plain numbers, of tiny numbers whose products are denormal, and of numbers of
 // every kind.
 void test_blocks() {
   constexpr int64_t kPanelBytes = kMaxSteps * kStepBytes;
@@ -61,7 +61,7 @@ void test_blocks() {
     const auto fill = [&](const Workspace& words) {
       for (int64_t at = 0; at < kPanelBytes / 2; ++at) {
         float value = kind == 2 ? random.any_float() : random.uniform();
-        // Products on both sides of the smallest normal number, 2^-126.
+        // Makes products on both sides of the smallest normal number, 2^-126.
         if (kind == 1) value = std::ldexp(value, -63 + static_cast<int>(random.below(8)) - 4);
         reinterpret_cast<uint16_t*>(words.data())[at] = float_to_bfloat16(value);
       }
@@ -86,7 +86,7 @@ void test_blocks() {
   }
 }
 
-// Bytes of every kind.
+// Panels of random bytes.
 void test_digit_blocks() {
   constexpr int64_t kPanelBytes = kMaxSteps * kStepBytes;
   const Workspace left(kPanelBytes / 4), right(kPanelBytes / 4);
@@ -101,7 +101,7 @@ void test_digit_blocks() {
             static_cast<unsigned char>(random.below(256));
       }
     }
-    // Far from what an int32 holds, as the schedule's sums are.
+    // Sums that cannot overflow an int32, like the schedule's.
     auto* const sums = reinterpret_cast<int32_t*>(model.data());
     for (int at = 0; at < kBlockSums; ++at) sums[at] /= 2;
     TilePrefetch prefetch;
@@ -111,7 +111,7 @@ void test_digit_blocks() {
   }
 }
 
-// A whole product, threads and all.
+// Whole products, on several threads.
 void test_products() {
   TileKernel model = *amx_kernel();
   model.configure = TileModel::configure;

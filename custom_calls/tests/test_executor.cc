@@ -1,5 +1,5 @@
-// parallel_for never waits for a task that has not started, and what an item throws reaches the
-// caller alone. A deadlock here is a time-out of ctest.
+// parallel_for never waits for a task that has not started, and an item's exception reaches the
+// caller only. A deadlock here shows as a time-out of ctest.
 #include <atomic>
 #include <chrono>
 #include <new>
@@ -17,7 +17,7 @@
 namespace gpt2_jax {
 namespace {
 
-// Tasks that start only after everybody has gone.
+// Keeps the tasks, which the test runs after parallel_for has returned.
 class LateExecutor final : public Executor {
  public:
   int num_threads() const override { return 4; }
@@ -25,7 +25,7 @@ class LateExecutor final : public Executor {
   std::vector<std::function<void()>> tasks;
 };
 
-// Tasks that run inside schedule(), as XLA's FFI does when it has no pool.
+// Runs tasks inside schedule(), as XLA's FFI does when it has no pool.
 class ImmediateExecutor final : public Executor {
  public:
   int num_threads() const override { return 4; }
@@ -57,7 +57,8 @@ void test_every_item_once() {
     check_every_item_once(immediate, count, "immediate");
     LateExecutor late;
     check_every_item_once(late, count, "late");
-    // The items' vector is gone: a late task that took one would be caught by the sanitizers.
+    // The items' vector no longer exists: the sanitizers would report a late task that takes an
+    // item.
     for (const auto& task : late.tasks) task();
   }
 }
@@ -68,14 +69,14 @@ void test_pool_without_threads() {
   check_every_item_once(executor, 50, "empty pool");
 }
 
-// Waits until `count` items have begun, so that as many threads hold one each.
+// Waits until `count` items have begun, so that `count` threads have one each.
 void meet(std::atomic<int>& begun, int count) {
   ++begun;
   while (begun < count) std::this_thread::yield();
 }
 
-// As many items as threads, one each, and those of some workers throw: the caller's (0), a
-// helper's, everybody's.
+// One item for each thread. The items of some workers throw: of the caller (worker 0), of a helper,
+// of everybody.
 void test_exceptions_of_items() {
   for (int threads = 1; threads <= 4; ++threads) {
     ThreadPool pool(threads - 1);
@@ -121,7 +122,7 @@ void test_items_after_an_exception_are_skipped() {
   }
 }
 
-// The second helper cannot be scheduled while the first holds an item.
+// Scheduling the second helper throws while the first helper runs an item.
 void test_exception_of_schedule() {
   class Failing final : public Executor {
    public:
@@ -157,8 +158,8 @@ void test_exception_of_schedule() {
   CHECK(executor.begun == done, executor.begun << " items began, " << done << " are done");
 }
 
-// Several products at once, each called ON a thread of the pool that it asks for help, as XLA does;
-// and as many from outside. The pool has one thread, or two.
+// Several products at once, each called on a thread of the same pool that it asks for help, as XLA
+// does; and as many from threads outside the pool. The pool has one thread or two.
 void test_concurrent_callers(int pool_threads) {
   const Implementation& threaded = *find_implementation("threaded");
   std::atomic<int> left{24};

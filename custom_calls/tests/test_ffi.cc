@@ -1,7 +1,8 @@
-// The shared library through its C surface, with this program in XLA's place.
+// Tests the shared library through its C interface; this program takes XLA's place.
 //
-// The stand-in offers only what every XLA since API 0.1 has in the same slots: errors, and a thread
-// pool to schedule on. All else is a null pointer, so a handler that called it would crash here.
+// It offers only the functions that every XLA since API 0.1 has in the same slots: errors, and
+// scheduling on a thread pool. The other slots are null pointers, so a handler that calls one
+// crashes here.
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -30,7 +31,7 @@ XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) {
 }
 
 XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
-  // The context, whose type later versions of XLA name otherwise, is our pool.
+  // The context is our pool; the type of `ctx` has another name in later versions of XLA.
   ThreadPool& pool = *reinterpret_cast<ThreadPool*>(args->ctx);
   pool.schedule([task = args->task, data = args->data] { task(data); });
   return nullptr;
@@ -39,7 +40,7 @@ XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
 struct Buffer {
   XLA_FFI_DataType dtype;
   std::vector<int64_t> dimensions;
-  std::vector<float> values;  // of a float32 buffer; of others only the memory
+  std::vector<float> values;  // the elements if float32; for other types only the memory
 
   explicit Buffer(std::vector<int64_t> dims, XLA_FFI_DataType type = XLA_FFI_DataType_F32)
       : dtype(type), dimensions(std::move(dims)) {
@@ -58,14 +59,14 @@ struct Buffer {
 
 using Handler = XLA_FFI_Error* (*)(XLA_FFI_CallFrame*);
 
-// One call as jax makes it; change what a test is about, then call().
+// One call as jax makes it. A test changes some members, then calls call().
 struct Call {
   Handler handler = gpt2_jax_matmul;
   Buffer a{{2, 3}};
   Buffer b{{3, 4}};
   std::vector<Buffer> more;  // arguments after a and b
-  bool alias = false;        // the last of them lies where out lies
-  bool b_is_out = false;     // and so does b
+  bool alias = false;        // the last of them has out's memory
+  bool b_is_out = false;     // b has out's memory too
   Buffer out{{2, 4}};
   std::vector<Buffer> more_results;  // after out
   std::map<std::string, int64_t> integers = {
@@ -74,7 +75,7 @@ struct Call {
   std::map<std::string, std::string> strings = {{"implementation", "threaded"},
                                                 {"precision", "F32_F32_F32"}};
 
-  // The error, or code OK.
+  // Returns the error, or code OK.
   XLA_FFI_Error call() {
     ThreadPool pool(1);
     XLA_FFI_Api api = {};
@@ -84,7 +85,7 @@ struct Call {
     api.XLA_FFI_Error_Create = create_error;
     api.XLA_FFI_ThreadPool_Schedule = schedule;
 
-    std::deque<XLA_FFI_Buffer> buffers;  // their addresses stay
+    std::deque<XLA_FFI_Buffer> buffers;  // a deque, so that their addresses do not change
     const auto buffer = [&](Buffer& from) -> void* {
       XLA_FFI_Buffer& to = buffers.emplace_back();
       to.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
@@ -103,7 +104,7 @@ struct Call {
     std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
     std::vector<XLA_FFI_RetType> ret_types(rets.size(), XLA_FFI_RetType_BUFFER);
 
-    // Attributes come sorted by name, as a map iterates.
+    // XLA passes attributes sorted by name, and a map iterates in that order.
     std::map<std::string, void*> attributes;
     std::deque<XLA_FFI_Scalar> scalars;
     std::deque<XLA_FFI_ByteSpan> spans;
@@ -224,8 +225,8 @@ void test_bias() {
   }
 }
 
-// A gradient written into, or added to, a part of a flat buffer: in place, and where XLA did not
-// alias target and out.
+// A gradient written into, or added to, a part of a flat buffer: in place, and with target and out
+// not aliased.
 void test_into() {
   for (const bool alias : {false, true}) {
     for (const int64_t accumulate : {0, 1}) {
@@ -320,7 +321,7 @@ void test_invalid_target() {
   call.more = {Buffer({5, 10})};
   call.out = Buffer({5, 10});
   expect_invalid(call, {"rank 1", "target f32[5,10]"});
-  // b lies in out's memory: right beside the part that is written, then one element into it.
+  // b lies in out's memory: first right beside the written part, then one element inside it.
   call = into;
   call.b = Buffer({50});
   call.b_is_out = true;
@@ -392,13 +393,13 @@ void test_empty() {
 }
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kMemoryCanRunOut = false;  // these end the program instead
+constexpr bool kMemoryCanRunOut = false;  // these sanitizers end the program instead
 #else
 constexpr bool kMemoryCanRunOut = true;
 #endif
 
-// No machine has the copy that this product of bfloat16 needs; nothing is read before it is asked
-// for.
+// This bfloat16 product needs a copy that is larger than any machine's memory. The copy is
+// allocated before any operand is read.
 void test_out_of_memory() {
   if (!kMemoryCanRunOut || !use_openblas_of_environment()) return;
   constexpr int64_t kRows = 1 << 20, kColumns = 1 << 30;
@@ -415,7 +416,7 @@ void test_out_of_memory() {
                {"gpt2_jax_matmul: out of memory; found a bf16[1048576,1073741824]"});
 }
 
-// Nor the scores of these heads, for which each item asks on its own thread.
+// The scores of these heads are too large as well. Each item allocates them on its own thread.
 void test_out_of_memory_on_the_pool() {
   if (!kMemoryCanRunOut) return;
   constexpr int64_t kBatch = 8, kTime = int64_t{1} << 40, kHeads = 2;

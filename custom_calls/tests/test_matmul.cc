@@ -30,7 +30,7 @@ std::vector<Shape> small_shapes() {
   std::vector<Shape> shapes = {{0, 0, 0},   {0, 5, 3},    {5, 0, 3},    {5, 3, 0},
                                {1, 1, 1},   {1, 33, 7},   {33, 1, 7},   {17, 19, 1},
                                {6, 16, 64}, {14, 32, 13}, {13, 97, 31}, {64, 48, 24}};
-  // 25 in all: no multiple of the ways that are taken in turn.
+  // 25 in all, which is no multiple of 3 or 4: epilogues and transpositions are taken in turn.
   Random random(7);
   for (int i = 0; i < 13; ++i) {
     shapes.push_back({1 + random.below(70), 1 + random.below(70), 1 + random.below(150)});
@@ -38,26 +38,26 @@ std::vector<Shape> small_shapes() {
   return shapes;
 }
 
-// Past one block in each of m, n and k, alone and together, by a ragged rest.
+// Slightly more than one block in m, n or k alone, and in several of them.
 const std::vector<Shape> kLargeShapes = {{1151, 37, 41},  {23, 3203, 29},  {31, 45, 1201},
                                          {1151, 21, 401}, {11, 3203, 401}, {199, 293, 787}};
 
 struct Candidate {
   std::string name;
-  std::vector<Shape> shapes;        // for every combination of types
-  std::vector<Shape> large_shapes;  // for some
-  Shape shape_of_bits;              // for any number of threads, where there may be several
-  bool tiles;         // bfloat16 products, of parts of float32 if need be; not float32 products
-  bool in_turn;       // small shapes with one of the four transpositions in turn, not with each
-  bool sums_squares;  // not only computes the product
+  std::vector<Shape> shapes;        // tested with every combination of types
+  std::vector<Shape> large_shapes;  // tested with some combinations
+  Shape shape_of_bits;              // tested for the same bits with any number of threads
+  bool tiles;         // multiplies parts or digits; has no F32_F32_F32
+  bool in_turn;       // each small shape with one of the four transpositions, not with all
+  bool sums_squares;  // sets sum_of_squares
   std::function<void(const Matmul&, Executor&)> run;
 };
 
-// Other people's, on threads of their own, and without a promise about bits.
+// True for other people's libraries: they have threads of their own, and their bits may vary.
 bool is_foreign(const std::string& rung) { return rung == "accelerate" || rung == "openblas"; }
 
-// Tiles on the model's instructions with the portable packing and, where the CPU can, the fast one;
-// and on the CPU's. Small blocks, so that small products have several of each kind.
+// The tile kernel on the model's instructions with the portable packing. Its blocks are small, so
+// that small products have several of each kind.
 TileKernel model_kernel() {
   const TileBlockSizes small = {/*panel_bytes=*/12 << 10,  /*item_lanes=*/64,
                                 /*shared_lanes=*/64,
@@ -76,6 +76,7 @@ TileKernel model_kernel() {
           small};
 }
 
+// The model with either packing, and the CPU's own tiles if it has them; all with small blocks.
 std::vector<TileKernel> tile_kernels() {
   std::vector<TileKernel> all = {model_kernel()};
 #if defined(GPT2_JAX_HAS_AMX)
@@ -97,8 +98,8 @@ std::vector<TileKernel> tile_kernels() {
   return all;
 }
 
-// The ladder, then the packed product with each micro-kernel this CPU runs (whatever the mask
-// says), then tiles.
+// All rungs of the ladder; then the packed product with each micro-kernel that this CPU can run
+// (the mask does not count here); then tiles.
 std::vector<Candidate> candidates() {
   const std::vector<Shape> small = small_shapes();
   const Shape none = {0, 0, 0}, ragged = {131, 517, 901};
@@ -106,7 +107,7 @@ std::vector<Candidate> candidates() {
   for (const Implementation& rung : implementations()) {
     if (!rung.unavailable().empty()) continue;
     const std::string name = rung.name;
-    // What is packed is tested to the last below, kernel by kernel.
+    // The packed product is tested thoroughly below, kernel by kernel.
     const bool fast = name != "naive" && name != "blocked";
     all.push_back(
         {name, small, fast ? kLargeShapes : std::vector<Shape>(),
@@ -128,7 +129,8 @@ std::vector<Candidate> candidates() {
     all.push_back({kernel.name, small, {}, {67, 131, 200}, true, true, true, run});
   }
   if (amx_kernel() != nullptr) {
-    // The real blocks, which only large shapes fill; the model is slow.
+    // The block sizes of amx. Only large shapes, since others do not fill a block: the model is
+    // slow.
     const auto run = [](const Matmul& matmul, Executor& executor) {
       TileKernel kernel = model_kernel();
       kernel.blocks = amx_kernel()->blocks;
@@ -165,7 +167,7 @@ void test_against_float64(const Candidate& candidate) {
   Random random(1);
   int runs = 0;
   const auto run = [&](const Shape& shape, int transposes, const Types& types) {
-    // In turn: with four transpositions in turn, too, every pair comes up.
+    // Three epilogues and four transpositions, both in turn: every pair of them is tested.
     Epilogue epilogue = static_cast<Epilogue>(runs++ % 3);
     if (types.out != DType::kFloat32 && epilogue == Epilogue::kAccumulate) {
       epilogue = Epilogue::kStore;
@@ -193,7 +195,7 @@ void test_against_float64(const Candidate& candidate) {
   for (const Shape& shape : candidate.large_shapes) run(shape, 2, narrow);
 }
 
-// A non-finite operand reaches every result that it belongs to, and no other.
+// A non-finite element reaches every result that depends on it, and no other.
 void test_non_finite(const Candidate& candidate) {
   InlineExecutor executor;
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -248,7 +250,7 @@ void test_same_bits(const Candidate& candidate) {
   }
 }
 
-// Forward, dx and dw at once, as XLA may call them: each transposition on a thread of its own.
+// Forward, dx and dw at the same time, as XLA may call them: each on a thread of its own.
 void test_concurrent_calls(const Candidate& candidate) {
   ThreadPool pool(2);
   std::vector<std::thread> callers;
@@ -276,7 +278,7 @@ void test_openblas_says_what_is_wrong() {
         openblas.unavailable());
 }
 
-// As many as the executor has, and never more than the library had at first.
+// OpenBLAS uses as many threads as the executor has, and never more than it had at first.
 void test_openblas_threads() {
   void* const library = dlopen(std::getenv("GPT2_JAX_OPENBLAS"), RTLD_LAZY);
   const auto threads =
@@ -307,7 +309,7 @@ double largest_error(const Matmul& matmul, const std::vector<float>& a, const st
   return worst;
 }
 
-// Six products are for where float32 is asked for: at most twice its error.
+// BF16_BF16_F32_X6 stands in for float32: its error is at most twice that of float32.
 void test_six_products_against_float32() {
   if (amx_kernel() == nullptr) return;
   Random random(12);
@@ -335,8 +337,8 @@ void test_six_products_against_float32() {
   }
 }
 
-// Sums that begin anew, waiting for another pass over k or kept by a thread: with every epilogue,
-// and the same bits on any number of threads.
+// Six products whose sums begin anew in every block of k, and are kept for all items or by each
+// worker: with every epilogue, and the same bits with any number of threads.
 void test_six_products_in_several_sums() {
   if (amx_kernel() == nullptr) return;
   TileKernel large_blocks = model_kernel();
@@ -365,9 +367,9 @@ void test_six_products_in_several_sums() {
   }
 }
 
-// Rows, columns and blocks of k of very different sizes, with outliers: within what units and
-// omitted products of each block's own largest elements allow. And lanes whose scales' product is
-// beyond a float32.
+// Digits of rows, columns and blocks of k of very different magnitudes, with outliers. The bound
+// follows from the units and the omitted products of each block's own largest elements. Also lanes
+// whose scales' product exceeds float32.
 void test_digits_of_any_size() {
   if (amx_kernel() == nullptr) return;
   Random random(14);
@@ -408,7 +410,7 @@ void test_digits_of_any_size() {
           largest_b = std::max(largest_b, std::fabs(y)), sum_b += std::fabs(y);
           sum += x * y, magnitude += std::fabs(x * y);
         }
-        // The largest is 0x3f8000 units or more.
+        // The largest element is at least 0x3f8000 units.
         const double a_unit = largest_a / 0x3f8000, b_unit = largest_b / 0x3f8000;
         allowed += (a_unit * sum_b + b_unit * sum_a) / 2 + std::ldexp(8 * magnitude, -24) +
                    static_cast<double>(last - first) * std::ldexp(2.1, 22) * a_unit * b_unit;
@@ -451,8 +453,8 @@ void test_refusals() {
 }  // namespace
 }  // namespace gpt2_jax
 
-// test_matmul [candidate]: all that this machine runs, or one. OpenBLAS is tested only by name: it
-// stays unloaded in the other tests.
+// test_matmul [candidate]: tests one candidate, or all that this machine can run. OpenBLAS is
+// tested only by name, so that the other tests do not load it.
 int main(int argc, char** argv) {
   using namespace gpt2_jax;
   const std::string only = argc > 1 ? argv[1] : "";

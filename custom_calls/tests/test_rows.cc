@@ -1,5 +1,5 @@
-// The row by row loops: against their formulas in double, the instruction sets against one another,
-// and the same bits for any number of threads.
+// The row by row loops: against their formulas in double, between instruction sets, and with any
+// number of threads (the same bits).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -112,7 +112,7 @@ void test_softmax_cross_entropy(const RowKernels& kernels, int64_t columns, int6
         "a NaN must reach the loss");
 }
 
-// Everything on matrices, in either dtype, as bytes.
+// The results of all functions on random matrices.
 std::vector<float> all_results(bool narrow, int threads) {
   const int64_t rows = 37, columns = 600;
   std::vector<float> x = random(rows * columns, 8), dout = random(rows * columns, 9);
@@ -164,7 +164,7 @@ void test_sum_of_squares() {
   CHECK(sum_of_squares(0, values.data(), one) == 0, "no values");
 }
 
-// But for the roundings that fused multiply-adds leave out.
+// They may differ by the roundings that fused multiply-adds avoid.
 void test_instruction_sets_agree() {
   const int64_t count = 777;
   const std::vector<float> x = random(count, 11, 4), dout = random(count, 12);
@@ -180,7 +180,7 @@ void test_instruction_sets_agree() {
   }
   for (const auto& out : found) {
     for (size_t i = 0; i < out.size(); ++i) {
-      // Of terms that are at most 20.
+      // The terms are at most 20.
       CHECK(std::abs(out[i] - found[0][i]) <= 4 * 20 * kUnit,
             i << ": " << out[i] << ", generic " << found[0][i]);
     }

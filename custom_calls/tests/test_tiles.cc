@@ -1,4 +1,4 @@
-// Into tiles and out of them, the tile instructions, and the product on them, without the hardware.
+// Packing, finishing, the model of the tile instructions, and products on it: needs no AMX.
 #include <cerrno>
 #include <cfloat>
 #include <cmath>
@@ -18,7 +18,7 @@
 namespace gpt2_jax {
 namespace {
 
-// A lane's parts add up to it, each where the layout says, and all else is zero.
+// An element's parts add up to it and lie where the layout says; everything else is zero.
 void test_layout() {
   Random random(1);
   constexpr int64_t kLanes = 39, kDepth = 50, kSteps = 2, kPanels = 2;
@@ -56,14 +56,14 @@ struct LargestOfLane {
   int integer;
 };
 
-// A lane's digits are its elements, to half a unit, each where the layout says, and all else is
+// An element's digits equal it to half a unit and lie where the layout says; everything else is
 // zero.
 void test_digits_layout() {
   Random random(5);
   constexpr int64_t kLanes = 39, kDepth = 100, kSteps = 2, kPanels = 2;
   constexpr int64_t kPanelBytes = kSteps * kDigitStepBytes + kScalesBytes;
-  // Where the unit changes: at a power of two, and where the digits would be beyond 127. Then where
-  // it is the least, and the largest.
+  // Magnitudes at which the unit changes: at a power of two, and where a digit would exceed 127.
+  // Then those with the smallest and the largest unit.
   const float edge = 2 - std::ldexp(1.0f, -6);
   const LargestOfLane largest_of[] = {{1.0f, 0x400000},
                                       {std::nextafter(1.0f, 0.0f), 0x400000},
@@ -134,7 +134,7 @@ void test_add_digits() {
   const Workspace sums(kDigitOrders * kBlockSums), total(kBlockSums), scales(2 * kPanelLanes);
   auto* const integers = reinterpret_cast<int32_t*>(sums.data());
   for (const int left_lane : {1, 17}) {
-    const int right_lane = left_lane == 1 ? 30 : 14;  // of another tile's number
+    const int right_lane = left_lane == 1 ? 30 : 14;  // in the other tile of its panel
     const int tile = left_lane / 16 * 2 + right_lane / 16;
     const int at = (tile * 16 + left_lane % 16) * 16 + right_lane % 16;
     for (int i = 0; i < kDigitOrders * kBlockSums; ++i) integers[i] = 0;
@@ -142,7 +142,7 @@ void test_add_digits() {
     for (int i = 0; i < 2 * kPanelLanes; ++i) scales.data()[i] = 1;
     integers[at] = 4 << 18, integers[kBlockSums + at] = 8 << 18;
     integers[2 * kBlockSums + at] = 16 << 18;
-    // Their product is beyond a float32; one with the sum is not.
+    // The product of the scales exceeds float32; that of the sum and both scales does not.
     scales.data()[left_lane] = std::ldexp(1.0f, 90);
     scales.data()[32 + right_lane] = std::ldexp(1.0f, -91);
     for (const bool accumulate : {false, true}) {
@@ -159,7 +159,7 @@ bool same_bytes_or_both_nan(float a, float b) {
   return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b));
 }
 
-// The fast packing gives the portable one's bytes.
+// The AVX-512 packing makes the same bytes as the portable one.
 void test_packing_twins() {
   Random random(2);
   for (int i = 0; i < 400; ++i) {
@@ -168,7 +168,7 @@ void test_packing_twins() {
     const TileSide side = random.below(2) ? TileSide::kLeft : TileSide::kRight;
     const int parts = narrow ? 1 : 1 + static_cast<int>(random.below(3));
     const int64_t stride = (along_k ? depth : lanes) + random.below(9);
-    // Exactly as long as it must be: reading on is the address sanitizer's to see.
+    // The source has no spare element, so that the address sanitizer sees reads beyond it.
     const int64_t count = ((along_k ? lanes : depth) - 1) * stride + (along_k ? depth : lanes);
     std::vector<float> wide(narrow ? 0 : count);
     std::vector<uint16_t> thin(narrow ? count : 0);
@@ -186,7 +186,7 @@ void test_packing_twins() {
     const auto* a = reinterpret_cast<const uint16_t*>(expected.data());
     const auto* b = reinterpret_cast<const uint16_t*>(found.data());
     for (int64_t at = 0; at < tiles * 512; ++at) {
-      // The sign of the NaN that infinity leaves of itself is nobody's promise.
+      // infinity - infinity is a NaN of unspecified sign.
       CHECK(a[at] == b[at] ||
                 same_bytes_or_both_nan(bfloat16_to_float(a[at]), bfloat16_to_float(b[at])),
             "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
@@ -231,7 +231,7 @@ void test_digit_packing_twins() {
       for (int64_t at = 0; at < steps * kDigitStepBytes; ++at) {
         const int64_t row = at % kTileBytes / 64, column = at % 64 / 4;
         const int64_t lane = at / kTileBytes % 2 * 16 + (side == TileSide::kLeft ? row : column);
-        if (std::isnan(expected_scales[lane])) continue;  // which may have any digits
+        if (std::isnan(expected_scales[lane])) continue;  // its digits are unspecified
         CHECK(a[first + at] == b[first + at],
               "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
                        << narrow << " right " << (side == TileSide::kRight) << ", byte " << at
@@ -260,7 +260,7 @@ void test_add_digits_twins() {
   }
 }
 
-// And so does the way out.
+// The AVX-512 finish writes the same output as the portable one.
 void test_finish_twins() {
   Random random(3);
   const Workspace sums(kBlockSums);
@@ -297,7 +297,7 @@ void test_finish_twins() {
       result.squares = result.narrow ? nullptr : &squares[twin];
       (twin ? finish_tiles_avx512 : finish_tiles_portable)(result, sums.data(), rows, columns);
     }
-    // Not the same order: a rounding for each of at most kBlockSums additions.
+    // The order of additions differs: one rounding for each of at most kBlockSums additions.
     CHECK(squares[0] == squares[1] || !std::isfinite(squares[0] + squares[1]) ||
               std::fabs(squares[0] - squares[1]) <= std::ldexp(kBlockSums, -24) * squares[0],
           "squares " << squares[1] << ", expected " << squares[0]);
@@ -334,7 +334,7 @@ void test_add_twins() {
 uint16_t words[2][kTileBytes / 2];
 float sums[256];
 
-// One pair of rows and columns in otherwise empty tiles: the sum (0, 0).
+// Multiplies tiles that are zero but for one row and one column; returns sum (0, 0).
 float multiply_one(std::initializer_list<float> left, std::initializer_list<float> right,
                    float sum) {
   std::memset(words, 0, sizeof(words));
@@ -361,10 +361,10 @@ void test_model() {
   CHECK(multiply_one({2, 3}, {5, 7}, 100) == 131, "");
   for (int i = 1; i < 256; ++i) CHECK(sums[i] == 0, i << ": " << sums[i]);
   const float big = std::ldexp(1.0f, 24);
-  // Even and odd apart: 2^24 + 1 rounds to 2^24 in the even chain, so 1 is lost only there.
+  // Even and odd k are summed apart: 2^24 + 1 rounds to 2^24 in the even chain, so 1 is lost there.
   CHECK(multiply_one({big, 0, 1, 0, -big, 0}, {1, 1, 1, 1, 1, 1}, 0) == 0, "");
   CHECK(multiply_one({big, 1, 0, 0, -big, 0}, {1, 1, 1, 1, 1, 1}, 0) == 1, "");
-  // The product is summed by itself before it meets what the tile holds.
+  // The products are added up before they are added to the tile's sum.
   CHECK(multiply_one({1, 1}, {1, 1}, big) == big + 2, "");
   // A product is not rounded before it is added.
   const float three_halves = std::ldexp(1.0f, -12) * 1.5f;

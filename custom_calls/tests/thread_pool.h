@@ -1,5 +1,5 @@
-// Threads of our own, in place of XLA's pool: tasks run in the order given, tasks left at the end
-// are run before the destructor returns.
+// A thread pool in place of XLA's. Tasks start in the order given; those left at the end run before
+// the destructor returns.
 #pragma once
 
 #include <condition_variable>
@@ -54,10 +54,10 @@ class ThreadPool {
   std::condition_variable changed_;
   std::deque<std::function<void()>> tasks_;
   bool closing_ = false;
-  std::vector<std::thread> threads_;  // last: they use the rest
+  std::vector<std::thread> threads_;  // the last member, as the threads use the others
 };
 
-// The pool as a matmul sees it, asking for `num_threads` whatever the pool has.
+// The pool as an Executor of `num_threads`, whatever number of threads the pool has.
 class PoolExecutor final : public Executor {
  public:
   PoolExecutor(ThreadPool& pool, int num_threads) : pool_(pool), num_threads_(num_threads) {}

@@ -1,9 +1,9 @@
 // The tile instructions in plain C++, as Intel's manual defines them, for machines without them.
 //
-// TDPBF16PS: for each row of sums, the even and the odd elements of k are summed apart, each by
-// fused multiply-additions in the order of k, both from zero; the two are added, then added to the
-// sum in the tile. Every operation rounds to nearest even, takes denormal operands for zeros and
-// gives zero for a denormal result, of the same sign.
+// TDPBF16PS: for each sum, the products of even k and those of odd k are added up apart, each by
+// fused multiply-additions in the order of k that begin at zero. The two results are added, and
+// then added to the sum in the tile. Every operation rounds to nearest even, treats denormal
+// operands as zeros, and replaces a denormal result by a zero of the same sign.
 //
 // TDPBSSD: 64 products of signed bytes are added to an int32.
 #pragma once
@@ -23,8 +23,8 @@ inline float flush_denormal(float value) {
   return std::fabs(value) < FLT_MIN ? std::copysign(0.0f, value) : value;
 }
 
-// Registers of each thread. A program that uses them without having configured them is stopped, as
-// by the CPU.
+// The tile registers, separate for each thread. Using them unconfigured ends the program, as the
+// CPU would.
 class TileModel {
  public:
   static void configure() {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gpt2_jax.machine import processor_name
 from gpt2_jax.ops.cpu import library as custom_calls
+from gpt2_jax.sharing import anonymous
 
 _STARTED = time.monotonic()
 _THREAD_VARIABLES = (
@@ -62,7 +63,7 @@ def describe_machine() -> dict[str, str | int]:
         features = ""
     versions = ("jax", "jaxlib", "numpy", "torch")
     return {
-        "cpu": processor_name(),
+        "cpu": anonymous(processor_name()),
         "features": features,
         "threads": custom_calls.num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

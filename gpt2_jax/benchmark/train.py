@@ -16,7 +16,7 @@ from gpt2_jax.benchmark.machine import describe_machine, machine_line, seconds_r
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS
 from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, record, table, title
 from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS
-from gpt2_jax.benchmark.train_turns import Patience, measure_in_turn
+from gpt2_jax.benchmark.train_rounds import Patience, measure_in_turn
 from gpt2_jax.compute.backend import cpu_backend
 from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.config import ComputeSettings

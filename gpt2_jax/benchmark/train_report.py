@@ -12,6 +12,7 @@ from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.flops import flops_per_token
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.machine import gigabytes
+from gpt2_jax.sharing import anonymous
 
 # How float32 is split for units that do not multiply it, for people to read.
 _SPLITS = {"BF16_BF16_F32_X3": "X3", "BF16_BF16_F32_X6": "X6", "S8_S8_S32_X6": "S8"}
@@ -100,7 +101,7 @@ def record(
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
         "systems": [_system_record(one, work) for one in measured if one.result is not None],
-        "refused": [{**one.system._asdict(), "reason": one.reason} for one in measured if one.result is None],
+        "refused": [{**one.system._asdict(), "reason": anonymous(one.reason)} for one in measured if one.result is None],
         "matmul_peak_gflops": peak["gflops"],
         "scaling": [
             {

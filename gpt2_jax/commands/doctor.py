@@ -1,6 +1,8 @@
 """Say what this machine is, what is installed, what of it does harm, and what to do. Exit status 1 when something must be done.
 
 python scripts/doctor.py
+
+The lines above "to do" can be shared: they hold no name of a person or machine, no path and no network address.
 """
 
 from __future__ import annotations

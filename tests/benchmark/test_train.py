@@ -253,6 +253,21 @@ def test_a_system_that_fails_is_told_and_counts(monkeypatch, capsys):
     assert len(json.loads(output.splitlines()[-1])["systems"]) == 1
 
 
+def test_the_json_line_names_nobody(monkeypatch, capsys, tmp_path):
+    """The reasons are the last words of processes: of Python, of libraries."""
+    monkeypatch.setenv("HOME", str(tmp_path / "janedoe"))
+    monkeypatch.setenv("USER", "janedoe")
+    monkeypatch.setattr(machine, "processor_name", lambda: "A CPU of janedoe")
+    problem = f"OSError: {tmp_path}/janedoe/lib/a.so cannot be loaded for janedoe at 10.0.0.7"
+    answers_by_name(monkeypatch, {"pytorch": {"failed": problem}, "jax_plain": {"refused": problem}})
+    train.bench_train(WORK, ["pytorch:float32", "jax_plain:float32"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "janedoe" not in last
+    assert [one["reason"].removeprefix("it failed: ") for one in json.loads(last)["refused"]] == [
+        "OSError: <path> cannot be loaded for <user> at <address>"
+    ] * 2
+
+
 def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(monkeypatch, capsys):
     names = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
     answers_by_name(monkeypatch, {name: answer() for name in names})

@@ -8,7 +8,8 @@
 namespace gpt2_jax {
 namespace {
 
-// Elements of one work item: 256 KiB of each buffer, so that taking one costs nothing.
+// Elements of one work item: 256 KiB of each buffer, so that the cost of taking an item is
+// negligible.
 constexpr int64_t kBlock = 1 << 16;
 
 }  // namespace

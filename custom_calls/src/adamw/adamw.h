@@ -1,4 +1,4 @@
-// AdamW over flat buffers in one pass: what one update is, and who computes it.
+// AdamW over flat buffers in one pass: the update's formula and its kernels.
 //
 // The reference is gpt2_jax/buffer/adamw.py; the formula is llm.c's, llmc/adamw.cuh.
 #pragma once
@@ -9,9 +9,9 @@ namespace gpt2_jax {
 
 class Executor;  // only declared: kernel files must include nothing that defines inline functions
 
-// What every element's update shares.
+// Constants of one update, the same for every element.
 struct AdamWConstants {
-  float gradient_scale;  // of clipping
+  float gradient_scale;  // factor that clips the gradient
   float learning_rate;
   float beta1, beta2;
   float correction1, correction2;  // 1 / (1 - beta^t)
@@ -33,10 +33,10 @@ struct DecaySpan {
 using AdamWKernel = void (*)(int64_t count, const AdamWConstants& constants, float weight_decay,
                              const float* gradients, float* params, float* m, float* v);
 
-// The best for these CpuFeatures.
+// The best kernel for these CpuFeatures.
 AdamWKernel best_adamw_kernel(uint32_t features);
 
-// The buffers' own memory is updated. Spans in order, together covering [0, count).
+// The buffers are updated in place. The spans are in order and cover [0, count).
 struct AdamWUpdate {
   int64_t count;
   const float* gradients;
@@ -46,7 +46,7 @@ struct AdamWUpdate {
 };
 void adamw_update(const AdamWUpdate& update, const AdamWConstants& constants, Executor& executor);
 
-// Defined one a file, each compiled for its instruction set from adamw_kernel.inc.
+// Each is defined in a file of its own, compiled for its instruction set from adamw_kernel.inc.
 void adamw_generic(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);
 void adamw_avx2(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);
 void adamw_avx512(int64_t, const AdamWConstants&, float, const float*, float*, float*, float*);

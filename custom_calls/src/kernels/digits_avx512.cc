@@ -1,7 +1,8 @@
-// Into tiles of digits with AVX-512 (F, BW, VL).
+// Packing as digits with AVX-512 (F, BW, VL).
 //
-// As in tiles_avx512.cc a tile is 16 registers of 16 dwords, here a dword four of k that are 16
-// apart: the bytes of four registers along k, or along the lanes, go into one by shifts alone.
+// As in tiles_avx512.cc a tile is 16 registers of 16 dwords. Here the four bytes of a dword are
+// four elements whose k are 16 apart. So the bytes of four loaded registers are combined by shifts
+// and masks alone, without a shuffle.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -25,14 +26,15 @@ inline __m512 load(const void* data, int64_t index, __mmask16 mask) {
   }
 }
 
-// The larger magnitudes, as bits, of which a NaN's are the largest.
+// The larger of `largest` and the magnitudes of `values`, compared as bits: a NaN is the largest.
 inline __m512i larger(__m512i largest, __m512 values) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   return _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(values), magnitude));
 }
 
-// What 16 lanes are multiplied with to be integers, and their scales, from their largest bits; the
-// exponent is exponent_of_digits' in tiles_portable.cc.
+// The multipliers that turn the elements of 16 lanes into integers; sets the lanes' scales.
+// `largest` has the bits of each lane's largest magnitude. The exponent is that of
+// exponent_of_digits in tiles_portable.cc.
 inline __m512 to_integers(__m512i largest, float* scales) {
   const __m512i bits = _mm512_add_epi32(largest, _mm512_set1_epi32(0x20000));
   const __m512i exponent = _mm512_min_epu32(
@@ -45,7 +47,7 @@ inline __m512 to_integers(__m512i largest, float* scales) {
       _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(276), exponent), 23));
 }
 
-// The first digit in bits 16 to 23, the last in bits 0 to 7.
+// The elements as integers: the first digit in bits 16 to 23, the last in bits 0 to 7.
 inline __m512i digits_of(__m512 values, __m512 multiplier) {
   const __m512i raised = _mm512_set1_epi32(0x808080);
   const __m512i units = _mm512_cvtps_epi32(_mm512_mul_ps(values, multiplier));
@@ -76,7 +78,10 @@ inline Dwords interleave(const __m512i (&of)[kPerDword]) {
                        _mm512_slli_epi32(first_and_last[1], 16))}};
 }
 
-// One of 16 lanes' steps, in dwords: of one lane along k, or of four k along the lanes.
+// One row of dwords for one step of 16 lanes.
+//
+//   kAlongK      lane `lane + row`, 64 k
+//   not kAlongK  16 lanes, four k: row, row + 16, row + 32 and row + 48 of the step
 template <bool kNarrow, bool kAlongK>
 inline Dwords load_dwords(const TileSource& source, int64_t lanes, int64_t depth, int64_t lane,
                           int64_t k, int row, const float* multipliers, __m512 lanes_multiplier) {
@@ -120,7 +125,8 @@ inline __m512i largest_of(const TileSource& source, int64_t lanes, int64_t depth
   return largest;
 }
 
-// Memory along k suits left tiles, along the lanes right ones; others are transposed.
+// kAlongK: memory runs along k, which is the order of left tiles. Otherwise it runs along the
+// lanes, the order of right tiles. kTransposed: the tiles are for the other side.
 template <bool kNarrow, bool kAlongK, bool kTransposed>
 void pack(TileSource source, int64_t lanes, int64_t depth, unsigned char* packed) {
   const int64_t steps = (depth + kDigitDepth - 1) / kDigitDepth;

@@ -1,4 +1,4 @@
-// AVX-512F: 28 of the 32 registers hold sums, two a row of b, one a broadcast element of a.
+// AVX-512F, 32 registers: 28 for sums, two for a row of b, one for a broadcast element of a.
 #include <immintrin.h>
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// For any CPU: the compiler's own 4-float vectors, so SSE2 on x86-64, NEON on arm64. 8 sums of 16
-// registers.
+// For any CPU: the compiler's own vectors of 4 floats, which are SSE2 on x86-64 and NEON on arm64.
+// 8 of 16 registers hold sums.
 #include <cstdint>
 
 #include "kernels/kernel.h"
@@ -8,7 +8,7 @@ namespace gpt2_jax {
 namespace {
 
 typedef float Vector __attribute__((vector_size(16)));
-// The same, wherever it lies and whatever it aliases.
+// The same vector, for loads and stores at any alignment; may alias other types.
 typedef float LooseVector __attribute__((vector_size(16), aligned(4), may_alias));
 
 constexpr int kRows = 4;

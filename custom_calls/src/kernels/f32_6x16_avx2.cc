@@ -1,4 +1,4 @@
-// AVX2 + FMA: 12 of the 16 registers hold sums, two a row of b, one a broadcast element of a.
+// AVX2 + FMA, 16 registers: 12 for sums, two for a row of b, one for a broadcast element of a.
 #include <immintrin.h>
 
 #include <cstdint>

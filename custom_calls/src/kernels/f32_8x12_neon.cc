@@ -1,11 +1,11 @@
-// NEON (arm64): 24 of the 32 registers hold sums, three a row of b, two a column of a.
+// NEON (arm64), 32 registers: 24 for sums, three for a row of b, two for a column of a.
 #include <arm_neon.h>
 
 #include <cstdint>
 
 #include "kernels/kernel.h"
 
-// Lanes are immediates, so the rows of a half are written out.
+// The lane number must be a constant in the instruction, so the rows are written out one by one.
 #define GPT2_JAX_ROW(row, a_half, lane)                         \
   sum[row][0] = vfmaq_laneq_f32(sum[row][0], b0, a_half, lane); \
   sum[row][1] = vfmaq_laneq_f32(sum[row][1], b1, a_half, lane); \

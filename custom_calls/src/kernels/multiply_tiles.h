@@ -1,9 +1,11 @@
-// The block product on any kind of tile registers: 4 of the 8 hold sums, 2 a left and 2 a right
-// panel's step, so that 4 multiplications need 4 loads, and the 12 of three passes 8.
+// The block product on any kind of tile registers. Of the 8 registers 4 hold sums, 2 hold one step
+// of the left panel and 2 one step of the right panel. One pass is then 4 multiplications for 4
+// loads; three passes are 12 multiplications for 8 loads.
 //
-// Tiles is the instruction set, all static: zero<tile>(), load<tile>(rows of 64 bytes),
-// store<tile>(rows), multiply<sums, left, right>(). Everything here has internal linkage: each file
-// that includes it is compiled with flags of its own.
+// The template parameter Tiles is the instruction set, as static functions: zero<tile>(),
+// load<tile>(rows of 64 bytes), store<tile>(rows), multiply<sums, left, right>(),
+// prefetch(address). Everything here has internal linkage: each file that includes it is compiled
+// with flags of its own.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +15,7 @@
 namespace gpt2_jax {
 namespace {
 
-// Tile numbers: sums 0-3 as [left][right], then the operands.
+// Tile numbers: 0 to 3 are the sums, [left][right]; the operands follow.
 constexpr int kLeftTile = 4;
 constexpr int kRightTile = 6;
 

@@ -1,5 +1,5 @@
-// What both ways into tiles do with AVX-512's registers. Internal linkage: each file that includes
-// it is compiled with flags of its own.
+// Masks and transposition in AVX-512 registers, for both kinds of packing. Internal linkage: each
+// file that includes this is compiled with flags of its own.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,7 @@ inline __mmask16 first16(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-// 16 x 16 dwords: neighbours, pairs of neighbours, then quarters of registers change places.
+// Transposes 16 x 16 dwords: exchanges dwords, then pairs of dwords, then quarters of registers.
 inline void transpose(__m512i (&row)[16]) {
   __m512i pair[16], quad[16];
 #pragma GCC unroll 8
@@ -21,7 +21,7 @@ inline void transpose(__m512i (&row)[16]) {
     pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
     pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
   }
-  // quad[4 g + j], quarter q: column 4 q + j of rows 4 g to 4 g + 3.
+  // Quarter q of quad[4 g + j] will hold column 4 q + j of rows 4 g to 4 g + 3.
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
     quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
@@ -31,7 +31,7 @@ inline void transpose(__m512i (&row)[16]) {
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    // Quarters 0 and 2, or 1 and 3, of two registers.
+    // even: quarters 0 and 2 of two registers; odd: quarters 1 and 3.
     const __m512i even_low = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0x88);
     const __m512i odd_low = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0xdd);
     const __m512i even_high = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0x88);

@@ -30,8 +30,8 @@ constexpr bool sizes_fit() {
 static_assert(sizes_fit(), "block sizes are multiples of the kernel's tile");
 
 #if defined(GPT2_JAX_HAS_AMX)
-// A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 to the other operand's stream. Digits
-// go through both panels three times, with 16 KiB of sums beside them: L2 serves a part.
+// A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 for the other operand. With digits
+// both panels are read three times, and 16 KiB of sums lie beside them, so some reads come from L2.
 constexpr TileKernel kAmx = {"32x32_amx",
                              configure_amx,
                              release_amx,

@@ -5,14 +5,14 @@
 
 #include "kernels/multiply_tiles.h"
 
-// The tile's number is a part of the instruction, and a macro's argument in the intrinsics.
+// A tile's number is part of the instruction, so the intrinsics want a literal: one case a number.
 #define GPT2_JAX_TILE_CASES(CASE) CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
 
 namespace gpt2_jax {
 namespace {
 
-// Palette 1 with every tile whole, as LDTILECFG reads it. Static: the intrinsic does not tell the
-// compiler that it reads more than a pointer's worth.
+// The configuration that LDTILECFG reads: palette 1, every tile 16 rows of 64 bytes. It is a static
+// object: the intrinsic does not tell the compiler that it reads all of it.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -23,7 +23,7 @@ struct alignas(64) TileConfiguration {
 static_assert(sizeof(TileConfiguration) == 64, "LDTILECFG reads 64 bytes");
 constexpr TileConfiguration kConfiguration;
 
-// What they have in common.
+// The instructions that bfloat16 and digits share.
 struct AmxRegisters {
   template <int kTile>
   static void zero() {
@@ -64,7 +64,7 @@ struct AmxRegisters {
   static void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 };
 
-// The number of the sums' tile decides the operands'.
+// The number of the sums' tile determines the operands' tiles.
 #define GPT2_JAX_MULTIPLY(instruction)                                         \
   template <int kSums, int kLeft, int kRight>                                  \
   static void multiply() {                                                     \

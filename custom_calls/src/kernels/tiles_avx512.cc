@@ -1,8 +1,12 @@
-// Into tiles of bfloat16 and out of tiles with AVX-512 (F, BW, VL, BF16).
+// Packing as bfloat16, and writing sums to the output, with AVX-512 (F, BW, VL, BF16).
 //
-// A tile is 16 registers of 16 dwords, a dword a pair of k. Where memory runs along k a register is
-// loaded for each lane, which is a row of a left tile; where it runs along the lanes, for each pair
-// of k, a row of a right tile. For the other side the 16 registers are transposed.
+// A tile is 16 registers of 16 dwords; a dword is a pair of k.
+//
+//   memory runs along   a register is loaded for   it is a row of
+//   k                   each lane                  a left tile
+//   the lanes           each pair of k             a right tile
+//
+// For a tile of the other side the 16 registers are transposed.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -17,13 +21,14 @@ __mmask32 first32(int64_t count) {
   return count >= 32 ? 0xffffffff : count <= 0 ? 0 : static_cast<__mmask32>((1u << count) - 1);
 }
 
-// One row of dwords for each part.
+// One row of a tile for each part.
 template <int kParts>
 struct Rows {
   __m512i part[kParts];
 };
 
-// 16 + 16 float32 as words, `low` in the lower half, each part from what the parts before it left.
+// Splits 16 + 16 float32 into parts of bfloat16, `low` in the lower half of a register. Each part
+// is made from the remainder that the parts before it leave.
 template <int kParts>
 inline Rows<kParts> split(__m512 low, __m512 high) {
   Rows<kParts> rows;
@@ -39,8 +44,8 @@ inline Rows<kParts> split(__m512 low, __m512 high) {
   return rows;
 }
 
-// 16 pairs as words, `even` in the lower half, cut into three parts: and, subtract and shift,
-// where conversions and shuffles would all wait for one port.
+// Cuts 16 pairs into three parts; `even` is the lower word of a pair. Done by masks, subtractions
+// and shifts: conversions and shuffles would all wait for one execution port.
 inline Rows<3> cut(__m512 even, __m512 odd) {
   const __m512i upper_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   Rows<3> rows;
@@ -55,7 +60,7 @@ inline Rows<3> cut(__m512 even, __m512 odd) {
   return rows;
 }
 
-// `count` elements of one lane along k, up to 32.
+// Loads up to 32 elements of one lane along k; zeros after the first `count`.
 template <bool kNarrow, int kParts>
 inline Rows<kParts> load_lane(const void* data, int64_t index, int64_t count) {
   if constexpr (kNarrow) {
@@ -76,7 +81,8 @@ inline Rows<kParts> load_lane(const void* data, int64_t index, int64_t count) {
   }
 }
 
-// `lanes` elements, up to 16, of one k, and of the next where there is one, as pairs.
+// Loads one k of up to 16 lanes, paired with the next k if there is one; zeros after the first
+// `lanes`.
 template <bool kNarrow, int kParts>
 inline Rows<kParts> load_pair(const void* data, int64_t index, int64_t k_stride, int64_t lanes,
                               bool has_next) {
@@ -95,7 +101,7 @@ inline Rows<kParts> load_pair(const void* data, int64_t index, int64_t k_stride,
     const float* from = static_cast<const float*>(data) + index;
     Rows<kParts> rows = split<kParts>(_mm512_maskz_loadu_ps(mask, from),
                                       _mm512_maskz_loadu_ps(next_mask, from + k_stride));
-    // Words 0-15 are of the one k, 16-31 of the next: in turn.
+    // Words 0-15 belong to one k, 16-31 to the next: interleave them.
     const __m512i in_turn =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -115,7 +121,7 @@ inline void store(const Rows<kParts>& rows, unsigned char* to) {
   }
 }
 
-// Where lanes, in sixteens, and steps of a packed block lie.
+// Sizes of a packed block, and the offset of a lane's tile in its first step.
 struct Layout {
   int64_t step_bytes, panel_bytes;
 
@@ -124,7 +130,7 @@ struct Layout {
   }
 };
 
-// Along memory, lane by lane, to rows of left tiles.
+// Packs left tiles when memory runs along k: lane by lane.
 template <bool kNarrow, int kParts>
 void pack_lanes(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
                 unsigned char* packed) {
@@ -141,7 +147,7 @@ void pack_lanes(TileSource source, int64_t lanes, int64_t all_lanes, int64_t dep
   }
 }
 
-// Along memory, two k after two, to rows of right tiles.
+// Packs right tiles when memory runs along the lanes: one pair of k after another.
 template <bool kNarrow, int kParts>
 void pack_pairs(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
                 unsigned char* packed) {
@@ -164,8 +170,8 @@ void pack_pairs(TileSource source, int64_t lanes, int64_t all_lanes, int64_t dep
   }
 }
 
-// As pack_tile below, in three parts: transposed as float32, which is less than every part for
-// itself.
+// pack_tile (below) for three parts: transposes once as float32, then cuts. That is less work than
+// transposing each part.
 template <bool kAlongK, bool kWhole>
 inline void pack_tile_in_three(TileSource source, int64_t lane, int64_t k, int64_t lanes,
                                int64_t depth, unsigned char* to) {
@@ -173,8 +179,10 @@ inline void pack_tile_in_three(TileSource source, int64_t lane, int64_t k, int64
     lanes = kTileLanes;
     depth = kTileDepth;
   }
-  // Along k the lanes' first and second 16 of k, to pairs along the lanes; else the even and the
-  // odd k, to lanes along the pairs.
+  // The two registers to be transposed for each row:
+  //
+  //   kAlongK      k 0-15 and k 16-31 of a lane
+  //   not kAlongK  the even and the odd k of 16 lanes
   __m512i half[2][16];
   const float* const from =
       static_cast<const float*>(source.data) + lane * source.lane_stride + k * source.k_stride;
@@ -202,7 +210,8 @@ inline void pack_tile_in_three(TileSource source, int64_t lane, int64_t k, int64
   }
 }
 
-// A tile from (lane, k) on, where there are `lanes` and `depth` left, or it is whole: transposed.
+// Packs one transposed tile, from element (lane, k) on. `lanes` and `depth` are those left in the
+// source; they are ignored when the tile is whole.
 template <bool kNarrow, int kParts, bool kAlongK, bool kWhole>
 inline void pack_tile(TileSource source, int64_t lane, int64_t k, int64_t lanes, int64_t depth,
                       unsigned char* to) {
@@ -238,7 +247,7 @@ inline void pack_tile(TileSource source, int64_t lane, int64_t k, int64_t lanes,
   }
 }
 
-// Tile by tile, transposed on the way: lanes to right tiles, pairs of k to left tiles.
+// Packs tile by tile and transposes each: right tiles when memory runs along k, else left tiles.
 template <bool kNarrow, int kParts, bool kAlongK>
 void pack_transposed(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth,
                      Layout layout, unsigned char* packed) {
@@ -253,7 +262,8 @@ void pack_transposed(TileSource source, int64_t lanes, int64_t all_lanes, int64_
   }
 }
 
-// Sources and layouts by value: what is stored must not seem to change them.
+// TileSource and Layout are passed by value, so that the compiler knows that stores to `packed` do
+// not change them.
 template <bool kNarrow, int kParts>
 void pack(TileSource source, int64_t lanes, int64_t depth, TileSide side, unsigned char* packed) {
   const int64_t steps = (depth + kTileDepth - 1) / kTileDepth;
@@ -271,7 +281,7 @@ void pack(TileSource source, int64_t lanes, int64_t depth, TileSide side, unsign
   }
 }
 
-// One row of up to 16 sums to its place; what is there then.
+// Writes one row of up to 16 sums to the output. Returns the output's new elements.
 inline __m512 finish_row(const TileResult& result, __m512 value, int64_t row, int column,
                          __mmask16 mask) {
   if (result.bias != nullptr) {
@@ -350,7 +360,7 @@ void add_digits_avx512(const int32_t* sums, const float* left_scales, const floa
       const __m512 third = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 2 * kBlockSums + at));
       const __m512 sum = _mm512_fmadd_ps(third, low_order, _mm512_cvtepi32_ps(first_two));
       const __m512 left = _mm512_set1_ps(left_scales[tile / 2 * kTileLanes + row]);
-      // One after the other: their product may be too large, or too small, where this is not.
+      // Multiply by one scale after the other: the product of both could overflow or underflow.
       const __m512 scaled = _mm512_mul_ps(sum, _mm512_mul_ps(left, unit));
       const __m512 value = accumulate ? _mm512_fmadd_ps(scaled, right, _mm512_load_ps(total + at))
                                       : _mm512_mul_ps(scaled, right);

@@ -1,4 +1,4 @@
-// Into tiles and out of them, element by element: what the fast versions are compared with.
+// Packing and finishing element by element: the reference that the fast versions are compared with.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,7 +16,7 @@ float element(const TileSource& source, int64_t lane, int64_t k) {
                        : static_cast<const float*>(source.data)[index];
 }
 
-// The parts of the element (lane, k) of the source.
+// Sets `words` to the parts of element (lane, k) of the source.
 void split(const TileSource& source, int64_t lane, int64_t k, int parts, uint16_t* words) {
   float rest = element(source, lane, k);
   if (source.narrow) {
@@ -29,9 +29,10 @@ void split(const TileSource& source, int64_t lane, int64_t k, int parts, uint16_
   }
 }
 
-// Of the power of two that is 2^22 units, with a float32's bias, where a lane's largest magnitude
-// is that of these bits: its own exponent, or the next where only that keeps the digits within 127.
-// The least that leaves a multiplier for units.
+// The exponent, biased as in a float32, of 2^22 units of a lane. `largest` has the bits of the
+// lane's largest magnitude. The result is that magnitude's own exponent, or the next one when a
+// digit would otherwise exceed 127. It is at least 22, so that 1 / unit = 2^(149 - exponent) is a
+// float32.
 uint32_t exponent_of_digits(uint32_t largest) {
   return std::min<uint32_t>(std::max<uint32_t>((largest + 0x20000) >> 23, 22), 255);
 }
@@ -78,7 +79,7 @@ void pack_digits_portable(const TileSource& source, int64_t lanes, int64_t depth
       const float value = lane < lanes && k < depth ? element(source, lane, k) : 0;
       const float units = std::nearbyint(value * std::ldexp(1.0f, 149 - exponent));
       const int32_t integer = std::fabs(units) < 1 << 23 ? static_cast<int32_t>(units) : 0;
-      // Each plus 128: a sum of digits 0 to 255.
+      // Adding 128 to each digit makes them bytes from 0 to 255; the xor below subtracts it again.
       const uint32_t raised = static_cast<uint32_t>(integer) + 0x808080;
       const int64_t dword = k % kTileLanes, row = lane % kTileLanes;
       const int64_t at = (side == TileSide::kLeft ? row * 16 + dword : dword * 16 + row) * 4 +
@@ -129,7 +130,7 @@ void add_digits_portable(const int32_t* sums, const float* left_scales, const fl
     const int32_t first_two = sums[i] * 256 + sums[kBlockSums + i];
     const float sum = std::fma(static_cast<float>(sums[2 * kBlockSums + i]), 0x1p-8f,
                                static_cast<float>(first_two));
-    // One after the other: their product may be too large, or too small, where this is not.
+    // Multiply by one scale after the other: the product of both could overflow or underflow.
     const float scaled = sum * (left_scales[left] * 0x1p-18f);
     total[i] =
         accumulate ? std::fma(scaled, right_scales[right], total[i]) : scaled * right_scales[right];

@@ -14,7 +14,7 @@ constexpr int64_t kColumnsOfItem = 256;
 constexpr int64_t kElementsOfItem = 1 << 15;
 constexpr int64_t kSquaresOfItem = 1 << 16;
 
-// item(first, count) over [0, total) in pieces of `size`.
+// Calls item(first, count) for pieces of `size` that cover [0, total).
 template <typename Item>
 void in_pieces(Executor& executor, int64_t total, int64_t size, const Item& item) {
   parallel_for(executor, (total + size - 1) / size, [&](int64_t index) {
@@ -23,7 +23,7 @@ void in_pieces(Executor& executor, int64_t total, int64_t size, const Item& item
   });
 }
 
-// Elements of a whole matrix from `first` on, as a piece of memory.
+// The address of element `first` of a matrix, counted over all rows.
 char* elements(const Rows& x, int64_t first) {
   return static_cast<char*>(x.data) + first * (x.narrow ? 2 : 4);
 }
@@ -53,7 +53,7 @@ void layer_norm_backward(const Rows& x, const float* gain, const Rows& dout, con
                          const Rows& dx, float* dgain, float* dbias, Executor& executor) {
   const int64_t columns = x.columns;
   const int64_t items = (x.rows + kRowsOfItem - 1) / kRowsOfItem;
-  // Of each item: its sums for gain, then for bias.
+  // For each item: its sums for dgain, then those for dbias.
   std::vector<float> sums(static_cast<size_t>(items * 2 * columns), 0.0f);
   in_pieces(executor, x.rows, kRowsOfItem, [&](int64_t first, int64_t count) {
     float* const own = sums.data() + first / kRowsOfItem * 2 * columns;

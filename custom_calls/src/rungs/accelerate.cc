@@ -1,7 +1,7 @@
-// Apple's Accelerate: the only way to the matrix units of its CPUs (AMX, SME) that Apple documents.
+// Apple's Accelerate: the only way that Apple documents to use its CPUs' matrix units (AMX, SME).
 //
-// Accelerate has threads of its own and shares the matrix units out among them, so it is called as
-// it is from whatever thread asks. VECLIB_MAXIMUM_THREADS stays in force.
+// Accelerate has threads of its own and distributes the matrix units among them, so it may be
+// called from any thread. VECLIB_MAXIMUM_THREADS still applies.
 #include "rungs/rungs.h"
 
 #if defined(__APPLE__)
@@ -22,7 +22,7 @@ constexpr unsigned kSingleThreaded = 1;
 
 struct Accelerate {
   CblasSgemm sgemm = nullptr;
-  // macOS 15 and newer, else null. The setting belongs to the calling thread.
+  // nullptr before macOS 15. The setting applies to the calling thread only.
   SetThreading set_threading = nullptr;
   GetThreading get_threading = nullptr;
   std::string problem;
@@ -35,7 +35,7 @@ Accelerate load() {
     result.problem = std::string("it cannot be loaded: ") + dlerror();
     return result;
   }
-  // The interface of macOS 13.3 and newer, then the one it replaced.
+  // The interface of macOS 13.3 and newer comes first, then the older one.
   for (const char* name : {"cblas_sgemm$NEWLAPACK", "cblas_sgemm"}) {
     result.sgemm = reinterpret_cast<CblasSgemm>(dlsym(library, name));
     if (result.sgemm != nullptr) break;
@@ -51,8 +51,8 @@ const Accelerate& accelerate() {
   return *instance;
 }
 
-// Keeps Accelerate on the calling thread while it lives; it never asks for more threads than the
-// user's setting.
+// Keeps Accelerate on the calling thread for this object's lifetime, then restores the setting.
+// Never raises the number of threads above the user's setting.
 class OneThread {
  public:
   explicit OneThread(bool wanted)

@@ -6,12 +6,13 @@
 namespace gpt2_jax {
 namespace {
 
-// Three blocks of floats: 16 + 32 + 32 KiB, in L2 together, one row of b and of sums in L1.
+// The blocks of a, b and sums are 16 + 32 + 32 KiB: together they fit L2, and a row of b with a row
+// of sums fits L1.
 constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = 128;
 constexpr int64_t kDepth = 64;
 
-// rows x columns of op(X), as float32, to `block` with kStride floats a row.
+// Copies rows x columns of op(X) as float32 to `block`, which has kStride floats a row.
 template <int64_t kStride, typename View>
 void copy_block(const View& view, int64_t first_row, int64_t rows, int64_t first_column,
                 int64_t columns, float* block) {
@@ -43,7 +44,7 @@ void run_blocked(const Matmul& matmul, Executor&) {
             for (int64_t i = 0; i < rows; ++i) {
               for (int64_t p = 0; p < depth; ++p) {
                 const float a_ip = a_block[i * kDepth + p];
-                // Along memory in both: what the compiler vectorizes by itself.
+                // Both arrays are read in memory order, so the compiler vectorizes this loop.
                 for (int64_t j = 0; j < columns; ++j) {
                   sums[i * kColumns + j] += a_ip * b_block[p * kColumns + j];
                 }

@@ -30,7 +30,7 @@ void copy_row(const MatrixView<Load>& view, int64_t row, int64_t columns, float*
   for (int64_t j = 0; j < columns; ++j) to[j] = Load::load(from[j]);
 }
 
-// The matrix as it is stored, rows x columns, as dense float32.
+// Copies the matrix as it is stored, rows x columns, to dense float32.
 void copy_operand(Operand stored, Precision precision, int64_t rows, int64_t columns, float* to,
                   Executor& executor) {
   stored.transposed = false;
@@ -41,7 +41,7 @@ void copy_operand(Operand stored, Precision precision, int64_t rows, int64_t col
   });
 }
 
-// What sgemm reads: the operand where it lies, or its copy.
+// The matrix that sgemm reads: the operand in its place, or its float32 copy.
 struct Source {
   const float* data;
   int leading_dimension;
@@ -50,7 +50,7 @@ struct Source {
 Source source(const Operand& operand, bool copied, const float* copy, int64_t columns) {
   if (copied) return {copy, static_cast<int>(columns)};
   return {static_cast<const float*>(operand.buffer) + operand.offset,
-          // cblas wants it positive and no less than the columns, also for a single row.
+          // cblas requires a leading dimension >= columns and > 0, even for a single row.
           static_cast<int>(std::max(operand.leading_dimension, columns))};
 }
 
@@ -66,7 +66,7 @@ std::string refuse_cblas(const Matmul& matmul) {
 void cblas_matmul(const Matmul& matmul, CblasSgemm sgemm, Executor& executor) {
   const int64_t m = matmul.m, n = matmul.n, k = matmul.k;
   if (m == 0 || n == 0) return;
-  // Libraries differ on k == 0; here it is a sum of nothing.
+  // Libraries differ on k == 0. In our contract the product is then zeros.
   if (k == 0) {
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; ++j) store_result(matmul, i, j, 0);

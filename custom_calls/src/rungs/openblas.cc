@@ -15,14 +15,14 @@ using SetNumThreads = void (*)(int);
 using GetNumThreads = int (*)();
 
 struct OpenBlas {
-  // Held for a whole product. OpenBLAS means to compute one threaded product at a time, but some
-  // releases lock only against one of the same transposition (its issue 5836). Nobody who holds
-  // this waits for another thread of XLA's pool to take it.
+  // Held for a whole product. OpenBLAS is meant to compute one threaded product at a time, but some
+  // releases lock only against products of the same transposition (OpenBLAS issue 5836). No
+  // deadlock: its holder waits for OpenBLAS's threads only, never for one of XLA's pool.
   std::mutex mutex;
   CblasSgemm sgemm = nullptr;
   SetNumThreads set_num_threads = nullptr;
-  int threads = 0;      // as set last
-  int max_threads = 0;  // the CPUs, or OPENBLAS_NUM_THREADS
+  int threads = 0;      // the number that was set last
+  int max_threads = 0;  // the number of CPUs, or OPENBLAS_NUM_THREADS
   std::string problem = "scipy-openblas32 is not installed: pip install scipy-openblas32";
 
   void load(const char* path) {

@@ -1,4 +1,4 @@
-// The rungs of the ladder, one file each. See registry.h for what `run` promises.
+// The rungs of the ladder, one file each. registry.h describes `run`.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace gpt2_jax {
 
-// Three loops, one sum at a time: what every other rung is compared with.
+// Three loops, one sum at a time: the reference that every other rung is compared with.
 void run_naive(const Matmul& matmul, Executor& executor);
 
 // Portable C++ on blocks that fit the caches.
 void run_blocked(const Matmul& matmul, Executor& executor);
 
-// Packed panels and the best micro-kernel of this CPU, on the calling thread alone.
+// Packed panels and this CPU's best micro-kernel, on the calling thread alone.
 void run_simd(const Matmul& matmul, Executor& executor);
 
 // The same over the executor's threads, with the same bits for any number of them.
@@ -24,13 +24,13 @@ void run_threaded(const Matmul& matmul, Executor& executor);
 // number of them. Denormal operands, parts and results count as zeros.
 void run_amx(const Matmul& matmul, Executor& executor);
 
-// Apple's Accelerate, on its own threads; on the calling one alone when the executor has no other
-// and macOS is 15 or newer.
+// Apple's Accelerate, on threads of its own. With an executor of one thread, and on macOS 15 or
+// newer, on the calling thread alone.
 std::string accelerate_unavailable();
 void run_accelerate(const Matmul& matmul, Executor& executor);
 
-// OpenBLAS from where gpt2_jax_use_openblas said it is, on as many threads of its own as the
-// executor has, OPENBLAS_NUM_THREADS at most. One product at a time.
+// OpenBLAS from the path given to gpt2_jax_use_openblas. It uses as many threads of its own as the
+// executor has, at most OPENBLAS_NUM_THREADS. One product at a time.
 std::string openblas_unavailable();
 void run_openblas(const Matmul& matmul, Executor& executor);
 
