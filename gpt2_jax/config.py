@@ -132,7 +132,7 @@ class RunSettings:
     checkpoint_minutes: float = 10.0
     """Save also whenever so many minutes have passed without a checkpoint; of these only the newest is kept. 0: never."""
     keep_best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep the checkpoint of the lowest validation loss, saved at that validation and deleted by no other setting."""
+    """Keep the checkpoint of the lowest validation loss after the start: saved then, and deleted by no other setting."""
     keep_checkpoints: int = 0
     """Checkpoints to keep, older ones are deleted; 0: all."""
     major_checkpoint_every: int = 0
@@ -191,6 +191,11 @@ class RunConfig:
         if self.evaluation.validation_batches == 0:
             raise Gpt2JaxError(
                 "--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off"
+            )
+        if self.run.keep_best and self.evaluation.validate_every == 0:
+            raise Gpt2JaxError(
+                "--keep-best: expected a run that validates, found --validate-every 0",
+                "--validate-every 20   (or without --keep-best)",
             )
         for section in (self.optimizer, self.run):
             for name, value in dataclasses.asdict(section).items():

@@ -23,21 +23,20 @@ def validation_loss(
     params_N: jax.Array,
     loader: TokenLoader,
     num_batches: int,
-    advance: Callable[[], None] = lambda: None,
+    *,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean loss over the first `num_batches` batches of a sequential loader, which starts over, and again at its end.
 
-    `advance` is called when a batch is done, by when the next one is being computed.
+    `before_batch` is called before each; an exception of its own ends the validation.
     """
     loader.reset()
-    losses: list[np.float64] = []
-    begun: jax.Array | None = None
+    losses: list[jax.Array] = []
     for _ in range(num_batches):
-        ended, begun = begun, loss_function(params_N, *map(jnp.asarray, loader.next_batch()))
-        if ended is not None:
-            losses.append(np.float64(ended))
-            advance()
-    return float(np.mean([*losses, np.float64(begun)]))
+        before_batch()
+        losses.append(loss_function(params_N, *map(jnp.asarray, loader.next_batch())))
+        jax.block_until_ready(losses[-2:-1])  # at most two are under way, so that ending does not wait for all
+    return float(np.mean([np.float64(loss) for loss in losses]))
 
 
 def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence[str], vocab_size: int) -> float:
@@ -62,24 +61,31 @@ def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence
     return float(-(validation * log_probability).sum() / validation.sum())
 
 
+def num_batches_of(num_questions: int, batch_size: int) -> int:
+    """How many batches `num_right_answers` scores so many questions in."""
+    return -(-num_questions // max(1, batch_size // NUM_COMPLETIONS))
+
+
 def num_right_answers(
     token_loss_function: LossFunction,
     params_N: jax.Array,
     examples: Sequence[MultipleChoice],
     batch_size: int,
-    advance: Callable[[], None] = lambda: None,
+    *,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> int:
     """How many questions the model answers rightly, by llm.c's rule: of the four endings it takes the one whose tokens
     have the lowest mean loss after the context, in float32, the first of equals.
 
-    As many questions as fit into `batch_size` rows, four each, but at least one, are scored at a time. `advance` is called
-    when a question is answered.
+    As many questions as fit into `batch_size` rows, four each, but at least one, are scored at a time; `before_batch` as
+    in `validation_loss`.
     """
     at_a_time = max(1, batch_size // NUM_COMPLETIONS)
     # Attention is causal, so padding behind a row's end changes nothing: rows are as long as the longest question.
     width = max(example.longest for example in examples) - 1
     right = 0
     for start in range(0, len(examples), at_a_time):
+        before_batch()
         batch = examples[start : start + at_a_time]
         x_BT = np.zeros((at_a_time * NUM_COMPLETIONS, width), dtype=np.int32)
         y_BT = np.zeros_like(x_BT)
@@ -96,5 +102,4 @@ def num_right_answers(
                 for i, part in enumerate(example.completions)
             ]
             right += int(np.argmin(means)) == example.label
-            advance()
     return right

@@ -101,7 +101,7 @@ def read_text_blocks(
     try:
         with open(path, "rb") as file:
             block = file.read(_BLOCK_BYTES)
-            if errors == "strict":
+            if errors != "replace":
                 _refuse_other_encodings(path, what, block)
             if block.startswith(codecs.BOM_UTF8):
                 position = len(codecs.BOM_UTF8)
@@ -179,9 +179,9 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
     Every file goes to a temporary name and is flushed to disk; all get their names when the block has ended. On an error
     before that, the temporary files are removed and no old file has changed.
 
-    `marker` is an empty file whose presence tells that the others are complete: an old one is removed before the first
-    file gets its name, and a new one appears after the last. If giving the names fails halfway, the old files get theirs
-    back, and the old marker returns. A failing disk is reported as a Gpt2JaxError.
+    `marker` is an empty file whose presence tells that the others are complete: an old one is set aside before the first
+    file gets its name, and a new one appears after the last. If giving the names fails halfway, the old files and the old
+    marker get theirs back. A failing disk is reported as a Gpt2JaxError.
     """
     temporaries: dict[Path, Path] = {}  # by the final paths, in the order of writing
 
@@ -208,39 +208,48 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
 
 
 def _give_names(temporaries: dict[Path, Path], marker: Path | None) -> None:
-    """Rename complete temporary files to the paths that they are listed by; the marker, if there is one, is the last."""
+    """Rename complete temporary files to the paths that they are listed by; the marker, if there is one, is the last.
+
+    The old files of a set with a marker are set aside, the marker first, until all new ones have their names.
+    """
     unchanged, mixed = "nothing was changed", "those written before it are new"
     folders = {path.parent for path in temporaries}
-    old: dict[Path, Path] = {}  # the name that an old file waits under until all new ones have theirs
+    old: dict[Path, Path] = {}
     named: list[Path] = []
-    had_marker = marker is not None and os.path.lexists(marker)
     try:
-        if marker is not None and had_marker:
-            with _reported(marker, "to delete it", unchanged):
-                marker.unlink()
-            # A crash of the machine must not leave the old marker beside new files.
-            _sync_folders({marker.parent}, unchanged)
+        if marker is not None:
+            for path in (marker, *(path for path in temporaries if path != marker)):
+                if os.path.lexists(path):
+                    with _reported(path, "to set it aside", unchanged):
+                        os.replace(path, _temporary_name(path, "old"))
+                    old[path] = _temporary_name(path, "old")
+            if old:  # a crash of the machine must not leave the old marker beside new files
+                _sync_folders(folders, unchanged)
         for path, temporary in temporaries.items():
             if path == marker:
                 _sync_folders(folders, unchanged)
             with _reported(path, "to write it", mixed if named and marker is None else unchanged):
-                if marker is not None and os.path.lexists(path):
-                    waiting = _temporary_name(path, "old")
-                    os.replace(path, waiting)
-                    old[path] = waiting
                 os.replace(temporary, path)
             named.append(path)
         _sync_folders(folders, "what was written is complete but may not outlive a crash of the machine")
-    except BaseException:
-        if marker is not None and marker not in named:
+    finally:
+        if marker in named:
+            _remove_all(old.values())
+        elif marker is not None:
             _remove_all(path for path in named if path not in old)
-            with suppress(OSError):
-                for path, waiting in old.items():
-                    os.replace(waiting, path)
-                if had_marker:
-                    marker.touch()
-        raise
-    _remove_all(old.values())
+            _give_back(old)
+
+
+def _give_back(old: dict[Path, Path]) -> None:
+    """Give files that were set aside their names; a marker, whose name is not there then, gets it after new files went."""
+    try:
+        for path in sorted(old, key=lambda path: not os.path.lexists(path)):
+            os.replace(old[path], path)
+    except OSError as error:
+        left = ", ".join(waiting.name for waiting in old.values() if os.path.lexists(waiting))
+        raise Gpt2JaxError(
+            f"{path}: expected to give the old file its name back, found: {error.strerror or error}; there still is {left}"
+        ) from error
 
 
 def _remove_all(paths: Iterable[Path]) -> None:
@@ -267,9 +276,15 @@ def _temporary_name(path: Path, kind: str = "tmp") -> Path:
 
 
 def remove_temporaries(folder: str | os.PathLike, host: str, process: int) -> None:
-    """Remove the temporary files that a process which is gone has left in a folder."""
-    for kind in ("tmp", "old"):
-        _remove_all(Path(folder).glob(f".*.{_host_in_a_name(host)}.{process}.{kind}"))
+    """Remove the temporary files that a process which is gone has left in a folder. Old files that it had set aside get
+    their names back, unless new ones have all of these. Gpt2JaxError when they cannot."""
+    end = f".{_host_in_a_name(host)}.{process}"
+    _remove_all(Path(folder).glob(f".*{end}.tmp"))
+    old = {path.with_name(path.name[1:].removesuffix(f"{end}.old")): path for path in Path(folder).glob(f".*{end}.old")}
+    if all(os.path.lexists(path) for path in old):
+        _remove_all(old.values())
+    else:
+        _give_back(old)
 
 
 def remove_abandoned_temporaries(path: str | os.PathLike) -> None:

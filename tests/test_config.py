@@ -162,6 +162,9 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
         (["--keep-checkpoints", "-1"], "--keep-checkpoints: expected at least 0"),
         (["--validation-batches", "0"], "--validate-every 0"),
         (["--resume"], "--resume: expected the run's folder"),
+        (["--max-minutes", "inf"], "--max-minutes: expected a finite number"),
+        (["--checkpoint-minutes", "-1"], "--checkpoint-minutes: expected a finite number of at least 0"),
+        (["--keep-best", "--validate-every", "0"], "--keep-best: expected a run that validates"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):

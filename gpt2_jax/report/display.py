@@ -42,7 +42,9 @@ class Display:
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._clock = clock
-        self._has_terminal = self._console.is_terminal and not self._console.is_dumb_terminal
+        # What FORCE_COLOR calls a terminal is still a pipe, and gets lines.
+        can_erase = self._console.file.isatty() and not self._console.legacy_windows
+        self._has_terminal = can_erase and self._console.is_terminal and not self._console.is_dumb_terminal
         self._status: StatusLine | None = None
         self._started = clock()
         self._first: tuple[int, float] | None = None  # the first step that was shown, and when

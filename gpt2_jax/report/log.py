@@ -23,14 +23,6 @@ class RunLog:
         self.path = Path(path)
         self.main_path = self.path.with_name("main.log")
 
-    def clear(self) -> None:
-        """Begin both anew, for a run that begins; Gpt2JaxError when they cannot be written."""
-        for path in (self.path, self.main_path):
-            try:
-                path.write_bytes(b"")
-            except OSError as error:
-                raise Gpt2JaxError(f"{path}: expected to begin the log, found: {error.strerror}") from None
-
     def write(self, event: str, step: int, **values: float | int | str) -> None:
         """Append a record; a number that is not finite becomes null, which JSON has no other word for."""
         finite = {

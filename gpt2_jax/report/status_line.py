@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -30,7 +31,8 @@ class StatusLine:
     def draw(self) -> None:
         """Draw the line anew, over the old one."""
         with self._lock:
-            self._write(f"\r{_ERASE_BELOW}{self._render(self._console.width - 1)}\r")
+            # Erased after it is written, so that nothing flickers.
+            self._write(f"\r{self._render(self._columns())}{_ERASE_BELOW}\r")
 
     def above(self, write: Callable[[], None]) -> None:
         """Let `write` print whole lines where the line is, which then moves below them."""
@@ -49,6 +51,17 @@ class StatusLine:
     def _tick(self) -> None:
         while not self._ended.wait(_SECONDS):
             self.draw()
+
+    def _columns(self) -> int:
+        """The columns that the terminal has now, less the last one, behind which some terminals begin another line.
+
+        rich heeds COLUMNS, which does not change when the terminal does.
+        """
+        try:
+            now = os.get_terminal_size(self._console.file.fileno()).columns
+        except (OSError, ValueError):
+            now = 0
+        return max(1, min(now or self._console.width, self._console.width) - 1)
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from gpt2_jax.data.tokenizer import gpt2_tokenizer, num_sampled_ids, text_of
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.evaluate import num_right_answers, validation_loss
-from gpt2_jax.generate import generate, prompt_tokens
+from gpt2_jax.training.evaluation import answer_questions, sample, validate
+from gpt2_jax.training.interrupts import StoppedError
 from gpt2_jax.training.run_state import Run
-from gpt2_jax.training.saving import is_time_to_save, keep_best, save, save_by_time
-from gpt2_jax.training.summary import draw_in_a_while
+from gpt2_jax.training.saving import is_time_to_save, save, save_by_time
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,11 @@ class Event:
     run: Callable[[Run], None]
     at_start: bool = False  # before the first step of a fresh run
     at_end: bool = True  # after the last step
-    when_stopping: bool = False  # after the step at which the run is stopped
     is_time: Callable[[], bool] = lambda: False  # asked after every step
+    logged_as: str = ""  # the event of its records in the log
 
-    def is_due(self, step: int, *, last: bool, stopping: bool) -> bool:
+    def is_due(self, step: int, *, last: bool = False) -> bool:
         """Whether it happens after this step."""
-        if stopping:
-            return self.when_stopping
         return (last and self.at_end) or (self.every > 0 and step % self.every == 0) or self.is_time()
 
 
@@ -38,75 +34,38 @@ def events_of(run: Run) -> list[Event]:
     """The events of a run, in the order in which they happen after a step."""
     evaluation = run.config.evaluation
     events = [
-        Event("save", run.config.run.checkpoint_every, save, when_stopping=True),
+        Event("save", run.config.run.checkpoint_every, save),
         Event("save by time", 0, save_by_time, at_end=False, is_time=partial(is_time_to_save, run)),
     ]
     if run.data.validation is not None:
-        events.append(Event("validate", evaluation.validate_every, validate, at_start=True))
+        events.append(Event("validate", evaluation.validate_every, validate, at_start=True, logged_as="validation"))
     if run.data.questions and evaluation.validate_every:
-        events.append(Event("answer questions", evaluation.validate_every, answer_questions))
+        events.append(Event("answer questions", evaluation.validate_every, answer_questions, logged_as="hellaswag"))
     if evaluation.sample_every:
-        events.append(Event("sample", evaluation.sample_every, sample, at_start=True))
+        events.append(Event("sample", evaluation.sample_every, sample, at_start=True, logged_as="sample"))
     return events
 
 
-def validate(run: Run) -> None:
-    """The mean loss of the validation batches."""
-    assert run.data.validation is not None
-    data, batches = run.config.data, run.config.evaluation.validation_batches
-    if batches == -1:  # llm.c's count: dropped tails are counted, and made up for by the first batches
-        batches = run.data.validation.num_tokens // (data.batch_size * data.sequence_length)
-    run.display.line(f"validating on {batches} batches ...")
-    with run.display.counted("validating: batch", batches) as advance:
-        loss = validation_loss(run.loss_function, run.state.params, run.data.validation, batches, advance)
-    run.display.line(f"validation loss at step {run.step}: {loss:.6f}")
-    run.log_event("validation", loss=loss)
-    keep_best(run, loss)
-    draw_in_a_while(run)
+def before_first_step(run: Run, events: list[Event]) -> list[Event]:
+    """The events that a fresh run begins with; of a resumed one those of its step that were given up or not come to."""
+    if run.step == 0:
+        return [event for event in events if event.at_start]
+    return [event for event in events if event.logged_as and event.is_due(run.step) and not _is_logged(run, event)]
 
 
-def answer_questions(run: Run) -> None:
-    """HellaSwag's accuracy."""
-    questions, total = run.data.questions, len(run.data.questions)
-    run.display.line(f"scoring {total} HellaSwag questions ...")
-    with run.display.counted("HellaSwag: question", total) as advance:
-        batch_size = run.config.data.batch_size
-        right = num_right_answers(run.token_loss_function, run.state.params, questions, batch_size, advance)
-    run.display.line(f"HellaSwag at step {run.step}: {right}/{total} = {right / total:.6f}")
-    run.log_event("hellaswag", right=right, total=total, accuracy=right / total)
+def _is_logged(run: Run, event: Event) -> bool:
+    """Whether the log has this event of the run's step; taken for granted where it cannot be read."""
+    try:
+        return any(record["step"] == run.step for record in run.log.records(event.logged_as))
+    except Gpt2JaxError:
+        return True
 
 
-def sample(run: Run) -> None:
-    """A text that the model continues, chosen as llm.c does."""
-    tokenizer, vocab_size, prompt = gpt2_tokenizer(), run.plan.config.vocab_size, run.config.evaluation.prompt
-    start, choices = start_of_samples(prompt, vocab_size), num_sampled_ids(tokenizer, vocab_size)
-    tokens, number = [], run.config.evaluation.sample_tokens
-    with run.display.counted("sampling: token", number) as advance:
-        for token in generate(run.plan, run.state.params, start, number, num_choices=choices):
-            tokens.append(token)
-            advance()
-    run.display.line(f"sample at step {run.step}:\n---")
-    if vocab_size >= tokenizer.n_vocab:
-        text = prompt + b"".join(text_of(tokenizer, token) for token in tokens).decode(errors="replace")
-    else:  # of another vocabulary only the ids can be shown
-        text = " ".join(map(str, tokens))
-    run.display.line(f"{text}\n---")
-    run.log_event("sample", text=text)
-
-
-def start_of_samples(prompt: str, vocab_size: int) -> list[int]:
-    """The ids that samples continue; without a prompt llm.c's, the end-of-text token.
-
-    A model of fewer tokens than GPT-2's has another vocabulary, whose last id is taken for that token; Gpt2JaxError for
-    a prompt to it.
-    """
-    tokenizer = gpt2_tokenizer()
-    if vocab_size >= tokenizer.n_vocab:
-        return prompt_tokens(prompt, tokenizer)
-    if prompt:
-        raise Gpt2JaxError(
-            f"--prompt: expected none for a model of {vocab_size} tokens, which are not GPT-2's {tokenizer.n_vocab}, "
-            f"found {prompt!r}",
-            "--prompt ''",
-        )
-    return [vocab_size - 1]
+def happen(run: Run, events: list[Event]) -> None:
+    """Let events happen, until the run is to stop: what they do then gives way to saving."""
+    for event in events:
+        try:
+            run.give_way()
+            event.run(run)
+        except StoppedError:
+            run.display.line(f"given up, as the run is to stop: {event.name}")

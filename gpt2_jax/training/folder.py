@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 from gpt2_jax.config import RunConfig, format_config, load_saved_config, saved_config_path
@@ -52,13 +53,29 @@ def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
         cause = getattr(error, "strerror", None) or error
         raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {cause}") from None
     with locked(folder, say):
-        if not config.run.resume and os.path.lexists(saved_config_path(folder)):
-            say(f"{folder}: a run ended here before its first checkpoint; this one takes its place, and its log begins anew")
+        if not config.run.resume:
+            refuse_used_folder(folder)  # again: another run may have used it in the meantime
+            if os.path.lexists(saved_config_path(folder)):
+                say(f"{folder}: a run ended here before its first checkpoint; this one takes its place")
+            _set_aside(folder, say)
         with atomic_write(saved_config_path(folder)) as file:
             settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
             file.write(format_config(settled).encode("utf-8", "surrogatepass"))
         _link_latest(folder, say)
         yield
+
+
+def _set_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Give what lies under the names of files that a fresh run writes other names; says which."""
+    for name in ("log.jsonl", "main.log", "loss.png"):
+        path = folder / name
+        if os.path.isfile(path) and os.path.getsize(path):
+            kept = next(kept for number in count(1) if not os.path.lexists(kept := folder / f"{name}.{number}"))
+            try:
+                os.replace(path, kept)
+            except OSError as error:
+                raise Gpt2JaxError(f"{path}: expected to rename it to {kept.name}, found: {error.strerror or error}") from None
+            say(f"{path}, which was there before, is now {kept.name}")
 
 
 def _link_latest(folder: Path, say: Callable[[str], None]) -> None:

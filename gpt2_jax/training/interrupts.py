@@ -1,6 +1,6 @@
-"""What ends a run early: a signal (Ctrl-C, SIGTERM, a closed terminal) or the time that it was given.
+"""What ends a run early: a signal (Ctrl-C, SIGTERM, a closed terminal, a batch system's limit) or the time it was given.
 
-The first signal is a request to stop after the step, the second ends the process.
+The first signal is a request to stop after the step; the second Ctrl-C or SIGTERM ends the process.
 """
 
 from __future__ import annotations
@@ -15,10 +15,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-# SIGHUP: the terminal was closed or the connection lost. SIGBREAK is Windows's word for that.
-_SIGNALS = tuple(
-    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if name in signal.Signals.__members__
-)
+
+def _existing(*names: str) -> frozenset[signal.Signals]:
+    """The signals of these names that this system has."""
+    return frozenset(signal.Signals[name] for name in names if name in signal.Signals.__members__)
+
+
+# People send these, and send them again when they do not want to wait. SIGBREAK is Windows's Ctrl-Break and closed window.
+_FROM_PEOPLE = _existing("SIGINT", "SIGTERM", "SIGBREAK")
+# A closed terminal or lost connection; limits of the shell (ulimit -t), of batch systems and of timers. Some of them send
+# theirs every second. SIGQUIT is left to end the process at once.
+_FROM_SURROUNDINGS = _existing("SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM")
+_SIGNALS = _FROM_PEOPLE | _FROM_SURROUNDINGS
+# `timeout` and the shell of a closed terminal signal a process and its group too: one request arrives several times.
+_SECONDS_OF_ONE_REQUEST = 0.5
 
 
 class StopRequest:
@@ -38,14 +48,20 @@ class StopRequest:
             return f"--max-minutes {self._max_minutes:g}"
         return None
 
-    def end_program(self) -> NoReturn:
-        """End with the exit status of the signal, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; of the time, with 0."""
-        raise SystemExit(0 if self.signal is None else 128 + self.signal)
+    def end_program(self, *, saved: bool) -> NoReturn:
+        """End with the exit status of the signal, 128 and its number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. When
+        the time has passed with 0, or with 1 if the step was not saved."""
+        raise SystemExit(128 + self.signal if self.signal is not None else int(not saved))
+
+
+class StoppedError(Exception):
+    """Raised inside an event of a run that is to stop: what the event was doing is given up."""
 
 
 @contextmanager
 def stop_requests(max_minutes: float = 0.0) -> Iterator[StopRequest]:
-    """While inside, SIGINT, SIGTERM and SIGHUP are noted; a second one ends the process at once with its status.
+    """While inside, the signals that would end the process are noted; a SIGINT or SIGTERM that is sent again ends it at
+    once with its status.
 
     A signal that was ignored before stays so, as nohup has it with SIGHUP, and a shell with the SIGINT of what it runs
     in the background. Signals are read by a thread of their own: the main thread can be in a compiled function for
@@ -59,7 +75,8 @@ def stop_requests(max_minutes: float = 0.0) -> Iterator[StopRequest]:
     writer.setblocking(False)  # set_wakeup_fd asks for it
     watcher = threading.Thread(target=_watch, args=(reader, request), daemon=True)
     watcher.start()
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    # None: a handler that is not Python's, which Python could not put back.
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     previous = {number: signal.signal(number, _noted_by_the_watcher) for number in heeded}
     previous_writer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
@@ -79,13 +96,18 @@ def _noted_by_the_watcher(number: int, frame: object) -> None:
 
 
 def _watch(reader: socket.socket, request: StopRequest) -> None:
+    ends_at_once: dict[int, float] = {}  # from which time on, by the signals that came
     while (number := reader.recv(1)[0]) != 0:
         if number not in _SIGNALS:
             continue
-        if request.signal is not None:
-            os._exit(128 + number)
-        request.signal = signal.Signals(number)
+        if number in ends_at_once:
+            if number in _FROM_PEOPLE and time.monotonic() >= ends_at_once[number]:
+                os._exit(128 + number)
+            continue
+        if request.signal is None:
+            request.signal = signal.Signals(number)
+        once_more = "; once more ends at once" if number in _FROM_PEOPLE else ""
         with suppress(OSError, ValueError):  # a terminal that is gone shows nothing, and must not end this thread
-            print(
-                f"\n{request.signal.name}: finishing this step and saving; once more ends at once", file=sys.stderr, flush=True
-            )
+            text = f"\n{signal.Signals(number).name}: finishing this step and saving{once_more}"
+            print(text, file=sys.stderr, flush=True)
+        ends_at_once[number] = time.monotonic() + _SECONDS_OF_ONE_REQUEST

@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError, as_typed
 from gpt2_jax.jax_compat import is_ready
-from gpt2_jax.training.events import events_of
+from gpt2_jax.training.events import before_first_step, events_of, happen
 from gpt2_jax.training.interrupts import StopRequest
 from gpt2_jax.training.reporting import StepInFlight, show_step
 from gpt2_jax.training.run_state import Run
@@ -23,23 +23,20 @@ from gpt2_jax.training.summary import draw, summarize
 def train_loop(run: Run, request: StopRequest) -> None:
     """Take the run from the step where it stands to its last one. SystemExit when it is stopped, Gpt2JaxError for a loss
     that is not finite; both after saving. However it ends, its losses are drawn."""
+    run.stop = request
     try:
-        _train(run, request)
+        _train(run)
     finally:
         draw(run)
 
 
-def _train(run: Run, request: StopRequest) -> None:
+def _train(run: Run) -> None:
     events = events_of(run)
-    if run.step == 0:
-        run.attempt(run.log.clear)
-        for event in events:
-            if event.at_start:
-                event.run(run)
-    else:
+    if run.step > 0:
         run.log_event("resume")
-    if request.reason is not None:
-        _stop(run, request)
+    happen(run, before_first_step(run, events))
+    if run.is_stopping:
+        _stop(run)
     in_flight: StepInFlight | None = None
     batch = run.data.next_batch() if run.step < run.steps else None
     run.clock.restart()
@@ -50,16 +47,16 @@ def _train(run: Run, request: StopRequest) -> None:
             _report(run, in_flight, StepInFlight(run.step, metrics, batch.places))
         in_flight = StepInFlight(run.step, metrics, batch.places)
         last = run.step == run.steps
-        stopping = request.reason is not None and not last
-        due = [event for event in events if event.is_due(run.step, last=last, stopping=stopping)]
+        due = [event for event in events if event.is_due(run.step, last=last)]
         # Rounding needs seeds, and which come next depends on whether this update was applied.
-        if due or run.config.rounds_parameters or is_ready(metrics.loss):
+        if due or run.is_stopping or run.config.rounds_parameters or is_ready(metrics.loss):
             _report(run, in_flight, None)
             in_flight = None
-        for event in due:
-            event.run(run)
-        if stopping:
-            _stop(run, request)
+        happen(run, due)
+        if in_flight is None and run.is_stopping:
+            if not run.is_saved:
+                save(run)
+            _stop(run)
         if due:
             run.clock.restart()
         batch = None if last else run.data.next_batch()
@@ -87,11 +84,11 @@ def _report(run: Run, done: StepInFlight, later: StepInFlight | None) -> None:
     )
 
 
-def _stop(run: Run, request: StopRequest) -> None:
+def _stop(run: Run) -> None:
     """End the program as it was asked to, with the command that goes on."""
     newest = run.newest_checkpoint()
-    run.display.line(f"stopped by {request.reason} after step {run.step} of {run.steps}; {newest}")
+    run.display.line(f"stopped by {run.stop.reason} after step {run.step} of {run.steps}; {newest}")
     if "no checkpoint" not in newest:
         folder = shlex.quote(str(run.folder))
         run.display.line(as_typed(f"to go on:\npython scripts/train.py --resume --out-dir {folder}"))
-    request.end_program()
+    run.stop.end_program(saved=run.step == 0 or run.is_saved)

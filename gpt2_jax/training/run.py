@@ -7,7 +7,9 @@ weights are made, so that the memory a run needs is the compiler's own count.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +36,11 @@ from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint, resume
 from gpt2_jax.training.dry_run import dry_run, estimate, time_step
-from gpt2_jax.training.events import start_of_samples
+from gpt2_jax.training.evaluation import start_of_samples
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import stop_requests
 from gpt2_jax.training.loop import train_loop
+from gpt2_jax.training.run_lock import locked
 from gpt2_jax.training.run_record import Averages
 from gpt2_jax.training.run_state import Run, StepClock
 from gpt2_jax.training.start_table import start_table
@@ -63,7 +66,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
     `backend` must have been selected before jax was imported. `name` is used for the folder when none is given.
     """
     with Display() as display:
-        prepared = prepare(config, name, backend)
+        prepared = prepare(config, name, backend, display.line)
         plan, steps = prepared.plan, prepared.steps
         if prepared.resumes_from is not None and prepared.resumes_from >= steps and not config.run.dry_run:
             done = prepared.resumes_from
@@ -90,13 +93,17 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
         return prepared.folder
 
 
-def prepare(config: RunConfig, name: str, backend: Backend) -> Prepared:
-    """Open and check everything that a run needs but its weights; Gpt2JaxError for settings that cannot be met."""
+def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str], None] = print) -> Prepared:
+    """Open and check everything that a run needs but its weights; Gpt2JaxError for settings that cannot be met. `say` is
+    given a line about the folder's old lock."""
     config.validate()
     device = open_device(backend)
     newest = None
     if config.run.resume:
         resume.check_settings(config)
+        if os.path.isdir(config.run.out_dir) and not config.run.dry_run:
+            with locked(folder_of(config, name), say):  # an unfinished save of a process that is gone is undone
+                pass
         newest = newest_step(config.run.out_dir)
         model = read_model_config(set_paths(config.run.out_dir, newest)[0])
     else:

@@ -19,6 +19,7 @@ from gpt2_jax.llmc.checkpoint_set import complete_steps
 from gpt2_jax.llmc.rounding import RoundingStream
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
+from gpt2_jax.training.interrupts import StoppedError, StopRequest
 from gpt2_jax.training.run_record import Averages, Best
 
 
@@ -43,13 +44,29 @@ class Run:
     step: int  # updates done, refused ones included
     rounding: RoundingStream
     clock: StepClock
+    stop: StopRequest = field(default_factory=StopRequest)
     baseline: float | None = None  # unigram cross-entropy of the validation tokens
     best: Best | None = None  # with --keep-best
-    saved_step: int = -1  # the last one that a checkpoint was tried of
+    saved_step: int = -1  # the last one of which a checkpoint was tried
     saved_at: float = field(default_factory=time.monotonic)
     drawn_at: float = -math.inf
     drawing_seconds: float = 0.0
     failures: set[str] = field(default_factory=set)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the run was asked to stop before its last step, after which it ends anyway."""
+        return self.step < self.steps and self.stop.reason is not None
+
+    def give_way(self) -> None:
+        """Called now and then by an event that takes long: StoppedError when the run is to stop."""
+        if self.is_stopping:
+            raise StoppedError
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether there is a complete checkpoint of the step."""
+        return self.step in complete_steps(self.folder)
 
     def newest_checkpoint(self) -> str:
         steps = complete_steps(self.folder)
@@ -64,10 +81,15 @@ class Run:
         try:
             write()
         except Exception as error:
-            text = str(error) if isinstance(error, Gpt2JaxError) else f"{type(error).__name__}: {error}"
+            text = failure_text(error)
             if text not in self.failures:
                 self.display.line(f"{text}\nthe run goes on without it")
             self.failures.add(text)
+
+
+def failure_text(error: Exception) -> str:
+    """What to say of a failure that does not end the run."""
+    return str(error) if isinstance(error, Gpt2JaxError) else f"{type(error).__name__}: {error}"
 
 
 class StepClock:

@@ -9,26 +9,27 @@ import time
 import numpy as np
 
 from gpt2_jax.compute.stability import WATCHED
-from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.jax_compat import on_host
-from gpt2_jax.llmc.checkpoint_set import complete_steps, set_paths
+from gpt2_jax.llmc.checkpoint_set import set_paths
 from gpt2_jax.training import checkpoint
 from gpt2_jax.training.run_record import BEST, STEP, TIME, Best, RunRecord, read_run_record, write_run_record
-from gpt2_jax.training.run_state import Run
+from gpt2_jax.training.run_state import Run, failure_text
 
 
 def save(run: Run, kept: str = STEP) -> None:
-    """Write a checkpoint and delete those that need not be kept. What cannot be written is reported, and the run goes on;
-    but Gpt2JaxError if there is no later step to save."""
-    run.saved_step, run.saved_at = run.step, time.monotonic()
+    """Write a checkpoint and delete those that need not be kept. A failure of whatever kind is reported; it is raised if
+    there is no later step to save."""
+    run.saved_step = run.step
     try:
         path = checkpoint.save_checkpoint(run.folder, _checkpoint(run, kept))
-    except Gpt2JaxError as error:
+    except Exception as error:
         if run.step == run.steps:
             raise
-        run.display.line(f"NO checkpoint of step {run.step}: {error}\nthe run goes on; {run.newest_checkpoint()}")
+        run.display.line(f"NO checkpoint of step {run.step}: {failure_text(error)}\n{run.newest_checkpoint()}")
         return
+    finally:
+        run.saved_at = time.monotonic()
     why = {STEP: "", TIME: " (time has passed)", BEST: " (the lowest validation loss so far)"}[kept]
     run.display.line(f"checkpoint of step {run.step}{why}: {path}")
     _delete_old(run)
@@ -51,11 +52,13 @@ def keep_best(run: Run, loss: float) -> None:
     is_best = math.isfinite(loss) and (run.best is None or loss < run.best.loss)
     if not (run.config.run.keep_best and is_best and run.step > 0):
         return
-    run.best = Best(run.step, loss)
-    if run.step in complete_steps(run.folder):
+    before, run.best = run.best, Best(run.step, loss)
+    if run.is_saved:
         run.attempt(lambda: _note_best(run))
     else:
         save(run, BEST)
+        if not run.is_saved:
+            run.best = before  # whose checkpoint is still there to be kept
 
 
 def _note_best(run: Run) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import resource
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.files import remove_temporaries
 from gpt2_jax.llmc.checkpoint_set import complete_steps, newest_step
 from gpt2_jax.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tests.contract.checkpoint_sets import (
@@ -183,7 +185,7 @@ def test_a_second_save_of_a_step_that_fails_before_the_swap_leaves_the_first_who
 
 def test_a_second_save_of_a_step_that_fails_at_the_swap_leaves_the_first_whole(tmp_path):
     number = number_of("replace", save_other_step_10, with_steps_5_and_10(tmp_path / "counted"))
-    assert number == 2 * len(set_of(10)) - 1  # each file but the marker first gives its name up
+    assert number == 2 * len(set_of(10))  # each old file gives its name up first
     for call in range(1, number + 1):
         folder = with_steps_5_and_10(tmp_path / str(call))
         with disk_full_at("replace", call), pytest.raises(Gpt2JaxError, match="nothing was changed"):
@@ -245,7 +247,8 @@ def test_a_writer_killed_at_any_call_leaves_a_complete_checkpoint(tmp_path):
 
 
 def test_a_writer_of_a_second_set_of_a_step_killed_at_any_call_leaves_a_whole_one(tmp_path):
-    """The first set until the removal of DONE, then that of the step before, then the second set."""
+    """The first set until DONE is set aside, then that of the step before, then the second set. Where it was that of the
+    step before, the next process to lock the folder gives the first set its names back."""
     number = calls_of(save_other_step_10, with_steps_5_and_10(tmp_path / "counted"))
     found = []
     for call in range(1, number + 1):
@@ -266,24 +269,48 @@ def test_a_writer_of_a_second_set_of_a_step_killed_at_any_call_leaves_a_whole_on
         ]
         assert_newest_is(folder, {"before": checkpoint_of(5), "first": checkpoint_of(10)}.get(which, other_checkpoint_of_10()))
         found.append(which)
+        remove_temporaries(folder, socket.gethostname(), os.getpid())
+        assert names(folder) == set_of(5) | set_of(10)
+        assert_newest_is(folder, other_checkpoint_of_10() if which == "second" else checkpoint_of(10))
+        assert not list(folder.glob(".*.old"))
     swap, kept = found.count("before"), len(set_of(10)) - 1
     # The second set is there from its marker on: the sync of the folder and the removal of the first one's files follow.
-    assert found == ["first"] * (number - swap - kept - 1) + ["before"] * swap + ["second"] * (kept + 1)
+    assert found == ["first"] * (number - swap - kept - 2) + ["before"] * swap + ["second"] * (kept + 2)
     assert swap == 2 * kept + 1 + 2  # two renames a file, the marker's, and a sync of the folder before the first and the last
 
 
-def test_old_marker_that_cannot_be_removed_is_an_error_of_ours(tmp_path, monkeypatch):
-    old = checkpoint_of(5)
-    save_checkpoint(tmp_path, old)
+def test_a_disk_that_fails_for_good_at_the_swap_leaves_the_first_set_to_the_next_process(tmp_path, monkeypatch):
+    """As a disk that becomes read-only: not even the old files' names can be given back."""
+    number = number_of("replace", save_other_step_10, with_steps_5_and_10(tmp_path / "counted"))
+    for call in range(1, number + 1):
+        folder, replace, calls = with_steps_5_and_10(tmp_path / str(call)), os.replace, []
 
-    def refuse(path: Path, missing_ok: bool = False) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        def failing(*paths: Path, call=call, calls=calls, replace=replace) -> None:
+            calls.append(paths)
+            if len(calls) >= call:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            replace(*paths)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", refuse)
-        with pytest.raises(Gpt2JaxError, match="DONE_00000005: expected to delete it, found: Permission denied"):
-            save_checkpoint(tmp_path, checkpoint_of(5))
-    assert_newest_is(tmp_path, old)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", failing)
+            with pytest.raises(Gpt2JaxError, match="Read-only file system") as raised:
+                save_other_step_10(folder)
+        left = sorted(path.name for path in folder.glob(".*.old"))
+        assert ("nothing was changed" in str(raised.value)) == (not left)
+        assert all(name in str(raised.value) for name in left)
+        assert len(left) == (0 if call == 1 else min(call - 1, len(set_of(10))))
+        remove_temporaries(folder, socket.gethostname(), os.getpid())
+        assert names(folder) == set_of(5) | set_of(10)
+        assert_newest_is(folder, checkpoint_of(10))
+
+
+def test_a_second_save_whose_very_last_sync_fails_leaves_no_old_files(tmp_path):
+    number = number_of("fsync", save_other_step_10, with_steps_5_and_10(tmp_path / "counted"))
+    folder = with_steps_5_and_10(tmp_path / "run")
+    with disk_full_at("fsync", number), pytest.raises(Gpt2JaxError, match="complete but may not outlive a crash"):
+        save_other_step_10(folder)
+    assert_newest_is(folder, other_checkpoint_of_10())
+    assert not list(folder.glob(".*.old"))
 
 
 def test_resharding_killed_at_any_call_leaves_the_source_and_no_set(tmp_path):

@@ -8,7 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_interrupted_and_resumed_run_ends_with_the_files_of_a_straight_one(tiny_
     assert records[0].windows["loss"].tobytes() == records[1].windows["loss"].tobytes()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGXCPU, 152)])
 def test_the_first_signal_saves_and_ends_with_its_status(tiny_shards, tmp_path, number, status):
     folder = tmp_path / "run"
     with training(*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", folder) as process:
@@ -149,15 +150,126 @@ def test_the_time_that_a_run_was_given_stops_it_with_a_checkpoint_and_status_0(t
 def test_second_signal_ends_at_once_even_while_compiling(tiny_shards, tmp_path, number, status):
     """The main thread is inside the compiler, where no handler of Python's runs."""
     flags = [*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", tmp_path / "run"]
+    flags += ["--num-layers", "12"]  # whose step takes seconds to compile
     with training(*flags, JAX_ENABLE_COMPILATION_CACHE="false") as process:
         read_until(process, "compiling the training step")
         process.send_signal(number)
         assert "finishing this step" in process.stderr.readline() + process.stderr.readline()
+        time.sleep(0.6)  # of one request's time, in which a second signal would be taken for the same
         process.send_signal(number)
         output, _ = ended(process)
         assert process.returncode == status
     assert "compiled in" not in output
     assert "stopped by" not in output
+
+
+STOPPABLE = """
+import sys, time
+from gpt2_jax.training.interrupts import stop_requests
+with stop_requests() as request:
+    print("ready", flush=True)
+    end = time.monotonic() + float(sys.argv[1])
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    print(request.reason, flush=True)
+    request.end_program(saved=True)
+"""
+HUP, TERM, INT, XCPU, USR1 = signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU, signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "reason"),
+    [
+        ([HUP, HUP], 129, "SIGHUP"),  # a terminal's kernel and its shell
+        ([HUP, 0.7, HUP], 129, "SIGHUP"),
+        ([TERM, TERM], 143, "SIGTERM"),  # `timeout`, to the process and its group
+        ([TERM, HUP], 143, "SIGTERM"),  # systemd
+        ([HUP, 0.7, TERM], 129, "SIGHUP"),
+        ([XCPU, 0.7, XCPU], 152, "SIGXCPU"),  # the kernel, every second
+        ([USR1, 0.7, TERM], 138, "SIGUSR1"),  # a batch system, first as a warning
+        ([signal.SIGUSR2], 140, "SIGUSR2"),
+        ([signal.SIGALRM], 142, "SIGALRM"),
+        ([INT, 0.7, INT], 130, None),
+        ([TERM, 0.7, TERM], 143, None),
+        ([USR1, TERM, 0.7, TERM], 143, None),
+    ],
+)
+def test_only_a_second_signal_that_a_person_sends_ends_at_once(sent, status, reason):
+    seconds = 0.2 + sum(pause for pause in sent if isinstance(pause, float))
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPABLE, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        for one in sent:
+            if isinstance(one, float):
+                time.sleep(one)
+            else:
+                process.send_signal(one)
+                time.sleep(0.02)  # else two of the same are delivered as one
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert output == ("" if reason is None else f"{reason}\n")
+    first = sent[0].name
+    repeated = "; once more ends at once" if first in ("SIGINT", "SIGTERM") else ""
+    assert f"{first}: finishing this step and saving{repeated}\n" in errors
+
+
+# Runs a shell command in a terminal of its own, and closes the terminal when standard input ends.
+IN_A_TERMINAL = """
+import os, pty, sys
+process, terminal = pty.fork()
+if process == 0:
+    os.execv("/bin/sh", ["sh", "-c", sys.argv[1]])
+sys.stdin.read()
+os.close(terminal)
+os.waitpid(process, 0)
+"""
+
+
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(tiny_shards, tmp_path):
+    """The run is a command of a script that a terminal's shell runs: it is sent SIGHUP by the kernel and by both shells."""
+    folder, output = tmp_path / "run", tmp_path / "output"
+    flags = [*FLAGS, "--steps", "1000000", "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", folder]
+    command = shlex.join(map(str, [sys.executable, REPOSITORY / "scripts" / "train.py", *flags]))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    script = f"{command} > {shlex.quote(str(output))} 2>&1; true"
+    # Another program forks: this one has the threads of JAX.
+    terminal = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, f"sh -c {shlex.quote(script)}; true"],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.PIPE,
+    )
+    try:
+        wait_until(lambda: output.exists() and re.search(r"^step +\d+/", output.read_text(), re.MULTILINE))
+    finally:
+        terminal.communicate(timeout=60)
+    wait_until(lambda: (folder / "loss.png").exists() and not (folder / ".lock").exists())
+    (step,) = complete_steps(folder)
+    assert f"stopped by SIGHUP after step {step} of 1000000; the newest checkpoint is of step {step}" in output.read_text()
+
+
+def wait_until(happened: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_signal_during_a_validation_does_not_wait_for_its_end(tiny_shards, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", folder, "--steps", "9"]
+    with training(*flags, "--validate-every", "3", "--validation-batches", "100000000") as process:
+        read_until(process, "validating on")
+        process.send_signal(signal.SIGTERM)
+        output, _ = ended(process)
+        assert process.returncode == 143
+    assert "given up, as the run is to stop: validate" in output
+    assert "stopped by SIGTERM after step 0 of 9; there is no checkpoint yet" in output
 
 
 def test_signal_before_the_first_step_ends_without_a_checkpoint(tiny_shards, tmp_path):

@@ -49,14 +49,6 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
     assert (tmp_path / "main.log").read_text() == "s:0 trl:nan lr:0.100000 norm:inf\n"
 
 
-def test_a_run_that_begins_clears_what_another_left(tmp_path):
-    log = RunLog(tmp_path / "log.jsonl")
-    train(log, 1, 2.0)
-    log.clear()
-    assert log.records("train") == []
-    assert (tmp_path / "main.log").read_bytes() == b""
-
-
 def test_a_log_that_is_not_there_has_no_records(tmp_path):
     assert RunLog(tmp_path / "log.jsonl").records("train") == []
 

@@ -12,7 +12,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.generate import generate, prompt_tokens
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.models.weights import load_weights
-from gpt2_jax.training.events import start_of_samples
+from gpt2_jax.training.evaluation import start_of_samples
 from gpt2_jax.training.run import train
 from tests.conftest import CPU, change, plan_of
 from tests.test_generate import model_that_prefers

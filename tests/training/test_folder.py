@@ -74,8 +74,39 @@ def test_a_run_that_ended_before_its_first_checkpoint_gives_its_folder_to_the_ne
     said = []
     start(config, folder, said)
     assert said == [
-        f"{folder}: a run ended here before its first checkpoint; this one takes its place, and its log begins anew"
+        f"{folder}: a run ended here before its first checkpoint; this one takes its place",
+        f"{folder}/log.jsonl, which was there before, is now log.jsonl.1",
     ]
+    assert (folder / "log.jsonl.1").read_text() == "{}"
+    assert not (folder / "log.jsonl").exists()
+
+
+def test_files_that_a_run_would_write_over_get_other_names(config, tmp_path):
+    for content in ("first", "second"):
+        for name in ("log.jsonl", "main.log", "loss.png", "notes.txt"):
+            (tmp_path / name).write_text(content)
+        said = []
+        start(config, tmp_path, said)
+        assert len([line for line in said if "which was there before" in line]) == 3
+    assert (tmp_path / "notes.txt").read_text() == "second"
+    for name in ("log.jsonl", "main.log", "loss.png"):
+        assert [(tmp_path / f"{name}.{number}").read_text() for number in (1, 2)] == ["first", "second"]
+    # A run that goes on keeps its own.
+    (tmp_path / "log.jsonl").write_text("third")
+    with open_folder(tmp_path, change(config, run={"out_dir": str(tmp_path), "resume": True}), print):
+        assert (tmp_path / "log.jsonl").read_text() == "third"
+
+
+def test_a_folder_that_another_run_used_in_the_meantime_is_refused(config, tmp_path):
+    """While this one compiled."""
+    folder = tmp_path / "a"
+    refuse_used_folder(folder)
+    start(config, folder)
+    (folder / "DONE_00000003").touch()
+    (folder / "log.jsonl").write_text("the other's")
+    with pytest.raises(Gpt2JaxError, match="holds DONE_00000003"):
+        start(config, folder)
+    assert (folder / "log.jsonl").read_text() == "the other's"
 
 
 @pytest.mark.parametrize("name", ["DONE_00000003", "model_00000003.bin", "state_00000003_00000.bin"])

@@ -160,7 +160,68 @@ def test_events_come_in_their_order_at_the_start_between_steps_and_at_the_end(fa
 
 def test_a_resumed_run_begins_with_its_next_step(fake_run, noted):
     run = fake_run(at=2, run={"steps": 3, "checkpoint_every": 2}, evaluation=EVERY_SECOND)
+    for event in ("validation", "sample"):
+        run.log.write(event, 2, loss=3.0)
     assert happenings(noted(run))[:2] == ["step 3", "read 3"]
+
+
+def test_a_resumed_run_makes_up_for_what_its_step_was_due_for(fake_run, noted, hellaswag):
+    """A run that stopped at a step had not come to these, or had given them up."""
+    run = fake_run(at=2, run={"steps": 3, "checkpoint_every": 2}, evaluation={**EVERY_SECOND, "hellaswag": hellaswag})
+    run.log.write("validation", 2, loss=3.0)
+    assert happenings(noted(run))[:3] == ["answer_questions 2", "sample 2", "step 3"]
+
+
+def test_a_resumed_run_whose_log_cannot_be_read_takes_its_step_for_done(fake_run, noted):
+    run = fake_run(at=2, run={"steps": 3}, evaluation=EVERY_SECOND)
+    run.log.path.mkdir()
+    assert happenings(noted(run))[0] == "step 3"
+
+
+@pytest.mark.parametrize("event", ["validate", "answer questions", "sample"])
+def test_a_stop_during_an_event_gives_it_up_and_saves_its_step(fake_run, hellaswag, monkeypatch, event):
+    """And a resumed run has the log of a straight one."""
+    evaluation = {**EVERY_SECOND, "validation_batches": 3, "sample_tokens": 3, "hellaswag": hellaswag}
+    straight = fake_run(run={"steps": 4, "out_dir": str(fake_run().folder / "straight")}, evaluation=evaluation)
+    train_loop(straight, StopRequest())
+
+    run, request = fake_run(run={"steps": 4}, evaluation=evaluation), StopRequest()
+    logged = {"validate": "validating on", "answer questions": "scoring", "sample": "HellaSwag at step 2"}[event]
+    said = run.display.line
+
+    def line(text):
+        said(text)
+        if run.step == 2 and text.startswith(logged):
+            request.signal = signal.SIGTERM
+
+    run.display.line = line
+    with pytest.raises(SystemExit) as ended:
+        train_loop(run, request)
+    assert ended.value.code == 143
+    assert f"given up, as the run is to stop: {event}" in run.display.text
+    assert run.compiled.calls == 2
+    assert "stopped by SIGTERM after step 2 of 4; the newest checkpoint is of step 2" in run.display.text
+
+    train_loop(fake_run(at=2, run={"steps": 4}, evaluation=evaluation), StopRequest())
+    assert run.log.main_path.read_bytes() == straight.log.main_path.read_bytes()
+    for name in ("train", "validation", "hellaswag", "sample"):
+        steps = [[record["step"] for record in one.log.records(name)] for one in (run, straight)]
+        assert steps[0] == steps[1]
+
+
+def test_a_stop_that_could_not_save_says_so_with_its_status(fake_run, monkeypatch):
+    def full(*_):
+        raise Gpt2JaxError("model.bin: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    run = fake_run(evaluation={"validate_every": 0, "sample_every": 0})
+    for request, status in ((StopRequest(1e-9), 1), (StopRequest(), 143)):
+        request.signal = signal.SIGTERM if status == 143 else None
+        run.step = 1
+        with pytest.raises(SystemExit) as ended:
+            train_loop(run, request)
+        assert ended.value.code == status
+    assert "the run goes on" not in run.display.text
 
 
 def test_metrics_are_read_one_step_late_and_all_before_an_event(fake_run, noted):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from gpt2_jax import files
 from gpt2_jax.commands.command_line import parse, parse_command_line
 from gpt2_jax.commands.generate import Arguments as GenerateArguments
 from gpt2_jax.compute import memory
@@ -28,6 +33,7 @@ from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint
 from gpt2_jax.training import run as trainer
 from gpt2_jax.training.run import prepare, train
+from gpt2_jax.training.run_lock import locked
 from gpt2_jax.training.run_record import read_run_record
 from tests.conftest import CPU, TINY, available, change
 
@@ -67,6 +73,31 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, capsys):
     assert prepare(
         change(fine_tunes, data=dataclasses.asdict(config.data), run={"steps": 1}), "x", CPU
     ).config.model.init == str(folder / "model_00000008.bin")
+
+
+def test_a_set_that_a_killed_process_had_set_aside_is_gone_on_from(config, tmp_path, capsys):
+    """It was killed while it saved the step again: the old files had given their names up, not all of the new ones had them."""
+    folder = train(change(config, run={"steps": 2}), "tiny", CPU)
+    model = (folder / "model_00000002.bin").read_bytes()
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    for name in ("DONE_00000002", "model_00000002.bin", "state_00000002_00000.bin", "run_00000002.json"):
+        os.replace(folder / name, folder / f".{name}.{files._host_in_a_name(socket.gethostname())}.{gone.pid}.old")
+    (folder / "model_00000002.bin").write_bytes(b"the new one")
+    (folder / ".lock").write_text(f"{socket.gethostname()} {gone.pid}\n")
+    capsys.readouterr()
+    train(change(config, run={"steps": 3, "resume": True}), "tiny", CPU)
+    assert "which is gone: taken over" in capsys.readouterr().out
+    assert (folder / "model_00000002.bin").read_bytes() == model
+    assert checkpoint_set.complete_steps(folder) == [2, 3]
+
+
+def test_resuming_a_run_that_still_trains_is_refused_before_it_compiles(config, capsys):
+    folder = train(change(config, run={"steps": 1}), "tiny", CPU)
+    capsys.readouterr()
+    with locked(folder), pytest.raises(Gpt2JaxError, match="expected a run folder that no other process trains in"):
+        train(change(config, run={"steps": 2, "resume": True}), "tiny", CPU)
+    assert "compiling" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -119,6 +119,52 @@ def test_the_set_of_the_lowest_validation_loss_is_kept(fake_run):  # noqa: F811
     assert read_run_record(set_paths(run.folder, 10)[2]).best == Best(10, 2.5)
 
 
+def test_a_best_set_that_could_not_be_saved_leaves_the_best_before_it(fake_run, monkeypatch):  # noqa: F811
+    save = checkpoint.save_checkpoint
+
+    def sometimes_full(folder, saved):
+        if saved.step == 5:
+            raise Gpt2JaxError("model.bin: No space left on device")
+        return save(folder, saved)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", sometimes_full)
+    run = with_losses(fake_run(evaluation=VALIDATES, run={"keep_best": True}), [9.0, 8.0, 7.0, 3.0, 4.0, 2.0, 4.0, 4.0, 4.0])
+    train_loop(run, StopRequest())
+    assert complete_steps(run.folder) == [3, 8]
+    assert run.best == Best(3, 3.0)
+
+
+@pytest.mark.parametrize("failure", [MemoryError("no room for the rounded parameters"), OSError(5, "Input/output error")])
+def test_a_failure_of_whatever_kind_costs_the_checkpoint(fake_run, monkeypatch, failure):  # noqa: F811
+    save = checkpoint.save_checkpoint
+
+    def fails(folder, saved):
+        if saved.step < 8:
+            raise failure
+        return save(folder, saved)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", fails)
+    run = fake_run(evaluation=QUIET, run={"checkpoint_every": 4})
+    train_loop(run, StopRequest())
+    assert f"NO checkpoint of step 4: {type(failure).__name__}: " in run.display.text
+    assert complete_steps(run.folder) == [8]
+
+
+def test_the_minutes_are_counted_from_the_end_of_a_save(fake_run, minutes_a_step, monkeypatch):  # noqa: F811
+    """A slow disk, to which a save takes longer than the minutes between saves, would get nothing else done."""
+    run = minutes_a_step(fake_run(evaluation=QUIET), 4)
+    save, now = checkpoint.save_checkpoint, time.monotonic
+
+    def slowly(folder, saved):
+        monkeypatch.setattr(time, "monotonic", lambda before=time.monotonic: before() + 60 * 15)
+        return save(folder, saved)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slowly)
+    train_loop(run, StopRequest())
+    assert now is not time.monotonic
+    assert saved_steps(run) == [3, 6, 8]
+
+
 def test_without_keep_best_none_is_saved_for_its_loss(fake_run):  # noqa: F811
     run = with_losses(fake_run(evaluation=VALIDATES), [9.0 - step for step in range(9)])
     train_loop(run, StopRequest())
@@ -133,6 +179,7 @@ def test_the_losses_are_drawn_at_validations_and_however_the_run_ends(fake_run, 
     train_loop(fake_run(evaluation=VALIDATES | {"validate_every": 4}), StopRequest())
     assert drawn == [1, 2, 3, 3]
     drawn.clear()
+    (run := fake_run()).log.path.unlink()
     run = fake_run(losses={2: float("nan")}, evaluation=QUIET)
     with pytest.raises(Gpt2JaxError, match="finite"):
         train_loop(run, StopRequest())
