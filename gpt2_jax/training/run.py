@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from gpt2_jax.training import checkpoint, resume
 from gpt2_jax.training.dry_run import dry_run, estimate, time_step
 from gpt2_jax.training.evaluation import start_of_samples
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
-from gpt2_jax.training.interrupts import stop_requests
+from gpt2_jax.training.interrupts import StopRequest, stop_requests
 from gpt2_jax.training.loop import train_loop
 from gpt2_jax.training.run_lock import locked
 from gpt2_jax.training.run_record import Averages
@@ -76,7 +76,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
         estimated = memory.estimate(plan, *config.batch_shape[1:], num_micro_batches=config.num_micro_batches)
         with (
             memory.out_of_memory_explained(estimated, less),
-            stop_requests(config.run.max_minutes) as request,
+            # A dry run has nothing to save: a signal ends it.
+            nullcontext(StopRequest()) if config.run.dry_run else stop_requests(config.run.max_minutes) as request,
             ExitStack() as stack,
         ):
             compiled = _compile(prepared, display)
@@ -87,8 +88,9 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
                 return None
             memory.check_memory(needed, memory.device_limit(), less)
             # Before there are weights, so that their memory serves for the step.
-            seconds = time_step(config, plan, compiled)
-            display.line(estimate(config, steps - (prepared.resumes_from or 0), seconds))
+            if request.reason is None:
+                seconds = time_step(config, plan, compiled)
+                display.line(estimate(config, steps - (prepared.resumes_from or 0), seconds))
             train_loop(_start(prepared, compiled, display, stack), request)
         return prepared.folder
 

@@ -218,12 +218,13 @@ def test_only_a_second_signal_that_a_person_sends_ends_at_once(sent, status, rea
     assert f"{first}: finishing this step and saving{repeated}\n" in errors
 
 
-# Runs a shell command in a terminal of its own, and closes the terminal when standard input ends.
-IN_A_TERMINAL = """
+# A terminal whose shell runs a command; it is closed when this process's standard input ends. A process of its own, as
+# one that runs JAX may not fork.
+TERMINAL = """
 import os, pty, sys
 process, terminal = pty.fork()
 if process == 0:
-    os.execv("/bin/sh", ["sh", "-c", sys.argv[1]])
+    os.execvp("sh", ["sh", "-c", sys.argv[1]])
 sys.stdin.read()
 os.close(terminal)
 os.waitpid(process, 0)
@@ -231,23 +232,18 @@ os.waitpid(process, 0)
 
 
 def test_a_terminal_that_is_closed_leaves_a_checkpoint(tiny_shards, tmp_path):
-    """The run is a command of a script that a terminal's shell runs: it is sent SIGHUP by the kernel and by both shells."""
+    """The run is a command of a script that a terminal's shell runs, and gets SIGHUP from the kernel."""
     folder, output = tmp_path / "run", tmp_path / "output"
     flags = [*FLAGS, "--steps", "1000000", "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", folder]
     command = shlex.join(map(str, [sys.executable, REPOSITORY / "scripts" / "train.py", *flags]))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     script = f"{command} > {shlex.quote(str(output))} 2>&1; true"
-    # Another program forks: this one has the threads of JAX.
-    terminal = subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, f"sh -c {shlex.quote(script)}; true"],
+    with subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, f"sh -c {shlex.quote(script)}; true"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
         cwd=REPOSITORY,
-        env=environment,
         stdin=subprocess.PIPE,
-    )
-    try:
+    ):
         wait_until(lambda: output.exists() and re.search(r"^step +\d+/", output.read_text(), re.MULTILINE))
-    finally:
-        terminal.communicate(timeout=60)
     wait_until(lambda: (folder / "loss.png").exists() and not (folder / ".lock").exists())
     (step,) = complete_steps(folder)
     assert f"stopped by SIGHUP after step {step} of 1000000; the newest checkpoint is of step {step}" in output.read_text()
@@ -272,6 +268,17 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(tiny_shards, tmp
     assert "stopped by SIGTERM after step 0 of 9; there is no checkpoint yet" in output
 
 
+def test_a_dry_run_has_nothing_to_save(tiny_shards, tmp_path):
+    flags = [*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--num-layers", "12", "--dry-run"]
+    with training(*flags, JAX_ENABLE_COMPILATION_CACHE="false") as process:
+        read_until(process, "compiling the training step")
+        process.send_signal(signal.SIGTERM)
+        output, errors = ended(process)
+        assert process.returncode == -signal.SIGTERM
+    assert "saving" not in errors
+    assert "compiled in" not in output
+
+
 def test_signal_before_the_first_step_ends_without_a_checkpoint(tiny_shards, tmp_path):
     flags = [*FLAGS, "--train", tiny_shards[0], "--validation", tiny_shards[1], "--out-dir", tmp_path / "run"]
     with training(*flags, JAX_ENABLE_COMPILATION_CACHE="false") as process:
@@ -281,6 +288,7 @@ def test_signal_before_the_first_step_ends_without_a_checkpoint(tiny_shards, tmp
         assert process.returncode == 143
     assert f"stopped by SIGTERM after step 0 of {STEPS}; there is no checkpoint yet" in output
     assert "--resume" not in output
+    assert f"{STEPS} steps at" not in output  # of a large model, timing a step takes minutes
 
 
 def test_handlers_are_those_from_before_once_training_is_over():

@@ -26,6 +26,7 @@ from gpt2_jax.llmc.rounding import RoundingStream
 from gpt2_jax.report.display import Figures
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint, events, loop, summary
+from gpt2_jax.training import evaluation as evaluation_of_runs
 from gpt2_jax.training.interrupts import StopRequest
 from gpt2_jax.training.loop import train_loop
 from gpt2_jax.training.run_record import Averages
@@ -186,17 +187,20 @@ def test_a_stop_during_an_event_gives_it_up_and_saves_its_step(fake_run, hellasw
     train_loop(straight, StopRequest())
 
     run, request = fake_run(run={"steps": 4}, evaluation=evaluation), StopRequest()
-    logged = {"validate": "validating on", "answer questions": "scoring", "sample": "HellaSwag at step 2"}[event]
-    said = run.display.line
 
-    def line(text):
-        said(text)
-        if run.step == 2 and text.startswith(logged):
-            request.signal = signal.SIGTERM
+    def interrupted(function):
+        def call(*arguments, **options):
+            if run.step == 2:
+                request.signal = signal.SIGTERM
+            return function(*arguments, **options)
 
-    run.display.line = line
-    with pytest.raises(SystemExit) as ended:
-        train_loop(run, request)
+        return call
+
+    function = {"validate": "validation_loss", "answer questions": "num_right_answers", "sample": "generate"}[event]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_of_runs, function, interrupted(getattr(evaluation_of_runs, function)))
+        with pytest.raises(SystemExit) as ended:
+            train_loop(run, request)
     assert ended.value.code == 143
     assert f"given up, as the run is to stop: {event}" in run.display.text
     assert run.compiled.calls == 2
