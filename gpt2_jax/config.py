@@ -301,6 +301,7 @@ def format_config(config: RunConfig) -> str:
         for key, value in dataclasses.asdict(getattr(config, section.name)).items():
             if value is not None:
                 text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+                text = text.replace("\x7f", "\\u007f")  # the one character that TOML has escaped and JSON has not
                 lines.append(f"{key} = {text}")
         lines.append("")
     return "\n".join(lines)

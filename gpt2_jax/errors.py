@@ -6,12 +6,14 @@ this program was started.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from gpt2_jax.output import OutputLostError, guarded_streams
 
 # The commands whose script has another name than they have.
 _SCRIPTS = {"prepare": "prepare_data", "reshard": "reshard_checkpoint", "starter-pack": "write_starter_pack"}
@@ -77,18 +79,26 @@ def run_program(main: Callable[[], None]) -> None:
     """Run a command's main and end the process: status 0, 2 for a Gpt2JaxError, 130 for Ctrl-C, 141 when the pipe that
     reads the output has closed; no traceback for these.
 
-    A main that ends with SystemExit keeps its own status.
+    A main that ends with SystemExit keeps its own status. Whatever main prints can be shown, see output.py.
     """
-    try:
-        main()
-        sys.stdout.flush()  # so that a closed pipe is met here, not when the interpreter ends
-    except Gpt2JaxError as error:
-        print(f"error: {as_typed(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        # What is still buffered can go nowhere either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    with guarded_streams():
+        try:
+            try:
+                main()
+            except SystemExit:
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()  # so that a closed pipe is met here, not when the interpreter ends
+        except Gpt2JaxError as error:
+            _end(2, f"error: {as_typed(str(error))}")
+        except OutputLostError as lost:
+            if isinstance(lost.cause, BrokenPipeError):
+                sys.exit(141)
+            _end(2, f"error: {lost}")
+        except KeyboardInterrupt:
+            _end(130, "interrupted")
+
+
+def _end(status: int, text: str) -> NoReturn:
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -6,6 +6,8 @@ import dataclasses
 import typing
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from gpt2_jax.commands.command_line import parse_command_line
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
@@ -21,7 +23,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.models.weights import model_config_from_settings
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, change
 
 # Every flag of train.py. A change here is a change of the public interface: README, presets and users' scripts.
 FLAGS = {
@@ -207,3 +209,13 @@ def test_sizes_override_a_descriptor_but_not_a_file():
     assert model_config_from_settings(ModelSettings(init="model.bin")) is None
     with pytest.raises(Gpt2JaxError, match=r"--channels: expected a size only with a descriptor.*model.bin"):
         model_config_from_settings(ModelSettings(init="model.bin", channels=24))
+
+
+@example('a\x7fb\x00\r"\\ \udcff\ud800')
+@given(st.text(st.characters() | st.sampled_from('\x7f\x00\udcff\ud800\r"\\'), max_size=20))
+def test_every_prompt_comes_back_from_the_saved_settings(tmp_path_factory, prompt):
+    """Also one that is no UTF-8, or has characters that TOML wants escaped."""
+    path = tmp_path_factory.mktemp("saved") / "config.toml"
+    config = change(RunConfig(), evaluation={"prompt": prompt})
+    path.write_bytes(format_config(config).encode("utf-8", "surrogatepass"))
+    assert load_config(path) == config

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-LEAVES = ("errors", "files", "machine", "config")
+LEAVES = ("names", "output", "errors", "files", "machine", "config")
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

@@ -6,6 +6,7 @@ python scripts/generate.py runs/NAME --step 300 --prompt "In the beginning"
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import BackendName, ModelSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import FilePath
+from gpt2_jax.output import without_controls
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,6 @@ def main(words: list[str]) -> None:
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
-    print(arguments.prompt, end="", flush=True)
-    for text in pieces:
-        print(text, end="", flush=True)
+    for text in itertools.chain([arguments.prompt], pieces):
+        print(without_controls(text) if sys.stdout.isatty() else text, end="", flush=True)
     print()

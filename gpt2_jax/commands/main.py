@@ -7,7 +7,6 @@ import sys
 
 from gpt2_jax.errors import Gpt2JaxError, command_of_script, program_name, run_program, started_as
 from gpt2_jax.names import nearest
-from gpt2_jax.output import make_output_safe
 
 COMMANDS = {
     "train": "train a GPT-2, and leave llm.c checkpoints, a log and a loss curve",
@@ -35,16 +34,10 @@ def main() -> None:
     if words and words[0] in COMMANDS:
         _run(words[0], words[1:])
     else:
-        make_output_safe(outlast=False)
         run_program(lambda: _no_command(words))
 
 
-# Commands whose result is in files: they go on when nobody reads what they print.
-_LEAVE_FILES = ("train", "prepare", "selfcheck", "reshard", "starter-pack")
-
-
 def _run(command: str, words: list[str]) -> None:
-    make_output_safe(outlast=command in _LEAVE_FILES)
     started_as(command)
     # Imported within run_program: Ctrl-C while modules load ends like Ctrl-C later.
     run_program(lambda: importlib.import_module(f"gpt2_jax.commands.{command.replace('-', '_')}").main(words))

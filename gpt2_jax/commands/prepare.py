@@ -22,6 +22,7 @@ from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.hellaswag import read_hellaswag, write_hellaswag
 from gpt2_jax.files import FilePath, file_size
 from gpt2_jax.names import nearest, nearest_path
+from gpt2_jax.output import output_is_no_result
 from gpt2_jax.report.progress import bytes_progress
 
 _BY_NAME: dict[str, corpus.Recipe] = {"kjv": corpus.kjv, "tinyshakespeare": corpus.tinyshakespeare}
@@ -43,6 +44,7 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, __doc__, words)
+    output_is_no_result()
     if arguments.hellaswag is not None:
         examples = read_hellaswag(arguments.hellaswag)
         path = write_hellaswag(examples, Path(arguments.hellaswag).stem, arguments.output_dir)

@@ -17,6 +17,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import FilePath
 from gpt2_jax.llmc.checkpoint_set import step_of
 from gpt2_jax.llmc.loader import loader_states
+from gpt2_jax.output import output_is_no_result
 from gpt2_jax.training.checkpoint import reshard_checkpoint
 
 
@@ -44,6 +45,7 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, __doc__, words)
+    output_is_no_result()
     saved = load_saved_config(arguments.folder)
     saved = RunConfig() if saved is None else saved
     data = saved.data

@@ -17,6 +17,7 @@ from typing import Literal
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import BackendName
+from gpt2_jax.output import output_is_no_result
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, __doc__, words)
+    output_is_no_result()
     # Before anything imports jax.
     backend = select_backend(arguments.backend, metal_plugin=arguments.metal_plugin, full_float32=True)
 

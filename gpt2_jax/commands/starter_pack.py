@@ -16,6 +16,7 @@ from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.config import BackendName, ModelSettings
 from gpt2_jax.files import FilePath
+from gpt2_jax.output import output_is_no_result
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Arguments:
 
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, __doc__, words)
+    output_is_no_result()
     backend = select_backend(arguments.backend)  # before anything imports jax
 
     from gpt2_jax.compute.plan import make_plan

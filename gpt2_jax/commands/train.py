@@ -16,10 +16,13 @@ from gpt2_jax.compute.backend import Backend, select_backend
 from gpt2_jax.config import ComputeSettings, format_config
 from gpt2_jax.errors import as_typed
 from gpt2_jax.machine import keep_freed_memory
+from gpt2_jax.output import output_is_no_result
 
 
 def main(words: list[str]) -> None:
     command = parse_command_line(words, __doc__)
+    if not (command.only_print or command.settings.run.dry_run):
+        output_is_no_result()
     # Before anything imports jax.
     backend = None if command.only_print and command.names_a_run else _backend(command.settings.compute)
     if backend is not None and backend.platform == "cpu" and not command.names_a_run:

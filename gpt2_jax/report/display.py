@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from gpt2_jax.output import without_controls
 from gpt2_jax.report.status_line import StatusLine
 
 _QUIET_SECONDS = 2.0  # a task that ends sooner is not counted
@@ -65,7 +66,7 @@ class Display:
 
         def write() -> None:
             # Text, not str: square brackets in a path or a sample are not rich's markup.
-            self._console.print(Text(text))
+            self._console.print(Text(without_controls(text)))
 
         write() if self._status is None else self._status.above(write)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-_HIDE_CURSOR, _SHOW_CURSOR, _ERASE_BELOW = "\x1b[?25l", "\x1b[?25h", "\x1b[J"
+_ERASE_BELOW = "\x1b[J"
 _SECONDS = 1.0  # from one drawing to the next, where nothing happens
 
 
@@ -16,7 +16,8 @@ class StatusLine:
     """A line that `render(width)` gives, of at most `width` characters; drawn at once, after every change, every second.
 
     After a drawing the cursor stands at the line's beginning. So whatever the terminal makes of the line when it becomes
-    narrower, folded or cut, erasing from the cursor on takes all of it away.
+    narrower, folded or cut, erasing from the cursor on takes all of it away. The cursor is not hidden: a program that is
+    ended at once, as by a second Ctrl-C, could not show it again.
     """
 
     def __init__(self, console: Console, render: Callable[[int], str]):
@@ -24,7 +25,6 @@ class StatusLine:
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._write(_HIDE_CURSOR)
         self.draw()
         self._ticker.start()
 
@@ -46,7 +46,7 @@ class StatusLine:
         self._ended.set()
         self._ticker.join()
         self.draw()
-        self._write(f"\n{_SHOW_CURSOR}")
+        self._write("\n")
 
     def _tick(self) -> None:
         while not self._ended.wait(_SECONDS):

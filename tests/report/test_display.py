@@ -71,7 +71,7 @@ def screen(text: str) -> list[str]:
     """The rows that a terminal shows after this text: of its controls those that the live line uses."""
     rows, column, i = [""], 0, 0
     while i < len(text):
-        for control in ("\x1b[?25l", "\x1b[?25h", "\x1b[J"):
+        for control in ("\x1b[J",):
             if text.startswith(control, i):
                 if control == "\x1b[J":
                     rows[-1] = rows[-1][:column]
@@ -167,7 +167,8 @@ def test_lines_stand_above_the_live_line_and_leave_no_copy_of_it():
     assert rows[0] == "validation loss at step 5: 4.0"
     assert rows[1].startswith("step 6/500 | ")
     assert rows[2:] == [""]
-    assert written(output).endswith("\n\x1b[?25h")
+    assert written(output).endswith("\n")
+    assert "\x1b[?25l" not in written(output)  # whoever is ended at once could not show the cursor again
 
 
 def test_a_long_task_is_counted_after_two_seconds():
@@ -258,3 +259,9 @@ def test_square_brackets_are_text_not_markup():
     text = written(output)
     assert "[bold] of [/nothing]" in text
     assert "  path         runs/[x]" in text
+
+
+def test_control_characters_of_a_sample_are_no_orders_to_the_terminal():
+    output = io.StringIO()
+    Display(Console(file=output)).line("a\x1b[2Jb\x9bc\x0e\td\ne")
+    assert output.getvalue() == "a\\x1b[2Jb\\x9bc\\x0e\td\ne\n".expandtabs(8)
