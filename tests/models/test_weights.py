@@ -106,7 +106,7 @@ def test_a_run_without_a_complete_checkpoint_is_a_run(runs):
     (runs / "older" / "DONE_00000010").unlink()
     with pytest.raises(Gpt2JaxError, match=r"with a complete checkpoint .* found model_00000010.bin") as refused:
         model_source("runs/older")
-    assert refused.value.hint.startswith("--init runs/older/model_00000010.bin   (its weights alone")
+    assert refused.value.hint.startswith("runs/older/model_00000010.bin   (its weights alone")
 
 
 @pytest.mark.parametrize(
