@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,9 @@ def check_writable(path: str) -> None:
     """Raise Gpt2JaxError if the picture could not be saved, before minutes of measuring."""
     folder = Path(path).parent
     if not folder.is_dir() or Path(path).suffix.lower() != ".png":
-        raise Gpt2JaxError(f"--plot: expected a .png file in a folder that exists, found {path}", f"mkdir -p {folder}")
+        picture = shlex.quote(str(Path(path).with_suffix(".png"))) if Path(path).name else "steps.png"
+        hint = f"--plot {picture}" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))}"
+        raise Gpt2JaxError(f"--plot: expected a .png file in a folder that exists, found {path}", hint)
 
 
 def draw_bars(

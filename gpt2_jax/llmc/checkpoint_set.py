@@ -37,7 +37,7 @@ def _instead_of(folder: str | os.PathLike, parts: list[str]) -> str:
         return f"{shlex.quote(str(meant))}   (the nearest name of a run)"
     models = [name for name in parts if name.startswith("model_")]
     if models:
-        return f"--init {shlex.quote(os.path.join(folder, models[-1]))}   (its weights alone, without --resume)"
+        return f"{shlex.quote(os.path.join(folder, models[-1]))}   (its weights alone: the --init of a new run)"
     new = f"{folder}-2" if parts or os.path.isfile(folder) else str(folder)
     settings = os.path.join(folder, "config.toml")
     config = f"--config {shlex.quote(settings)} " if os.path.exists(settings) else ""

@@ -7,6 +7,8 @@ s being the layer's size over the number of processes, packed in the order of th
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +32,6 @@ from gpt2_jax.llmc.random import GENERATOR_STRUCT
 from gpt2_jax.llmc.rounding import FIRST_STATE
 
 _WHAT = "a training state file"
-_HINT = "python scripts/train.py --resume --out-dir DIR   (takes the newest complete checkpoint)"
 _MAX_PERMUTATION = 2**31 - 1
 
 
@@ -77,7 +78,8 @@ def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout
     first = _read_header(paths[0])
     if first.num_processes != len(paths):
         raise Gpt2JaxError(
-            f"{paths[0]}: expected the state of one of {len(paths)} process(es), found one of {first.num_processes}", _HINT
+            f"{paths[0]}: expected the state of one of {len(paths)} process(es), found one of {first.num_processes}",
+            _hint_for(paths[0]),
         )
     processes: list[ProcessState] = []
     parts: list[list[np.ndarray]] = []  # of each rank the buffers, if they are parts
@@ -87,12 +89,14 @@ def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout
             raise Gpt2JaxError(
                 f"{path}: expected the state of rank {rank} of {first.num_processes} process(es) at step {first.step}, "
                 f"found rank {header.rank} of {header.num_processes} at step {header.step}",
-                _HINT,
+                _hint_for(path),
             )
         size, loader = _read_loader(path, header, layout)
         processes.append(ProcessState(loader, header.rounding_state, header.last_rounding_state))
         if parts and size != parts[0][0].size:
-            raise Gpt2JaxError(f"{path}: expected buffers of {parts[0][0].size} elements as in rank 0's, found {size}", _HINT)
+            raise Gpt2JaxError(
+                f"{path}: expected buffers of {parts[0][0].size} elements as in rank 0's, found {size}", _hint_for(path)
+            )
         # Without ZeRO every process has the same whole buffers.
         if rank == 0 or size < layout.num_parameters:
             parts.append([read_array(path, "<f4", size, HEADER_BYTES + 4 * size * i) for i in range(header.num_buffers)])
@@ -122,15 +126,25 @@ class _Header(NamedTuple):
         return 2 + self.has_master
 
 
+def _hint_for(path: str | os.PathLike) -> str:
+    """The command after which a run goes on from the checkpoint before that of a state file which cannot be read: without
+    its DONE file this one is incomplete."""
+    folder, name = os.path.split(path)
+    if (match := re.fullmatch(r"state_(\d{8})_\d{5}\.bin", name)) is None:
+        return "python scripts/train.py --resume --out-dir DIR   (takes the newest complete checkpoint)"
+    marker = shlex.quote(os.path.join(folder, f"DONE_{match[1]}"))
+    return f"rm {marker}   (then --resume takes the checkpoint before this one)"
+
+
 def _read_header(path: str | os.PathLike) -> _Header:
-    words, size = read_header(path, what=_WHAT, magic=MAGIC_TRAINING_STATE, versions=(1,), hint=_HINT)
+    words, size = read_header(path, what=_WHAT, magic=MAGIC_TRAINING_STATE, versions=(1,), hint=_hint_for(path))
     num_processes, rank, has_master, shuffled = map(int, words[2:6])
     step = int(words[10])
     if not 0 <= rank < num_processes or has_master not in (0, 1) or shuffled not in (0, 1) or step < 0:
         raise Gpt2JaxError(
             f"{path}: expected a rank below the number of processes, master and shuffle words of 0 or 1 and a step >= 0, "
             f"found rank {rank} of {num_processes}, {has_master}, {shuffled}, {step}",
-            _HINT,
+            _hint_for(path),
         )
     rounding_state, last_rounding_state = map(int, words[20:24].view("<u8"))
     shard_index, sample_index = map(int, words[30:34].view("<u8"))
@@ -167,7 +181,7 @@ def _read_loader(path: str | os.PathLike, header: _Header, layout: ParameterLayo
 
 def _read_loader_at(path: str | os.PathLike, header: _Header, offset: int) -> LoaderState:
     if not header.shuffled:
-        check_size(path, what=_WHAT, size=header.file_size, expected=offset, hint=_HINT)
+        check_size(path, what=_WHAT, size=header.file_size, expected=offset, hint=_hint_for(path))
         return LoaderState(header.shard_index, header.sample_index)
     permutations = []
     for _ in range(2):
@@ -177,11 +191,11 @@ def _read_loader_at(path: str | os.PathLike, header: _Header, offset: int) -> Lo
             raise Gpt2JaxError(
                 f"{path}: expected {_WHAT} with a loader permutation at byte {offset}, found {header.file_size} bytes and "
                 f"{count} entries (truncated or damaged)",
-                _HINT,
+                _hint_for(path),
             )
         permutations.append(read_array(path, "<i4", count, offset + 8))
         offset += 8 + 4 * count
-    check_size(path, what=_WHAT, size=header.file_size, expected=offset + GENERATOR_STRUCT.itemsize, hint=_HINT)
+    check_size(path, what=_WHAT, size=header.file_size, expected=offset + GENERATOR_STRUCT.itemsize, hint=_hint_for(path))
     generator = read_array(path, GENERATOR_STRUCT, 1, offset)[0]
     return LoaderState(header.shard_index, header.sample_index, permutations[0], permutations[1], generator)
 

@@ -33,7 +33,8 @@ def model_source(init: str, step: int | None = None) -> str:
         return init
     if is_run_folder(init):
         # A link such as runs/latest may soon name another run.
-        folder = os.path.join(os.path.dirname(init), os.readlink(init)) if os.path.islink(init) else init
+        link = init.rstrip("/")
+        folder = os.path.join(os.path.dirname(link), os.readlink(link)) if os.path.islink(link) else init
         return str(set_paths(folder, step_of(folder, step))[0])
     if step is not None:
         raise Gpt2JaxError(f"--step: expected a run folder, found {init}", "a folder such as runs/NAME, or leave --step out")

@@ -13,6 +13,7 @@ import pytest
 
 from gpt2_jax.benchmark import matmul as bench
 from gpt2_jax.benchmark import matmul_timing
+from gpt2_jax.benchmark.chart import check_writable
 from gpt2_jax.benchmark.matmul_timing import Refusal, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRECISIONS, PRODUCTS, linears_of, make_operands
 from gpt2_jax.errors import Gpt2JaxError
@@ -199,6 +200,14 @@ def test_it_prints_a_table_and_one_json_line_last_and_draws(capsys, tmp_path, mo
     assert any(line.split()[:2] == ["xla", "F32_F32_F32"] and line.split()[7:10] == ["1", "round", "1.00"] for line in lines)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
+
+
+def test_a_picture_that_cannot_be_saved_brings_the_command_after_which_it_can(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, hint in (("my plots/a.png", "mkdir -p 'my plots'"), ("a b.jpg", "--plot 'a b.png'"), ("", "--plot steps.png")):
+        with pytest.raises(Gpt2JaxError, match=r"--plot: expected a \.png file in a folder that exists") as refused:
+            check_writable(path)
+        assert refused.value.hint == hint
 
 
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"rounds": 0}, {"plot": "no/such/folder/a.png"}, {"plot": "a.jpg"}])

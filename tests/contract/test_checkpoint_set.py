@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import struct
 import tracemalloc
 from pathlib import Path
@@ -93,10 +94,26 @@ def test_folder_without_a_complete_set_is_refused(tmp_path, folder):
     path = tmp_path / folder
     found, hint = {
         "plain_file": ("none", f"python scripts/train.py --out-dir {path}-2   "),
-        "only_incomplete": ("model_00000003.bin, state_00000003_00000.bin", f"--init {path}/model_00000003.bin   "),
+        "only_incomplete": ("model_00000003.bin, state_00000003_00000.bin", f"{path}/model_00000003.bin   "),
     }.get(folder, ("none", f"python scripts/train.py --out-dir {path}   "))
     assert f"of one step), found {found}" in raised.value.problem
     assert raised.value.hint.startswith(hint)
+
+
+def test_the_command_for_a_damaged_state_leads_to_the_checkpoint_before_it(tmp_path):
+    """The hint to resume from this folder would lead to the same error again."""
+    folder, old = tmp_path / "my run", checkpoint_of(5)
+    folder.mkdir()
+    for saved in (old, checkpoint_of(10)):
+        save_checkpoint(folder, saved)
+    with open(folder / "state_00000010_00000.bin", "r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(Gpt2JaxError) as raised:
+        load_checkpoint(folder, newest_step(folder))
+    program, path = shlex.split(raised.value.hint.partition("   (")[0])
+    assert program == "rm"
+    Path(path).unlink()
+    assert_newest_is(folder, old)
 
 
 def test_folder_whose_name_is_too_long_is_refused(tmp_path):

@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 
 from gpt2_jax.commands.command_line import parse_command_line
-from gpt2_jax.compute.stability import Verdict
-from gpt2_jax.compute.step import Metrics, create_state
+from gpt2_jax.compute.step import create_state
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import open_data
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc import checkpoint_set
-from gpt2_jax.llmc.eval_file import MultipleChoice, write_eval_file
 from gpt2_jax.llmc.rounding import RoundingStream
 from gpt2_jax.report.display import Figures
 from gpt2_jax.report.log import RunLog
@@ -32,19 +30,7 @@ from gpt2_jax.training.loop import train_loop
 from gpt2_jax.training.run_record import Averages
 from gpt2_jax.training.run_state import Run, StepClock
 from tests.conftest import TINY, change, plan_of
-
-
-class Scalar:
-    """A float on a device: reading it before it is ready is noted, as it makes the program wait."""
-
-    def __init__(self, value: float, ready: bool):
-        self.value, self.ready = value, ready
-
-    def is_ready(self) -> bool:
-        return self.ready
-
-    def __float__(self) -> float:
-        return self.value
+from tests.training.fake_step import FakeStep
 
 
 @dataclass
@@ -67,26 +53,6 @@ class Recorder:
     @property
     def text(self) -> str:
         return "\n".join(self.lines)
-
-
-@dataclass
-class FakeStep:
-    """In place of a compiled step: counts its calls, and returns the losses that it was given."""
-
-    happened: list[str]
-    losses: dict[int, float] = field(default_factory=dict)
-    ready: bool = False
-    seeds: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    calls: int = 0
-
-    def __call__(self, state, x_ABT, y_ABT, *seeds):
-        self.calls += 1
-        self.seeds.append(seeds)
-        self.happened.append(f"step {self.calls}")
-        loss = self.losses.get(self.calls, 3.0)
-        verdict = Verdict(np.bool_(np.isfinite(loss)), np.bool_(np.isfinite(loss)), np.zeros(2, np.float32))
-        metrics = Metrics(Scalar(loss, self.ready), np.float32(1), np.float32(1e-3), np.full(16, loss, np.float32), verdict)
-        return state, metrics
 
 
 @pytest.fixture
@@ -133,13 +99,6 @@ def noted(monkeypatch):
         return run
 
     return note
-
-
-@pytest.fixture
-def hellaswag(tmp_path):
-    part = np.array([3, 4], np.uint16)
-    write_eval_file(tmp_path / "hellaswag.bin", [MultipleChoice(0, part, (part,) * 4)])
-    return str(tmp_path / "hellaswag.bin")
 
 
 EVERY_SECOND = {"validate_every": 2, "sample_every": 2}
@@ -228,6 +187,17 @@ def test_a_stop_that_could_not_save_says_so_with_its_status(fake_run, monkeypatc
     assert "the run goes on" not in run.display.text
 
 
+def test_a_run_resumed_with_fewer_steps_reports_none_of_the_later_ones(fake_run):
+    every = {"validate_every": 4, "sample_every": 0}
+    train_loop(fake_run(evaluation=every), StopRequest())
+    run = fake_run(at=4, run={"steps": 6}, evaluation=every)
+    train_loop(run, StopRequest())
+    assert [row["step"] for row in run.log.records("train")] == [1, 2, 3, 4, 5, 6]
+    assert list(run.log.finite_values("validation", "loss")) == [0, 4, 6]
+    assert [row["step"] for row in run.log.records("resume")] == [4]
+    assert run.log.path.read_text().count('"event": "train"') == 8 + 2  # no line was lost
+
+
 def test_metrics_are_read_one_step_late_and_all_before_an_event(fake_run, noted):
     run = fake_run(run={"steps": 5, "checkpoint_every": 3}, evaluation={"validate_every": 0, "sample_every": 0})
     assert happenings(noted(run)) == [
@@ -298,6 +268,20 @@ def test_without_validation_no_questions_are_answered(fake_run, noted, hellaswag
     """They once were, after the last step."""
     run = fake_run(run={"steps": 2}, evaluation={"validate_every": 0, "sample_every": 0, "hellaswag": hellaswag})
     assert [one for one in happenings(noted(run)) if not one.startswith(("step", "read"))] == ["save 2"]
+
+
+def test_hellaswag_is_scored_at_every_validation_but_the_first(fake_run, hellaswag):
+    run = fake_run(evaluation={"hellaswag": hellaswag, "validate_every": 4, "sample_every": 0})
+    train_loop(run, StopRequest())
+    rows = run.log.records("hellaswag")
+    assert [(row["step"], row["total"]) for row in rows] == [(4, 11), (8, 11)]
+    lines = (run.folder / "main.log").read_text().splitlines()
+    assert [line.split()[0] + " " + line.split()[1].split(":")[0] for line in lines] == [
+        *["s:0 tel", "s:0 trl", "s:1 trl", "s:2 trl", "s:3 trl", "s:4 tel", "s:4 eval"],
+        *["s:4 trl", "s:5 trl", "s:6 trl", "s:7 trl", "s:8 tel", "s:8 eval"],
+    ]
+    assert f"s:8 eval:{rows[-1]['right'] / 11:.4f}" in lines
+    assert f"HellaSwag at step 8: {rows[-1]['right']}/11 = " in run.display.text
 
 
 @pytest.mark.parametrize("ready", [False, True])
