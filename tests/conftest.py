@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("GPT2_JAX_TEST_PLATFORMS", "cpu")
 # Two virtual devices: code that takes the first device for the only one shows.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 # Tests, and the programs that they run, compile the same few functions again and again; pytest-xdist's workers share them.

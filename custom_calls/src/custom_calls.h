@@ -142,3 +142,19 @@ GPT2_JAX_EXPORT void gpt2_jax_use_openblas(const char* path);
 //
 // The text lives as long as the library; the caller must not free it.
 GPT2_JAX_EXPORT const char* gpt2_jax_custom_calls_describe();
+
+// Launches a kernel of CUDA's on XLA's stream (platform CUDA). The kernel takes the addresses of all
+// arguments, then those of all results, on the device.
+//
+//   arguments   any buffers
+//   results     any buffers
+//   attributes  kernel                    string, a name that gpt2_jax_cuda_load was given
+//               blocks, threads           int64, of a grid and of a block of one dimension
+//               shared_bytes              int64, shared memory of a block
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_cuda_launch(XLA_FFI_CallFrame* call_frame);
+
+// Makes a kernel known by `name`: the function `symbol` of `image`, machine code of a GPU of this
+// machine. `driver` is the file name of CUDA's driver. The reason when it fails, valid until the
+// thread's next call; else null. A name that is known stays as it is.
+GPT2_JAX_EXPORT const char* gpt2_jax_cuda_load(const char* driver, const char* name,
+                                               const char* symbol, const void* image);

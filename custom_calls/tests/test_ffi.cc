@@ -3,6 +3,8 @@
 // It offers only the functions that every XLA since API 0.1 has in the same slots: errors, and
 // scheduling on a thread pool. The other slots are null pointers, so a handler that calls one
 // crashes here.
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -34,6 +36,11 @@ XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
   // The context is our pool; the type of `ctx` has another name in later versions of XLA.
   ThreadPool& pool = *reinterpret_cast<ThreadPool*>(args->ctx);
   pool.schedule([task = args->task, data = args->data] { task(data); });
+  return nullptr;
+}
+
+XLA_FFI_Error* get_stream(XLA_FFI_Stream_Get_Args* args) {
+  args->stream = reinterpret_cast<void*>(0x57);
   return nullptr;
 }
 
@@ -84,6 +91,7 @@ struct Call {
                        XLA_FFI_API_MINOR};
     api.XLA_FFI_Error_Create = create_error;
     api.XLA_FFI_ThreadPool_Schedule = schedule;
+    api.XLA_FFI_Stream_Get = get_stream;
 
     std::deque<XLA_FFI_Buffer> buffers;  // a deque, so that their addresses do not change
     const auto buffer = [&](Buffer& from) -> void* {
@@ -149,6 +157,38 @@ struct Call {
     return result;
   }
 };
+
+// The launch of a CUDA kernel, by a driver that only notes it.
+void test_cuda_launch() {
+  const auto load = [](const char* name, const char* symbol, const char* image) {
+    const char* const problem = gpt2_jax_cuda_load(FAKE_CUDA_DRIVER, name, symbol, image);
+    return std::string(problem == nullptr ? "" : problem);
+  };
+  CHECK(load("ours", "known", "image").empty(), load("ours", "known", "image"));
+  CHECK(load("ours", "known", "x").empty(), "a name that is known stays");
+  CHECK(load("bad", "known", "x") == "known: CUDA's error 200", load("bad", "known", "x"));
+  CHECK(load("other", "unknown", "image") == "unknown: CUDA's error 500",
+        load("other", "unknown", "image"));
+
+  Call call;
+  call.handler = gpt2_jax_cuda_launch;
+  call.integers = {{"blocks", 7}, {"threads", 64}, {"shared_bytes", 100000}};
+  call.strings = {{"kernel", "ours"}};
+  call.alias = false;
+  const XLA_FFI_Error error = call.call();
+  CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
+  const auto last = reinterpret_cast<const int64_t* (*)()>(
+      dlsym(dlopen(FAKE_CUDA_DRIVER, RTLD_NOW), "fake_last_launch"))();
+  const int64_t expected[] = {7, 64, 100000, 0x57,
+                              reinterpret_cast<int64_t>(call.a.values.data()),
+                              reinterpret_cast<int64_t>(call.b.values.data())};
+  for (int i = 0; i < 6; ++i) CHECK(last[i] == expected[i], i << ": " << last[i]);
+
+  call.strings = {{"kernel", "nobody's"}};
+  const XLA_FFI_Error unknown = call.call();
+  CHECK(unknown.code == XLA_FFI_Error_Code_FAILED_PRECONDITION, unknown.message);
+  CHECK(unknown.message.find("nobody's") != std::string::npos, unknown.message);
+}
 
 void expect_error(Call call, XLA_FFI_Error_Code code, const std::vector<std::string>& parts) {
   const XLA_FFI_Error error = call.call();
@@ -448,6 +488,7 @@ void test_describe() {
 int main() {
   using namespace gpt2_jax;
   test_product();
+  test_cuda_launch();
   test_flat_buffer_and_leading_dimensions();
   test_bias();
   test_into();

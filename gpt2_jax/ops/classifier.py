@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.cuda import kernels
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_gradient
 from gpt2_jax.ops.recompute import barrier
 from gpt2_jax.ops.table import Implementation, always
@@ -168,8 +170,25 @@ def _low_losses(site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Array
     return (log_sum_R - target_R).reshape(y_BT.shape)
 
 
+# (site, logits (R, V), targets (R,), scale): the rows' losses, and `scale` times the cotangent of the logits of their sum
+_OfRows = Callable[[Site, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]]
+
+
+def _low_rows(site: Site, logits_RV: jax.Array, y_R: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    log_sum_R, target_R, wide_RV = _log_sums(site, logits_RV, y_R)
+    is_target_RV = _columns(logits_RV) == y_R[:, None]
+    dlogits_RV = (jnp.exp(wide_RV - log_sum_R[:, None]) - is_target_RV.astype(_FLOAT32)) * scale
+    return log_sum_R - target_R, dlogits_RV.astype(logits_RV.dtype)
+
+
 def _low_gradient(
-    site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Array, gradient_N: jax.Array, scale: float
+    of_rows: _OfRows,
+    site: Site,
+    h_BTC: jax.Array,
+    y_BT: jax.Array,
+    flat_N: jax.Array,
+    gradient_N: jax.Array,
+    scale: float,
 ) -> Gradient:
     (name,) = site.names
     losses: list[jax.Array] = []
@@ -178,16 +197,47 @@ def _low_gradient(
     for h_RC, y_R in _chunks(h_BTC, y_BT, _LOW_ROWS):
         if dh:
             h_RC = barrier(site.plan, h_RC, dh[-1])
-        logits_RV = _low_logits(site, h_RC, flat_N)
-        log_sum_R, target_R, wide_RV = _log_sums(site, logits_RV, y_R)
-        is_target_RV = _columns(logits_RV) == y_R[:, None]
-        dlogits_RV = (jnp.exp(wide_RV - log_sum_R[:, None]) - is_target_RV.astype(_FLOAT32)) * (scale / y_BT.size)
-        dlogits_RV = dlogits_RV.astype(h_RC.dtype)
-        losses.append(log_sum_R - target_R)
+        losses_R, dlogits_RV = of_rows(site, _low_logits(site, h_RC, flat_N), y_R, scale / y_BT.size)
+        losses.append(losses_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, name)))
         dw += weight_gradient(site.plan, dlogits_RV, h_RC).astype(_FLOAT32)
     gradient_N, slot = write_gradient(site, gradient_N, name, jnp.asarray(dw))
     return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape), gradient_N, {name: slot}
+
+
+# By a kernel of our own: the loss and, written over the logits, their gradient, in one pass.
+
+_KERNEL_THREADS = 1024
+_KERNEL_STATIC_BYTES = 512  # of shared memory, beside the row
+
+
+def _kernel_rows(site: Site, logits_RV: jax.Array, y_R: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    config = site.plan.config
+    constants: dict[str, str | int | float] = {
+        "CLASSIFIER": 1,
+        "V": logits_RV.shape[1],
+        "TRUE_V": config.vocab_size,
+        "SCALE": f"{scale!r}f",
+    }
+    results = (jax.ShapeDtypeStruct(y_R.shape, _FLOAT32), jax.ShapeDtypeStruct(logits_RV.shape, logits_RV.dtype))
+    return kernels.call(
+        "softmax_cross_entropy",
+        results,
+        logits_RV,
+        y_R,
+        constants=constants,
+        blocks=y_R.size,
+        threads=_KERNEL_THREADS,
+        shared_bytes=2 * logits_RV.shape[1],
+        aliases={0: 1},
+    )
+
+
+def _refuses_kernel(plan: Plan) -> str | None:
+    if reason := kernels.refusal(plan):
+        return reason
+    row, room = 2 * plan.config.padded_vocab_size, kernels.shared_bytes() - _KERNEL_STATIC_BYTES
+    return None if row <= room else f"a row of logits has {row} bytes, of which {room} fit into shared memory"
 
 
 def _refuses_low(plan: Plan) -> str | None:
@@ -195,10 +245,12 @@ def _refuses_low(plan: Plan) -> str | None:
 
 
 _CUSTOM_CALL = Classifier(_call_losses, _call_gradient, lambda: CLASSIFIER_ROWS)
-_LOW_PRECISION = Classifier(_low_losses, _low_gradient, lambda: _LOW_ROWS)
+_KERNEL = Classifier(_low_losses, partial(_low_gradient, _kernel_rows), lambda: _LOW_ROWS)
+_LOW_PRECISION = Classifier(_low_losses, partial(_low_gradient, _low_rows), lambda: _LOW_ROWS)
 _REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda: math.inf)
 TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
+    Implementation("kernel", _refuses_kernel, "loss and gradient in one pass over the logits", functions=_KERNEL),
     Implementation("low_precision", _refuses_low, "logits in the dtype of products", functions=_LOW_PRECISION),
     Implementation("xla", always, "the reference, on every device", functions=_REFERENCE),
 )

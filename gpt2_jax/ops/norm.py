@@ -7,14 +7,17 @@ the gain is folded into the weight. The result comes in `site.parts` equal parts
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+import operator
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.cuda import kernels
 from gpt2_jax.ops.linear import linear
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, column_sums, weight_gradient
 from gpt2_jax.ops.plain import plain
@@ -97,10 +100,19 @@ def _followed_by_linear(
 # products of their own, so that nothing is split or joined.
 
 
-def _folded_forward(site: Site, x: jax.Array, flat_N: jax.Array) -> tuple[tuple[jax.Array, Parts], tuple[jax.Array, jax.Array]]:
-    normed, rstd = _normed(x)
-    # Without the barrier XLA computes the norm anew in the backward.
-    normed, rstd = lax.optimization_barrier((normed.astype(x.dtype), rstd))
+class _Passes(NamedTuple):
+    """The passes over the rows that the folded implementation makes between its products."""
+
+    # (x (..., C)) -> its norm in x's dtype, 1 / deviation (..., 1) float32
+    normalize: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    # (norm, 1 / deviation, parts of the norm's cotangent (M, C), cotangent that reaches x around the norm) -> that of x
+    dx: Callable[[jax.Array, jax.Array, list[jax.Array], jax.Array], jax.Array]
+
+
+def _folded_forward(
+    passes: _Passes, site: Site, x: jax.Array, flat_N: jax.Array
+) -> tuple[tuple[jax.Array, Parts], tuple[jax.Array, jax.Array]]:
+    normed, rstd = passes.normalize(x)
     n_MC = normed.reshape(-1, x.shape[-1])
     gain_C, shift_C, w_OC, b_O = (site.view(flat_N, name).array() for name in site.names)
     parts = []
@@ -113,6 +125,7 @@ def _folded_forward(site: Site, x: jax.Array, flat_N: jax.Array) -> tuple[tuple[
 
 
 def _folded_backward(
+    passes: _Passes,
     site: Site,
     saved: tuple[jax.Array, jax.Array],
     flat_N: jax.Array,
@@ -123,9 +136,8 @@ def _folded_backward(
     dtype, C = normed.dtype, normed.shape[-1]
     n_MC = normed.reshape(-1, C)
     gain_C, shift_C, w_OC, _ = (site.view(flat_N, name).array() for name in site.names)
-    dn_MC = jnp.zeros((1, C), dtype)
     dgain_C, dshift_C = jnp.zeros((C,), _FLOAT32), jnp.zeros((C,), _FLOAT32)
-    dws, dbs = [], []
+    dns, dws, dbs = [], [], []
     for dpart, w_PC in zip(dparts, jnp.split(w_OC, site.parts), strict=True):
         dpart_MP = dpart.reshape(-1, dpart.shape[-1])
         dfolded_PC = weight_gradient(site.plan, dpart_MP, n_MC).astype(_FLOAT32)
@@ -135,22 +147,69 @@ def _folded_backward(
         dgain_C += jnp.sum(dfolded_PC * w_PC, axis=0)
         dshift_C += jnp.sum(db_P[:, None] * w_PC, axis=0)
         folded_PC = rounded(w_PC * gain_C[None], dtype)
-        dn_MC += lax.dot_general(dpart_MP, folded_PC, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+        dns.append(lax.dot_general(dpart_MP, folded_PC, (((1,), (0,)), ((), ())), preferred_element_type=dtype))
     gradients = (dgain_C, dshift_C, jnp.concatenate(dws), jnp.concatenate(dbs))
     slots = {}
     for name, gradient in zip(site.names, gradients, strict=True):
         gradient_N, slots[name] = write_gradient(site, gradient_N, name, gradient)
+    return passes.dx(normed, rstd, dns, dresidual), gradient_N, slots
+
+
+def _xla_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    normed, rstd = _normed(x)
+    # Without the barrier XLA computes the norm anew in the backward.
+    return lax.optimization_barrier((normed.astype(x.dtype), rstd))
+
+
+def _xla_dx(normed: jax.Array, rstd: jax.Array, dns: list[jax.Array], dresidual: jax.Array) -> jax.Array:
+    dn_MC = reduce(operator.add, dns)  # in the dtype of products: cuBLAS adds it to the next part's itself
     n, d = normed.astype(_FLOAT32), dn_MC.reshape(normed.shape).astype(_FLOAT32)
     dx = (d - jnp.mean(d, axis=-1, keepdims=True) - n * jnp.mean(d * n, axis=-1, keepdims=True)) * rstd
-    return dresidual + dx.astype(dtype), gradient_N, slots
+    return dresidual + dx.astype(normed.dtype)
+
+
+# By kernels of our own: one pass over the rows each, in place of XLA's two.
+
+_KERNEL_PARTS = 3  # addresses that the kernel takes
+_MOST_CHANNELS = 2048  # of a row that a warp's registers hold
+
+
+def _kernel_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    results = (_like(x), jax.ShapeDtypeStruct((*x.shape[:-1], 1), _FLOAT32))
+    return kernels.call("layer_norm", results, x, **_rows_of_warps(x))
+
+
+def _kernel_dx(normed: jax.Array, rstd: jax.Array, dns: list[jax.Array], dresidual: jax.Array) -> jax.Array:
+    filled = [*dns, *dns[:1] * (_KERNEL_PARTS - len(dns))]
+    launch = _rows_of_warps(normed, PARTS=len(dns))
+    return kernels.call("layer_norm_backward", _like(normed), normed, rstd, dresidual, *filled, **launch)
+
+
+def _rows_of_warps(x: jax.Array, **constants: int) -> dict[str, Any]:
+    """How a kernel is launched that has a warp for each row of x."""
+    C = x.shape[-1]
+    rows, threads = x.size // C, 256 if C <= 1024 else 128
+    all_constants = {"LAYER_NORM": 1, "C": C, "ROWS": rows, "EPSILON": f"{LAYERNORM_EPSILON}f", "PARTS": 1, **constants}
+    return {"constants": all_constants, "blocks": -(-rows // (threads // 32)), "threads": threads}
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
+def _refuses_kernel(plan: Plan) -> str | None:
+    if reason := kernels.refusal(plan):
+        return reason
+    C = plan.config.channels
+    return None if C % 8 == 0 and C <= _MOST_CHANNELS else f"rows of a multiple of 8 up to {_MOST_CHANNELS} channels, not {C}"
+
+
 def _refuses_folded(plan: Plan) -> str | None:
     return ON_NVIDIA_ONLY if "cuda_libraries" in plan.backend.lacks else None
+
+
+def _folded(passes: _Passes) -> ThreadedOp:
+    return threaded(partial(_folded_forward, passes), partial(_folded_backward, passes))
 
 
 _reference, _custom_call = plain(_residual_and_norm), threaded(_call_forward, _call_backward)
@@ -162,10 +221,16 @@ TABLE = (
         functions=Norms(_custom_call, partial(_followed_by_linear, _custom_call)),
     ),
     Implementation(
+        "folded_kernel",
+        _refuses_kernel,
+        "gain and shift become part of the weight, a norm is one pass",
+        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx))),
+    ),
+    Implementation(
         "folded",
         _refuses_folded,
         "gain and shift become part of the weight",
-        functions=Norms(_reference, threaded(_folded_forward, _folded_backward)),
+        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx))),
     ),
     Implementation(
         "xla",

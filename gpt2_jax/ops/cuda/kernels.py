@@ -1,0 +1,151 @@
+"""Kernels of our own for NVIDIA GPUs: CUDA C++ that NVRTC compiles for the model's sizes and this machine's GPU.
+
+NVRTC is a part of every installation of jax for CUDA, so neither a toolkit nor a compiler is needed. The library of
+custom calls launches the kernels on XLA's stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gpt2_jax import jax_compat
+from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.table import Fallback
+
+if TYPE_CHECKING:
+    from gpt2_jax.compute.plan import Plan
+
+_SOURCE = Path(__file__).with_name("kernels.cu")
+_DRIVER = "libcuda.so.1"
+_TARGET = "gpt2_jax_cuda_launch"
+_OLDEST = (8, 0)  # for copies into shared memory that pass registers by
+_MAX_SHARED_BYTES_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+
+
+def refusal(plan: Plan) -> str | None:
+    """Why the kernels cannot serve this plan; None when they can."""
+    if "cuda_libraries" in plan.backend.lacks:
+        return "on NVIDIA GPUs only"
+    if plan.dtype != "bfloat16":
+        return "in bfloat16 only"
+    if not jax_compat.ffi_call_can_alias():
+        return Fallback("this jax cannot alias a custom call's argument and result")
+    try:
+        _nvrtc()
+        _load_function()
+        if _device().capability < _OLDEST:
+            return f"GPUs of compute capability {_OLDEST[0]}.{_OLDEST[1]} on"
+    except NotImplementedError as error:
+        return Fallback(str(error))
+    return None
+
+
+def call(
+    kernel: str,
+    result: Any,
+    *operands: jax.Array,
+    constants: dict[str, str | int | float],
+    blocks: int,
+    threads: int,
+    shared_bytes: int = 0,
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """Launch a kernel of kernels.cu, compiled with these constants and THREADS; `result` is its shape, or a tuple of them."""
+    constants = {**constants, "THREADS": threads}
+    name = _loaded(kernel, tuple(sorted((key, str(value)) for key, value in constants.items())))
+    attributes = {"blocks": np.int64(blocks), "threads": np.int64(threads), "shared_bytes": np.int64(shared_bytes)}
+    return jax_compat.ffi_call(_TARGET, result, *operands, aliases=aliases, kernel=name, **attributes)
+
+
+class _Device(NamedTuple):
+    capability: tuple[int, int]
+    shared_bytes: int  # that a block may have
+
+
+@cache
+def _device() -> _Device:
+    """The first GPU of the process, which the kernels are compiled for; NotImplementedError where there is none."""
+    try:
+        major, minor = map(int, jax.devices("gpu")[0].compute_capability.split("."))
+        driver, shared_bytes = ctypes.CDLL(_DRIVER), ctypes.c_int()
+        failure = driver.cuDeviceGetAttribute(ctypes.byref(shared_bytes), _MAX_SHARED_BYTES_OF_A_BLOCK, 0)
+    except (RuntimeError, OSError, AttributeError) as error:
+        raise NotImplementedError(f"no GPU of CUDA's was found: {str(error).splitlines()[0]}") from None
+    if failure:
+        raise NotImplementedError(f"CUDA's driver does not describe the GPU: its error {failure}")
+    return _Device((major, minor), shared_bytes.value)
+
+
+def shared_bytes() -> int:
+    """Bytes of shared memory that a block may have."""
+    return _device().shared_bytes
+
+
+@cache
+def _loaded(kernel: str, constants: tuple[tuple[str, str], ...]) -> str:
+    """The name by which the library knows the compiled kernel: the same in every process, as compiled programs keep it."""
+    source = _SOURCE.read_bytes()
+    architecture = "sm_{}{}".format(*_device().capability)
+    name = f"{kernel}_{hashlib.sha256(repr((source, constants, architecture)).encode()).hexdigest()[:16]}"
+    image = compile_kernels(source, dict(constants), architecture)
+    problem = _load_function()(_DRIVER.encode(), name.encode(), kernel.encode(), image)
+    if problem is not None:
+        raise RuntimeError(f"{kernel}: expected to load, found {problem.decode()}")
+    return name
+
+
+def compile_kernels(source: bytes, constants: dict[str, str], architecture: str) -> bytes:
+    """Machine code of the kernels, for a GPU such as sm_90. RuntimeError with the compiler's log when it refuses."""
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={value}" for key, value in constants.items())]
+    failure = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options)))
+    if failure:
+        raise RuntimeError(f"NVRTC: expected kernels.cu to compile, found\n{_text(program, 'ProgramLog').decode()}")
+    image = _text(program, "CUBIN")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return image
+
+
+def _text(program: ctypes.c_void_p, what: str) -> bytes:
+    nvrtc, size = _nvrtc(), ctypes.c_size_t()
+    _check(getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(getattr(nvrtc, f"nvrtcGet{what}")(program, buffer))
+    return buffer.raw
+
+
+def _check(failure: int) -> None:
+    if failure:
+        raise RuntimeError(f"NVRTC: expected success, found its error {failure}")
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec is not None else None
+    installed = [str(path) for folder in folders or () for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    for path in [*installed, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]:
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise NotImplementedError("NVRTC, CUDA's run-time compiler, is not installed: pip install nvidia-cuda-nvrtc")
+
+
+@cache
+def _load_function() -> Any:
+    load = library.load().gpt2_jax_cuda_load
+    load.restype = ctypes.c_char_p
+    load.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_char_p]
+    ffi = jax_compat.ffi_module()
+    ffi.register_ffi_target(_TARGET, ffi.pycapsule(getattr(library.load(), _TARGET)), platform="CUDA")
+    return load

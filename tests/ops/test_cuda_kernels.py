@@ -1,0 +1,121 @@
+"""Kernels of our own for NVIDIA GPUs: each against its plain twin on a GPU, and what can be said of them without one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax.ops import classifier, norm
+from gpt2_jax.ops.cuda import kernels
+from gpt2_jax.ops.table import Fallback
+from gpt2_jax.ops.threaded import Site
+from tests.conftest import CPU, TINY, plan_of
+
+BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+ULP = 2.0**-8  # of bfloat16, relative: a rounding is off by half of it
+SIZES = {
+    "CLASSIFIER": {"V": 50304, "TRUE_V": 50257, "SCALE": "0.5f", "THREADS": 1024},
+    "LAYER_NORM": {"C": 768, "ROWS": 1000, "EPSILON": "1e-05f", "PARTS": 3, "THREADS": 256},
+}
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
+def has_nvrtc() -> bool:
+    try:
+        kernels._nvrtc()
+    except NotImplementedError:
+        return False
+    return True
+
+
+on_gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("kernel", SIZES)
+def test_the_kernels_compile_for_every_generation(kernel, architecture):
+    constants = {kernel: "1", **{name: str(value) for name, value in SIZES[kernel].items()}}
+    image = kernels.compile_kernels(kernels._SOURCE.read_bytes(), constants, architecture)
+    assert image.startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
+def test_what_does_not_compile_says_why():
+    with pytest.raises(RuntimeError, match=r"kernels\.cu.*error: "):
+        kernels.compile_kernels(b"extern broken", {}, "sm_90")
+
+
+def test_they_are_refused_with_a_reason_where_they_cannot_run(monkeypatch):
+    cuda = dataclasses.replace(CPU, name="cuda", platform="cuda", lacks=frozenset({"custom_calls"}))
+    assert kernels.refusal(plan_of(dtype="bfloat16")) == "on NVIDIA GPUs only"
+    assert kernels.refusal(plan_of(backend=cuda)) == "in bfloat16 only"
+
+    def missing():
+        raise NotImplementedError("NVRTC is not installed")
+
+    monkeypatch.setattr(kernels, "_nvrtc", missing)
+    reason = kernels.refusal(plan_of(backend=cuda, dtype="bfloat16"))
+    assert isinstance(reason, Fallback)
+    assert reason in ("NVRTC is not installed", "this jax cannot alias a custom call's argument and result")
+
+
+def test_a_row_that_shared_memory_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "refusal", lambda plan: None)
+    monkeypatch.setattr(kernels, "shared_bytes", lambda: 101_376)
+    plan = plan_of(dtype="bfloat16")
+    assert classifier._refuses_kernel(plan) is None
+    large = dataclasses.replace(plan, config=dataclasses.replace(TINY, vocab_size=60_000))
+    assert classifier._refuses_kernel(large) == "a row of logits has 120064 bytes, of which 100864 fit into shared memory"
+    wide = dataclasses.replace(plan, config=dataclasses.replace(TINY, channels=2056, num_heads=1))
+    assert norm._refuses_kernel(wide) == "rows of a multiple of 8 up to 2048 channels, not 2056"
+
+
+@on_gpu
+@pytest.mark.parametrize(("vocab_size", "rows"), [(50257, 300), (203, 7), (1000, 64)])
+def test_the_loss_and_its_gradient_are_their_twins(vocab_size, rows):
+    """Against float64 from the same logits: a float32 sum of V terms, a rounding to bfloat16."""
+    config = dataclasses.replace(TINY, vocab_size=vocab_size)
+    site = Site(plan_of(config, dtype="bfloat16"), ("wte",))
+    generator = np.random.default_rng(0)
+    V, scale = config.padded_vocab_size, 0.125
+    logits = jnp.asarray(generator.normal(size=(rows, V)) * 3, BFLOAT16)
+    y = jnp.asarray(generator.integers(0, vocab_size, rows), jnp.int32)
+    losses, gradient = jax.jit(lambda logits, y: classifier._kernel_rows(site, logits, y, scale))(logits, y)
+    wide = np.asarray(logits.astype(FLOAT32), np.float64)[:, :vocab_size]
+    log_sum = np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1)) + wide.max(1)
+    np.testing.assert_allclose(losses, log_sum - wide[np.arange(rows), y], rtol=0, atol=1e-5)
+    expected = np.exp(wide - log_sum[:, None])
+    expected[np.arange(rows), y] -= 1
+    found = np.asarray(gradient.astype(FLOAT32), np.float64)
+    np.testing.assert_allclose(found[:, :vocab_size], expected * scale, rtol=ULP, atol=1e-9)
+    assert not found[:, vocab_size:].any()
+
+
+@on_gpu
+@pytest.mark.parametrize("channels", [8, 32, 768, 1024, 1280, 1600, 2048])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_norm_and_its_cotangent_are_their_twins(channels, parts):
+    generator = np.random.default_rng(channels)
+    x, residual, *dns = (jnp.asarray(generator.normal(size=(3, 37, channels)) * 2 + 0.3, BFLOAT16) for _ in range(2 + parts))
+    dns = [dn.reshape(-1, channels) for dn in dns]
+    normed, rstd = jax.jit(norm._kernel_normalize)(x)
+    twin, twin_rstd = norm._normed(x)
+    np.testing.assert_allclose(rstd, twin_rstd, rtol=1e-5)
+    np.testing.assert_allclose(normed.astype(FLOAT32), twin, rtol=ULP, atol=1e-6)
+    dx = jax.jit(norm._kernel_dx)(normed, rstd, dns, residual)
+    n, d = (np.asarray(array, np.float64) for array in (normed.astype(FLOAT32), sum(dn.astype(FLOAT32) for dn in dns)))
+    d = d.reshape(n.shape)
+    expected = (d - d.mean(-1, keepdims=True) - n * (d * n).mean(-1, keepdims=True)) * np.asarray(rstd, np.float64)
+    expected += np.asarray(residual.astype(FLOAT32), np.float64)
+    np.testing.assert_allclose(dx.astype(FLOAT32), expected, rtol=ULP, atol=1e-5 * np.abs(expected).max())
