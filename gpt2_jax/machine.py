@@ -112,6 +112,14 @@ def keep_freed_memory() -> bool:
     return True
 
 
+def give_memory_back() -> None:
+    """Give the pages of freed memory back to the kernel, where the C library can (glibc), also those that
+    keep_freed_memory has it keep."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Grow the heap by half of the machine's memory, of addresses alone, that the kernel may back by pages of 2 MiB.
 
