@@ -59,7 +59,9 @@ def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
                 say(f"{folder}: a run ended here before its first checkpoint; this one takes its place")
             _set_aside(folder, say)
         with atomic_write(saved_config_path(folder)) as file:
-            settled = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False))
+            settled = dataclasses.replace(
+                config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False, verbose=False)
+            )
             file.write(format_config(settled).encode("utf-8", "surrogatepass"))
         _link_latest(folder, say)
         yield

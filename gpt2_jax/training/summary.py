@@ -6,6 +6,7 @@ import shlex
 import time
 
 from gpt2_jax.compute.memory import measured_peak
+from gpt2_jax.config import DataSettings
 from gpt2_jax.errors import as_typed
 from gpt2_jax.machine import gigabytes
 from gpt2_jax.report.plots import plot_loss
@@ -26,12 +27,14 @@ def summarize(run: Run) -> None:
     run.display.line(f"loss curve: {run.folder / 'loss.png'}\nlog:        {run.log.path}\nrun folder: {run.folder}")
     if run.best is not None:
         run.display.line(f"lowest validation loss: {run.best.loss:.4f} at step {run.best.step}, whose checkpoint is kept")
-    folder = shlex.quote(str(run.folder))
+    folder, T = shlex.quote(str(run.folder)), run.config.data.sequence_length
+    # The default is longer than a small model's positions.
+    fits = "" if DataSettings().sequence_length == T else f" --sequence-length {T}"
     run.display.line(
         as_typed(
             f"talk to it:   python scripts/generate.py {folder}\n"
             f"go on:        python scripts/train.py --resume --out-dir {folder} --steps {2 * run.steps}\n"
-            f"fine-tune it: python scripts/train.py --init {folder} --train data/my_train.bin"
+            f"fine-tune it: python scripts/train.py --init {folder}{fits} --train data/my_train.bin"
         )
     )
 

@@ -90,9 +90,9 @@ def test_a_run_leaves_checkpoint_log_settings_and_picture(config, hellaswag, cap
     assert parse(GenerateArguments, "", words["talk to it"]).checkpoint == str(folder)
     goes_on, fine_tunes = (parse_command_line(words[what], "").settings for what in ("go on", "fine-tune it"))
     assert (goes_on.run.resume, goes_on.run.steps, goes_on.data) == (True, 16, config.data)
-    assert prepare(
-        change(fine_tunes, data=dataclasses.asdict(config.data), run={"steps": 1}), "x", CPU
-    ).config.model.init == str(folder / "model_00000008.bin")
+    shards = {"train": config.data.train, "validation": config.data.validation}
+    prepared = prepare(change(fine_tunes, data=shards, run={"steps": 1}), "x", CPU)
+    assert prepared.config.model.init == str(folder / "model_00000008.bin")
 
 
 def test_a_set_that_a_killed_process_had_set_aside_is_gone_on_from(config, without_step, capsys):
