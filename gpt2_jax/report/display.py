@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpt2_jax.output import without_controls
-from gpt2_jax.report.status_line import StatusLine
+from gpt2_jax.report.status_line import StatusLine, can_hold_a_line
 
 _QUIET_SECONDS = 2.0  # a task that ends sooner is not counted
 _LINE_EVERY_SECONDS = 10.0  # where there is no terminal
@@ -43,9 +43,7 @@ class Display:
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._clock = clock
-        # What FORCE_COLOR calls a terminal is still a pipe, and gets lines.
-        can_erase = self._console.file.isatty() and not self._console.legacy_windows
-        self._has_terminal = can_erase and self._console.is_terminal and not self._console.is_dumb_terminal
+        self._has_terminal = can_hold_a_line(self._console)
         self._status: StatusLine | None = None
         self._started = clock()
         self._first: tuple[int, float] | None = None  # the first step that was shown, and when

@@ -12,6 +12,12 @@ _ERASE_BELOW = "\x1b[J"
 _SECONDS = 1.0  # from one drawing to the next, where nothing happens
 
 
+def can_hold_a_line(console: Console) -> bool:
+    """Whether this is a terminal on which a line can be drawn anew. What FORCE_COLOR calls one is still a pipe."""
+    can_erase = console.file.isatty() and not console.legacy_windows
+    return can_erase and console.is_terminal and not console.is_dumb_terminal
+
+
 class StatusLine:
     """A line that `render(width)` gives, of at most `width` characters; drawn at once, after every change, every second.
 
@@ -41,12 +47,13 @@ class StatusLine:
             write()
             self.draw()
 
-    def end(self) -> None:
-        """Leave the line as it is last drawn, and the cursor below it."""
+    def end(self, *, keep: bool = True) -> None:
+        """Draw the line for the last time and leave the cursor below it; without `keep` the line is erased."""
         self._ended.set()
         self._ticker.join()
-        self.draw()
-        self._write("\n")
+        if keep:
+            self.draw()
+        self._write("\n" if keep else f"\r{_ERASE_BELOW}")
 
     def _tick(self) -> None:
         while not self._ended.wait(_SECONDS):

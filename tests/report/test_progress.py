@@ -11,6 +11,11 @@ from gpt2_jax.report import progress
 from gpt2_jax.report.progress import bytes_progress
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A list of one number, the time."""
@@ -21,7 +26,7 @@ def clock(monkeypatch):
 
 def shown(clock, seconds: list[float], *, fails: bool = False, **console) -> str:
     """What is shown of a task of 10 MB that does 1 MB after each of these times."""
-    file = io.StringIO()
+    file = Terminal() if console.get("force_terminal") else io.StringIO()
     try:
         with bytes_progress("reading a text", 10_000_000, Console(file=file, width=100, **console)) as advance:
             for passed in seconds:
@@ -52,9 +57,13 @@ def test_a_dumb_terminal_gets_the_lines(clock, monkeypatch):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_terminal_gets_a_bar_that_vanishes(clock, fails, monkeypatch):
+def test_a_terminal_gets_a_line_that_changes_and_vanishes(clock, fails, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     text = shown(clock, [5, 1], fails=fails, force_terminal=True)
-    assert "reading a text" in text
-    assert "1.0/10.0 MB" in text
-    assert text.endswith("\x1b[2K")  # the line is erased
+    assert text.startswith("\rreading a text: 1 of 10 MB, about 45 s left\x1b[J\r")
+    assert text.endswith("\r\x1b[J")  # the line is erased
+
+
+def test_what_is_only_called_a_terminal_gets_lines(clock, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert shown(clock, [5]) == "reading a text: 1 of 10 MB, about 45 s left\n"
