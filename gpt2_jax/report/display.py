@@ -74,6 +74,12 @@ class Display:
         for name, value in rows:
             self.line(f"  {name:<{width}}  {value}")
 
+    def recall(self, losses: Sequence[float]) -> None:
+        """The losses of the steps before this process, for the best and the recent ones."""
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        self._losses = finite[-_RECENT:]
+        self._best = min(finite, default=math.inf)
+
     def step(self, figures: Figures) -> None:
         """Show one training step."""
         if self._first is None:

@@ -34,6 +34,7 @@ def _train(run: Run) -> None:
     events = events_of(run)
     if run.step > 0:
         run.log_event("resume")
+        run.attempt(lambda: run.display.recall([*run.log.finite_values("train", "loss").values()]))
     happen(run, before_first_step(run, events))
     if run.is_stopping:
         _stop(run)

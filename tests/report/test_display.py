@@ -149,6 +149,14 @@ def test_the_best_loss_and_the_recent_ones_as_sparks():
     assert "| best 1.0000 | ████████████▁▇▂▄ |" in last
 
 
+def test_the_best_of_a_resumed_run_is_the_whole_runs():
+    output = console(terminal=True, width=160)
+    with Display(output, Clock()) as display:
+        display.recall([9.0, NAN, 2.0, 3.0])
+        display.step(at(5, loss=9.0))
+    assert "| best 2.0000 | █▁▂█ |" in screen(written(output))[-2]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_without_the_characters_gets_others(encoding):
     output = console(terminal=True, encoding=encoding)

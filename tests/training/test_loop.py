@@ -46,6 +46,9 @@ class Recorder:
     def step(self, figures: Figures) -> None:
         self.happened.append(f"read {figures.step}")
 
+    def recall(self, losses) -> None:
+        self.lines.append(f"recalled {len(losses)} losses")
+
     @contextmanager
     def counted(self, what: str, total: int):
         yield lambda: None
