@@ -18,7 +18,7 @@ from gpt2_jax.report.status_line import StatusLine, can_hold_a_line
 
 _QUIET_SECONDS = 2.0  # a task that ends sooner is not counted
 _LINE_EVERY_SECONDS = 10.0  # where there is no terminal
-_BAR, _SPARKS, _RECENT = "━", "▁▂▃▄▅▆▇█", 16
+_BAR, _SPARKS, _RECENT, _FEWEST = "━", "▁▂▃▄▅▆▇█", 16, 4
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,14 @@ class Display:
         loss, norm, rate, seconds, *mfu, speed = _in_words(figures)
         step = f"step {figures.step}/{figures.total_steps}"
         elapsed, left = self._times(figures).split(", ")
-        best, sparks = (f"best {self._best:.4f}", self._sparks()) if width >= 99 and self._losses else ("", "")
-        short_loss = f"loss {figures.loss:.4f}"
+        short_loss, bar = f"loss {figures.loss:.4f}", self._bar(figures, 10)
+        best = sparks = ""
+        if width >= 99 and self._losses:
+            best = f"best {self._best:.4f}"
+            sparks = self._sparks(width - sum(len(part) + 3 for part in (step, short_loss, left, bar, speed, best)))
         # The longer form of the loss is worth less than what a shorter one leaves room for.
-        by_worth = [step, short_loss, left, self._bar(figures, 10), speed, best, sparks, seconds, elapsed, norm, rate, *mfu]
-        in_order = [step, self._bar(figures, 10), short_loss, best, sparks, norm, rate, seconds, *mfu, speed, elapsed, left]
+        by_worth = [step, short_loss, left, bar, speed, best, sparks, seconds, elapsed, norm, rate, *mfu]
+        in_order = [step, bar, short_loss, best, sparks, norm, rate, seconds, *mfu, speed, elapsed, left]
         shown: set[str] = set()
         room = width
         for part in filter(None, by_worth):
@@ -157,12 +160,14 @@ class Display:
         done = width * figures.step // figures.total_steps
         return _BAR * done + "·" * (width - done) if self._shows(_BAR + "·") else "#" * done + "-" * (width - done)
 
-    def _sparks(self) -> str:
-        if not self._shows(_SPARKS):
+    def _sparks(self, room: int) -> str:
+        """The newest of the recent losses, as many as there is room for."""
+        if room < _FEWEST or not self._shows(_SPARKS):
             return ""
-        low, high = min(self._losses), max(self._losses)
+        losses = self._losses[-room:]
+        low, high = min(losses), max(losses)
         scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
-        return "".join(_SPARKS[round((loss - low) * scale)] for loss in self._losses)
+        return "".join(_SPARKS[round((loss - low) * scale)] for loss in losses)
 
     def _shows(self, characters: str) -> bool:
         try:

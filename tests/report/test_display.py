@@ -149,6 +149,22 @@ def test_the_best_loss_and_the_recent_ones_as_sparks():
     assert "| best 1.0000 | ████████████▁▇▂▄ |" in last
 
 
+@pytest.mark.parametrize(("total", "speed"), [(60, 4800.0), (20000, 48000.0)])
+@pytest.mark.parametrize("width", [100, 110, 120])
+def test_sparks_stay_when_the_losses_are_many_and_the_line_is_long(width, total, speed):
+    output, clock = console(terminal=True, width=width), Clock()
+    with Display(output, clock) as display:
+        for step in range(1, 31):
+            clock.now += 0.5
+            display.step(at(step, total_steps=total, loss=5 - step / 10, tokens_per_second=speed))
+    last = screen(written(output))[-2]
+    (sparks,) = (part for part in last.split(" | ") if part[0] in "▁▂▃▄▅▆▇█")
+    assert 4 <= len(sparks) <= 16
+    assert (sparks[0], sparks[-1]) == ("█", "▁")  # the scale is of the losses that are shown
+    assert "tok/s" in last
+    assert len(last) < width
+
+
 def test_the_best_of_a_resumed_run_is_the_whole_runs():
     output = console(terminal=True, width=160)
     with Display(output, Clock()) as display:
