@@ -7,6 +7,7 @@ goes on.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
@@ -40,14 +41,19 @@ class OutputLostError(Exception):
         super().__init__(f"standard output: expected to write it, found: {cause.strerror or cause}")
 
 
+class _Closed(io.RawIOBase):
+    """The unbuffered end of a stream that was closed when the process began."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
 class _Raw(io.RawIOBase):
     """The unbuffered end of a standard stream. What cannot be written is dropped, and said once on the other stream."""
 
-    def __init__(self, name: str, stream: TextIO):
+    def __init__(self, name: str, file: Any):
         super().__init__()
-        self.name = name
-        # Under python -u there is no buffer between the text and the file.
-        self._file: Any = getattr(stream.buffer, "raw", stream.buffer)
+        self.name, self._file = name, file
         self.is_result = False
         self.other: _Raw | None = None  # that a failure is said on
 
@@ -98,8 +104,8 @@ def output_is_no_result() -> None:
 def guarded_streams() -> Iterator[None]:
     """While inside, sys.stdout and sys.stderr show every character, and OutputLostError is all that printing can raise.
 
-    Streams that are no files, as in a notebook, stay as they are. What was closed when the process began (`>&-`) becomes
-    the null device: the next file that is opened would have its number, and get what libraries print.
+    Streams that are no files, as in a notebook, stay as they are. What was closed when the process began (`>&-`) cannot
+    be written. Its number becomes the null device's: the next file that is opened would have it, and get what libraries print.
     """
     global _output, _errors
     for descriptor in _DESCRIPTORS:
@@ -134,12 +140,14 @@ def _open_if_closed(descriptor: int) -> None:
 def _guarded(name: str, stream: TextIO | None) -> tuple[TextIO, _Raw | None]:
     """A stream like the given one that never fails to encode, and its unbuffered end."""
     if stream is None:  # Python found it closed
-        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"), None
+        raw = _Raw(name, _Closed())
+        return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace"), raw
     if not isinstance(stream, io.TextIOWrapper):
         return stream, None
     with suppress(OSError):
         stream.flush()
-    raw = _Raw(name, stream)
+    # Under python -u there is no buffer between the text and the file.
+    raw = _Raw(name, getattr(stream.buffer, "raw", stream.buffer))
     text = io.TextIOWrapper(
         raw if stream.write_through else io.BufferedWriter(raw),
         encoding=stream.encoding,

@@ -90,7 +90,7 @@ def test_a_run_outlasts_its_terminal(shard, tmp_path):
     [
         ("> /dev/full", "can no longer be written (No space left on device); the work goes on without it"),
         ("| true", "can no longer be written (Broken pipe); the work goes on without it"),
-        (">&-", ""),
+        (">&-", "standard output can no longer be written (Bad file descriptor); the work goes on without it"),
         (">&- 2>&-", ""),
         ("2>&-", ""),
         ("2> /dev/full", ""),
@@ -113,6 +113,16 @@ def test_a_run_goes_on_without_an_output_that_is_gone(shard, tmp_path, redirecti
     assert b"Traceback" not in ended.stderr
     # What was printed is in no file of the run.
     assert all(b"compiling the training step" not in path.read_bytes() for path in folder.iterdir() if path.is_file())
+
+
+@pytest.mark.parametrize("redirection", [">&-", "> /dev/full"])
+def test_a_result_that_nobody_can_get_is_an_error(redirection):
+    if "/dev/full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    command = f"{sys.executable} {REPOSITORY}/scripts/doctor.py --help {redirection}"
+    ended = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: standard output: expected to write it, found: ")
 
 
 def test_a_short_command_in_a_pipe_ends_as_before():
