@@ -17,7 +17,7 @@ from tests.conftest import TINY, available, plan_of
 # Of this record what is for NVIDIA GPUs computes on the CPU too, but for cuDNN.
 NVIDIA = Backend("cuda", "cpu", "test", frozenset({"custom_calls"}))
 
-rungs = pytest.mark.parametrize("kind", available(("naive", "threaded", "amx")))
+own_products = pytest.mark.parametrize("kind", available(("naive", "threaded", "amx")))
 kinds = pytest.mark.parametrize("kind", ["xla", *available(("naive", "threaded", "amx")), "nvidia"])
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 

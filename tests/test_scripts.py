@@ -170,7 +170,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
 
 
 def test_bench_matmul_ends_with_a_json_line_and_draws(tmp_path):
-    flags = ["--implementations", "numpy", "--tokens", "8", "--rounds", "1", "--plot", tmp_path / "ladder.png"]
+    flags = ["--implementations", "numpy", "--tokens", "8", "--rounds", "1", "--plot", tmp_path / "rates.png"]
     output, _ = run("bench_matmul.py", *flags)
     record = json.loads(output.splitlines()[-1])
     assert [(total["implementation"], total["precision"]) for total in record["totals"]] == [("numpy", "F32_F32_F32")]
@@ -178,14 +178,14 @@ def test_bench_matmul_ends_with_a_json_line_and_draws(tmp_path):
         *((8, 768, 2304), (8, 768, 768), (8, 768, 3072), (8, 3072, 768)),
         (8, 768, 50304),
     ]
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
         ("bench_matmul.py", ["--implementations", "gemm"], "--implementations: expected some of naive"),
-        ("bench_matmul.py", ["--plot", "none/ladder.png"], "--plot: expected a .png file in a folder that exists"),
+        ("bench_matmul.py", ["--plot", "none/rates.png"], "--plot: expected a .png file in a folder that exists"),
         ("bench_train.py", ["--systems", "tensorflow"], "--systems: expected names of gpt2_jax"),
         ("bench_train.py", ["--model", "d13"], "model descriptor: expected one of d6"),
         ("bench_train.py", ["--sequence-length", "4096"], "--sequence-length 1 to 1024"),

@@ -23,7 +23,7 @@ from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.threaded import WeightView
 
 # This project's own, from the plainest to the fastest, then the peers.
-IMPLEMENTATIONS = (*matmul.RUNGS, "xla", "numpy", "pytorch")
+IMPLEMENTATIONS = (*matmul.CUSTOM_CALLS, "xla", "numpy", "pytorch")
 PRECISIONS = ("F32_F32_F32", "BF16_BF16_F32", "BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "S8_S8_S32_X6")
 PEER_PRECISIONS = {"xla": PRECISIONS[:2], "numpy": PRECISIONS[:1], "pytorch": PRECISIONS[:2]}
 PRODUCTS = ("fwd", "dx", "dw")
@@ -195,7 +195,7 @@ class ProductRunner:
             first[product, linear.name] = array(product, linear, self._first(product, linear, rows))
             x[linear.name] = array("x", linear, self.operands.x[linear.name])
         if implementation != "xla":
-            return self._rung(implementation, precision, rows, first, x)
+            return self._custom_call(implementation, precision, rows, first, x)
 
         def multiply(product: str, linear: Linear, layer: int) -> jax.Array:
             function = _compiled(implementation, precision, product, _out_dtype(product, linear, dtype))
@@ -204,7 +204,7 @@ class ProductRunner:
 
         return multiply
 
-    def _rung(self, implementation: str, precision: str, rows: Rows, first: _First, x: dict[str, jax.Array]) -> Multiply:
+    def _custom_call(self, implementation: str, precision: str, rows: Rows, first: _First, x: dict[str, jax.Array]) -> Multiply:
         dtype = next(iter(x.values())).dtype
         elements: dict[str, int] = {}
         for product, linear in self._each(rows):
@@ -253,7 +253,7 @@ def _compiled(implementation: str, precision: str, product: str, out_dtype: jnp.
 def _compiled_into(implementation: str, precision: str) -> jax.stages.Wrapped:
     def product_into(gradient: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
         target = WeightView(gradient, 0, (dy.shape[1], x.shape[1]))
-        return matmul.rung_into(target, dy, x, transpose_a=True, implementation=implementation, precision=precision)[0]
+        return matmul.custom_call_into(target, dy, x, transpose_a=True, implementation=implementation, precision=precision)[0]
 
     return jax.jit(product_into, donate_argnums=(0,))
 

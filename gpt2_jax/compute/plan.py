@@ -151,7 +151,7 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) 
         requested = compute.matmul if seam == "linear" else "auto"
         choice: dict[str, Any] = {seam: choose(seam, table, plan, requested)}
         plan = dataclasses.replace(plan, **choice)
-        if seam == "linear" and plan.linear.name in matmul.RUNGS:
+        if seam == "linear" and plan.linear.name in matmul.CUSTOM_CALLS:
             plan = dataclasses.replace(plan, **_precisions(plan))
     if compute.strict and (fallbacks := [*plan.fallbacks(), *([backend.fallback] if backend.fallback else [])]):
         raise Gpt2JaxError(
@@ -168,10 +168,10 @@ def _matmul_precision(compute: ComputeSettings) -> str | None:
 
 
 def _precisions(plan: Plan) -> dict[str, Any]:
-    rung, dtype, setting = plan.linear.name, plan.compute_dtype, plan.matmul_precision
+    name, dtype, setting = plan.linear.name, plan.compute_dtype, plan.matmul_precision
     return {
-        "product_precision": matmul.rung_precision(rung, dtype, setting),
-        "weight_gradient_precision": matmul.rung_precision(rung, dtype, setting, weight_gradient=True),
+        "product_precision": matmul.custom_call_precision(name, dtype, setting),
+        "weight_gradient_precision": matmul.custom_call_precision(name, dtype, setting, weight_gradient=True),
     }
 
 

@@ -1,14 +1,19 @@
 """The matrix products of the linear layers: a table of implementations.
 
 'xla' is the reference, computes on every device and is always there. 'cublas' is for NVIDIA GPUs in bfloat16. The others
-are the rungs of custom_calls/, on the CPU.
+are the custom calls of custom_calls/, on the CPU.
 
-The arithmetic of a product is named as in jax.lax.DotAlgorithmPreset, or as XLA would (S8_S8_S32_X6). bfloat16 operands
-are multiplied in BF16_BF16_F32. For float32 operands the plan's matmul_precision, by jax's names, decides: without one a
-rung takes its first of F32_F32_F32 and S8_S8_S32_X6 (custom_calls/README.md has its error); with 'highest' of F32_F32_F32
-and BF16_BF16_F32_X6; for 'high' of BF16_BF16_F32_X3 and F32_F32_F32. X3 is not the default, since with it d12's gradients
-leave the tolerance of check-gradients. Only the gradient of a weight, which no other product is made of, takes X3 without
-a setting: all are within half of that tolerance.
+A product's arithmetic ("precision") is named as in jax.lax.DotAlgorithmPreset, or as XLA would (S8_S8_S32_X6). bfloat16
+operands are multiplied in BF16_BF16_F32. For float32 operands a custom call takes the first that it offers:
+
+| matmul_precision | most products | gradients of weights |
+| --- | --- | --- |
+| none | F32_F32_F32, S8_S8_S32_X6 | F32_F32_F32, BF16_BF16_F32_X3 |
+| 'highest' | F32_F32_F32, BF16_BF16_F32_X6 | the same |
+| 'high' | BF16_BF16_F32_X3, F32_F32_F32 | the same |
+
+X3 for all products would leave the tolerance of check-gradients. For the gradients of weights alone, of which no other
+product is made, everything stays within half of it. custom_calls/README.md has the errors.
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ from gpt2_jax.ops.threaded import WeightView, rounded
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
-RUNGS = ("naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas")
-IMPLEMENTATIONS = ("xla", *RUNGS)  # what --matmul names
+CUSTOM_CALLS = ("naive", "blocked", "simd", "threaded", "amx", "accelerate", "openblas")
+IMPLEMENTATIONS = ("xla", *CUSTOM_CALLS)  # what --matmul names
 ON_NVIDIA_ONLY = "on NVIDIA GPUs only"
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -109,8 +114,8 @@ def matmul(
     """The product (M, N) of two matrices, summed in float32, plus `bias` (N,), rounded once to `out_dtype`.
 
     a is (M, K), or (K, M) with `transpose_a`; b is (K, N), or (N, K) with `transpose_b`; each float32 or bfloat16.
-    `precision` by name; XLA may do without one. The rungs read b as it is stored. Not differentiable for the rungs.
-    NotImplementedError when it cannot be served.
+    `precision` is a name; XLA may do without one. Custom calls read b as it is stored, and jax cannot differentiate them.
+    NotImplementedError when the product cannot be computed so.
     """
     if implementation == "xla":
         product = _xla_product(a, _as_array(b), transpose_a, transpose_b, precision)
@@ -126,7 +131,7 @@ def matmul(
     )
 
 
-def rung_into(
+def custom_call_into(
     target: WeightView,
     a: jax.Array,
     b: jax.Array,
@@ -136,16 +141,15 @@ def rung_into(
     implementation: str,
     precision: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """`target`'s buffer with the product of a and b written to the view's place, or added to what is there; and the sum
-    of the squares of what is there then, a float32 scalar.
+    """Write the product of a and b to the place of `target` in its buffer, or add it there.
 
-    `precision` as matmul's. For the rungs alone. Inside jit they write into the buffer itself if nothing else needs its
-    old content.
+    Returns the buffer, and the sum of the squares of the new elements, a float32 scalar. Inside jit the buffer itself is
+    written if nothing else needs its old content. Not for XLA.
     """
     library.load()
     attributes = _attributes(a, b, transpose_a, False, implementation, precision)
     if target.shape != (attributes["m"], attributes["n"]):
-        raise ValueError(f"rung_into: expected a product of shape {target.shape}, found {a.shape} and {b.shape}")
+        raise ValueError(f"custom_call_into: expected a product of shape {target.shape}, found {a.shape} and {b.shape}")
     buffer, squares = jax_compat.ffi_call(
         library.MATMUL_INTO,
         (jax.ShapeDtypeStruct(target.buffer.shape, target.buffer.dtype), jax.ShapeDtypeStruct((), jnp.float32)),
@@ -179,12 +183,12 @@ def _stored(operand: jax.Array | WeightView) -> tuple[jax.Array, int]:
 
 
 def _attributes(
-    a: jax.Array, b: jax.Array | WeightView, transpose_a: bool, transpose_b: bool, rung: str, precision: str | None
+    a: jax.Array, b: jax.Array | WeightView, transpose_a: bool, transpose_b: bool, name: str, precision: str | None
 ) -> dict[str, Any]:
     """The attributes of every matmul target; custom_calls/src/custom_calls.h explains them."""
     library.load_products()
     if precision is None:
-        raise ValueError(f"{rung}: expected a precision, found none")
+        raise ValueError(f"{name}: expected a precision, found none")
     m, k = a.shape[::-1] if transpose_a else a.shape
     integers = {
         "m": m,
@@ -196,51 +200,51 @@ def _attributes(
         "b_offset": _stored(b)[1],
         "num_threads": library.num_threads(),
     }
-    names = {"implementation": rung, "precision": precision}
+    names = {"implementation": name, "precision": precision}
     return {name: np.int64(value) for name, value in integers.items()} | names
 
 
 def matmul_into(
     plan: Plan, target: WeightView, dy_MO: jax.Array, x_MI: jax.Array, *, accumulate: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`target`'s buffer with dyᵀ x written to the view's place, or added to what is there; and the sum of the squares of
-    what is there then."""
-    rung, precision = plan.linear.name, plan.weight_gradient_precision
-    assert precision is not None  # every rung has one
-    return rung_into(target, dy_MO, x_MI, transpose_a=True, accumulate=accumulate, implementation=rung, precision=precision)
+    """Write dyᵀ x to the place of `target` in its buffer, or add it there; returns as `custom_call_into`."""
+    name, precision = plan.linear.name, plan.weight_gradient_precision
+    assert precision is not None  # every custom call has one
+    return custom_call_into(
+        target, dy_MO, x_MI, transpose_a=True, accumulate=accumulate, implementation=name, precision=precision
+    )
 
 
-def rung_precision(rung: str, dtype: jnp.dtype, setting: str | None, *, weight_gradient: bool = False) -> str:
-    """The precision in which a rung multiplies operands of this dtype under jax's `setting`. The gradients of weights may
-    have another one than all other products.
+def custom_call_precision(name: str, dtype: jnp.dtype, setting: str | None, *, weight_gradient: bool = False) -> str:
+    """The precision in which a custom call multiplies operands of this dtype under jax's `setting`.
 
-    NotImplementedError with the reason where it offers nothing that would do.
+    NotImplementedError with the reason when it offers none that the setting allows.
     """
     if dtype == jnp.bfloat16:
         return "BF16_BF16_F32"
     wanted = (_WEIGHT_GRADIENT_PRECISIONS if weight_gradient else _FLOAT32_PRECISIONS).get(setting, (setting,))
-    offered: list[str] = library.implementation(rung)["precisions"]
+    offered: list[str] = library.implementation(name)["precisions"]
     for precision in wanted:
         if precision in offered:
             return precision
     raise NotImplementedError(
-        f"{rung}: expected to multiply in {' or '.join(map(str, wanted))}, found that it offers {', '.join(offered)}"
+        f"{name}: expected to multiply in {' or '.join(map(str, wanted))}, found that it offers {', '.join(offered)}"
     )
 
 
-def _rung_forward(plan: Plan, x_MI: jax.Array, w_OI: WeightView, b_O: WeightView | None, dtype: jnp.dtype) -> jax.Array:
-    rung, precision = plan.linear.name, plan.product_precision
-    return matmul(x_MI, w_OI, transpose_b=True, bias=b_O, out_dtype=dtype, implementation=rung, precision=precision)
+def _call_forward(plan: Plan, x_MI: jax.Array, w_OI: WeightView, b_O: WeightView | None, dtype: jnp.dtype) -> jax.Array:
+    name, precision = plan.linear.name, plan.product_precision
+    return matmul(x_MI, w_OI, transpose_b=True, bias=b_O, out_dtype=dtype, implementation=name, precision=precision)
 
 
-def _rung_dx(plan: Plan, dy_MO: jax.Array, w_OI: WeightView) -> jax.Array:
-    rung, precision = plan.linear.name, plan.product_precision
-    return matmul(dy_MO, w_OI, out_dtype=dy_MO.dtype, implementation=rung, precision=precision)
+def _call_dx(plan: Plan, dy_MO: jax.Array, w_OI: WeightView) -> jax.Array:
+    name, precision = plan.linear.name, plan.product_precision
+    return matmul(dy_MO, w_OI, out_dtype=dy_MO.dtype, implementation=name, precision=precision)
 
 
-def _rung_dw(plan: Plan, dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
-    rung, precision = plan.linear.name, plan.weight_gradient_precision
-    return matmul(dy_MO, x_MI, transpose_a=True, out_dtype=_FLOAT32, implementation=rung, precision=precision)
+def _call_dw(plan: Plan, dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
+    name, precision = plan.linear.name, plan.weight_gradient_precision
+    return matmul(dy_MO, x_MI, transpose_a=True, out_dtype=_FLOAT32, implementation=name, precision=precision)
 
 
 def _xla_forward(plan: Plan, x_MI: jax.Array, w_OI: WeightView, b_O: WeightView | None, dtype: jnp.dtype) -> jax.Array:
@@ -273,16 +277,16 @@ def _cublas_dw(plan: Plan, dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
     return lax.dot_general(dy_MO, x_MI, (((0,), (0,)), ((), ())), preferred_element_type=x_MI.dtype)
 
 
-def _refuses_rung(rung: str, plan: Plan) -> str | None:
-    """Why a rung cannot serve this backend, machine and precision; None when it can."""
+def _refuses_call(name: str, plan: Plan) -> str | None:
+    """Why a custom call cannot serve this backend, machine and precision; None when it can."""
     if "custom_calls" in plan.backend.lacks:
         return f"custom calls run on the CPU, not on {plan.backend.name}"
     try:
-        row = library.implementation(rung)
+        row = library.implementation(name)
         if not row["available"]:
             return str(row["reason"])
         for weight_gradient in (False, True):
-            rung_precision(rung, plan.compute_dtype, plan.matmul_precision, weight_gradient=weight_gradient)
+            custom_call_precision(name, plan.compute_dtype, plan.matmul_precision, weight_gradient=weight_gradient)
     except NotImplementedError as error:
         return str(error) if library.is_built() else Fallback(error)
     return None
@@ -294,16 +298,16 @@ def _refuses_cublas(plan: Plan) -> str | None:
     return None if plan.dtype == "bfloat16" else "in bfloat16 only"
 
 
-_RUNG = Products(_rung_forward, _rung_dx, _rung_dw)
+_CALL = Products(_call_forward, _call_dx, _call_dw)
 TABLE = (
-    # The rungs that bench-train found faster than XLA's dot, fastest first; then those that are there to be measured.
+    # The custom calls that bench-train found faster than XLA's dot, fastest first; then those that are there to be measured.
     *(
-        Implementation(rung, partial(_refuses_rung, rung), "measured faster than XLA's dot", functions=_RUNG)
-        for rung in ("amx", "threaded")
+        Implementation(name, partial(_refuses_call, name), "measured faster than XLA's dot", functions=_CALL)
+        for name in ("amx", "threaded")
     ),
     *(
-        Implementation(rung, partial(_refuses_rung, rung), only_by_name=True, functions=_RUNG)
-        for rung in ("simd", "blocked", "naive", "accelerate", "openblas")
+        Implementation(name, partial(_refuses_call, name), only_by_name=True, functions=_CALL)
+        for name in ("simd", "blocked", "naive", "accelerate", "openblas")
     ),
     Implementation(
         "cublas", _refuses_cublas, "adds the bias itself", functions=Products(_cublas_forward, _cublas_dx, _cublas_dw)

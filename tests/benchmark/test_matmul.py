@@ -155,10 +155,10 @@ def test_without_pytorch_it_says_so_and_goes_on(monkeypatch):
     assert {refusal.reason for refusal in refusals} == {"PyTorch is not installed: pip install -e '.[test]'"}
 
 
-def test_a_rung_that_the_machine_lacks_is_refused_once(monkeypatch):
-    def without_simd(rung):
-        available = rung != "simd"
-        return {"name": rung, "available": available, "reason": "no such instructions", "precisions": ["F32_F32_F32"]}
+def test_a_custom_call_that_the_machine_lacks_is_refused_once(monkeypatch):
+    def without_simd(name):
+        available = name != "simd"
+        return {"name": name, "available": available, "reason": "no such instructions", "precisions": ["F32_F32_F32"]}
 
     monkeypatch.setattr(library, "implementation", without_simd)
     runs, refusals = measure(CONFIG, TOKENS, ["simd", "numpy"], rounds=1)
@@ -185,7 +185,7 @@ def test_an_unknown_implementation_is_an_error_with_the_known_ones():
 
 def test_it_prints_a_table_and_one_json_line_last_and_draws(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the setting is for a process of its own
-    picture = tmp_path / "ladder.png"
+    picture = tmp_path / "rates.png"
     bench.bench_matmul(TOKENS, ["simd", "xla"], config=CONFIG, rounds=1, plot=str(picture))
     *text, last = capsys.readouterr().out.splitlines()
     record = json.loads(last)

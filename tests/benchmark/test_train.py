@@ -76,13 +76,13 @@ def test_no_step_begins_without_a_turn():
     assert (len(result.seconds), len(result.losses)) == (2, 4)
 
 
-def test_a_rung_that_cannot_be_had_is_a_reason():
+def test_a_custom_call_that_cannot_be_had_is_a_reason():
     with pytest.raises(NotImplementedError, match=r"--matmul simd.*not on cuda") as error:
-        refuse_rungs(lambda: measure_system(request("gpt2_jax", matmul="simd")))
+        refuse_custom_calls(lambda: measure_system(request("gpt2_jax", matmul="simd")))
     assert "HINT" not in str(error.value)
 
 
-def refuse_rungs(call):
+def refuse_custom_calls(call):
     """Run it where there are no custom calls."""
     from gpt2_jax.compute import backend
 

@@ -19,7 +19,7 @@ from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.ops import classifier
 from gpt2_jax.ops.recompute import RECOMPUTED
 from tests.conftest import TINY, available
-from tests.implementations import dtypes, kinds, plan_of_kind, rungs
+from tests.implementations import dtypes, kinds, own_products, plan_of_kind
 from tests.reference_model import compiled_quickly, expected
 
 # A dozen tensors deep, each rounding differs by a few units of its dtype, relative to the largest gradient.
@@ -73,8 +73,8 @@ def test_overwrites_the_buffer_with_the_gradient(tiny_params, tiny_batch, kind, 
     assert_squared_norms(found, TINY.layout)
 
 
-@rungs
-def test_in_full_float32_a_rung_is_within_the_roundings_of_float32(tiny_params, tiny_batch, kind):
+@own_products
+def test_in_full_float32_a_custom_call_is_within_the_roundings_of_float32(tiny_params, tiny_batch, kind):
     plan = plan_of_kind(kind, matmul_precision="highest")
     assert tolerance(plan) == TOLERANCE["float32"]
     found = compiled(plan)(jnp.asarray(tiny_params), jnp.zeros(N), *tiny_batch)
@@ -151,7 +151,7 @@ def test_the_classifier_in_chunks_of_rows(tiny_params, tiny_batch, kind, dtype, 
     assert_squared_norms(found, TINY.layout)
 
 
-@rungs
+@own_products
 @dtypes
 def test_sequences_longer_than_a_block_of_attentions_queries(kind, dtype):
     config = GPT2Config(max_sequence_length=160, vocab_size=70, num_layers=1, num_heads=2, channels=16)

@@ -38,14 +38,14 @@ def refusal(**settings) -> Gpt2JaxError:
 
 
 @pytest.fixture
-def rungs(monkeypatch):
-    """A function that says of every rung what the library would say of it."""
+def library_says(monkeypatch):
+    """A function that says of every custom call what the library would say of it."""
 
     def pretend(*, available=True, reason="", precisions=("F32_F32_F32", "BF16_BF16_F32_X3"), but=()):
-        def row(rung):
-            without = rung in but
+        def row(name):
+            without = name in but
             return {
-                "name": rung,
+                "name": name,
                 "available": available and not without,
                 "reason": "this CPU has no such unit" if without else reason,
                 "precisions": list(precisions),
@@ -94,23 +94,23 @@ def test_an_equal_plan_is_not_compiled_again():
     assert len(traced) == 2
 
 
-def test_auto_goes_on_where_an_implementation_lacks_the_precision(rungs):
+def test_auto_goes_on_where_an_implementation_lacks_the_precision(library_says):
     """A NotImplementedError once ended the program."""
-    rungs(precisions=())
+    library_says(precisions=())
     plan = plan_of(matmul="auto")
     assert plan.linear.name == "xla"
-    for rung in ("amx", "threaded"):
-        assert "precision" in dict(plan.linear.refusals)[rung] or "F32_F32_F32" in dict(plan.linear.refusals)[rung]
+    for name in ("amx", "threaded"):
+        assert "precision" in dict(plan.linear.refusals)[name] or "F32_F32_F32" in dict(plan.linear.refusals)[name]
     assert plan.fallbacks() == [] or not library.is_built()
 
 
 @pytest.mark.parametrize("matmul", ["amx", "threaded", "accelerate"])
-def test_what_was_named_and_cannot_serve_is_an_error_of_two_lines(rungs, matmul):
-    rungs(but=[matmul])
+def test_what_was_named_and_cannot_serve_is_an_error_of_two_lines(library_says, matmul):
+    library_says(but=[matmul])
     error = refusal(matmul=matmul)
     assert error.problem == f"--matmul {matmul}: expected to use it, found: this CPU has no such unit"
     assert error.hint == "--matmul auto"
-    rungs(precisions=())
+    library_says(precisions=())
     assert refusal(matmul=matmul).problem.startswith(f"--matmul {matmul}: expected to use it, found: ")
 
 
@@ -184,8 +184,8 @@ def test_strict_refuses_a_library_that_was_not_built(not_built):
 
 @can_alias
 @needs_library
-def test_strict_accepts_what_the_hardware_refuses(rungs):
-    rungs(but=["amx"])
+def test_strict_accepts_what_the_hardware_refuses(library_says):
+    library_says(but=["amx"])
     plan = plan_of(matmul="auto", strict=True)
     assert plan.linear.name == "threaded"
     assert dict(plan.linear.refusals)["amx"] == "this CPU has no such unit"

@@ -96,11 +96,11 @@ def test_value_and_derivative(implementation, dtype, shape):
     assert_equals_the_reference(plan_with("attention", implementation, dtype, sizes(shape)), dtype, shape)
 
 
-@pytest.mark.parametrize("rung", available(("naive", "amx")))
+@pytest.mark.parametrize("name", available(("naive", "amx")))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_custom_call_by_other_products(rung, dtype):
+def test_the_custom_call_by_other_products(name, dtype):
     shape = (2, 150, 2, 8)
-    plan = plan_of_kind(rung, dtype, config=sizes(shape))
+    plan = plan_of_kind(name, dtype, config=sizes(shape))
     assert plan.attention.name == "custom_call"
     assert_equals_the_reference(plan, dtype, shape)
 

@@ -21,8 +21,8 @@ from tests.conftest import plan_of
 
 FLOAT32_ROUNDING = 2.0**-24
 FLOAT32 = jnp.dtype("float32")
-RUNG = custom_calls._rung_of_ctypes()
-OPTIONS = {"out_dtype": FLOAT32, "implementation": RUNG, "precision": "F32_F32_F32"}
+NAME = custom_calls._name_for_ctypes()
+OPTIONS = {"out_dtype": FLOAT32, "implementation": NAME, "precision": "F32_F32_F32"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_product_is_within_its_rounding_error(sizes, transposes, dtypes, offset,
             transpose_b=transpose_b,
             bias=bias,
             out_dtype=out_dtype,
-            implementation=RUNG,
+            implementation=NAME,
             precision="BF16_BF16_F32" if dtype == jnp.bfloat16 else "F32_F32_F32",
         )
 
@@ -84,9 +84,9 @@ def test_product_is_within_its_rounding_error(sizes, transposes, dtypes, offset,
     assert (np.abs(found - expected) <= bound).all()
 
 
-def test_one_rung_is_served_and_all_else_is_left_to_xla():
-    plan = plan_of(matmul=RUNG)
-    assert plan.linear.name == RUNG
+def test_one_product_is_served_and_all_else_is_left_to_xla():
+    plan = plan_of(matmul=NAME)
+    assert plan.linear.name == NAME
     assert {choice.name for seam, choice in plan.choices() if seam != "linear"} == {"xla", "concatenate"}
     assert dict(plan.linear.refusals)["threaded"] == "it was not built"
     assert "adamw: not custom_call: it was not built" in plan.fallbacks()
@@ -96,10 +96,10 @@ def test_one_rung_is_served_and_all_else_is_left_to_xla():
 
 
 def test_without_a_blas_nothing_is_served(monkeypatch):
-    monkeypatch.setattr(custom_calls, "_rung_of_ctypes", lambda: None)
-    assert dict(plan_of(matmul="auto").linear.refusals)[RUNG] == "it was not built"
+    monkeypatch.setattr(custom_calls, "_name_for_ctypes", lambda: None)
+    assert dict(plan_of(matmul="auto").linear.refusals)[NAME] == "it was not built"
     with pytest.raises(NotImplementedError, match="it was not built"):
-        matmul(jnp.ones((2, 2)), jnp.ones((2, 2)), out_dtype=FLOAT32, implementation=RUNG, precision="F32_F32_F32")
+        matmul(jnp.ones((2, 2)), jnp.ones((2, 2)), out_dtype=FLOAT32, implementation=NAME, precision="F32_F32_F32")
 
 
 def test_training_needs_nothing_else_of_the_library(tiny_params, tiny_batch):
@@ -114,7 +114,7 @@ def test_training_needs_nothing_else_of_the_library(tiny_params, tiny_batch):
             yield float(metrics.loss)
 
     # The products differ from XLA's in the order of their sums alone.
-    np.testing.assert_allclose(list(losses(RUNG)), list(losses("xla")), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(list(losses(NAME)), list(losses("xla")), rtol=0, atol=2e-5)
 
 
 def test_calls_from_several_threads_and_under_vmap():

@@ -60,9 +60,9 @@ def test_value_and_derivatives(implementation, dtype, leading, names):
     ],
 )
 def test_only_a_weights_gradient_is_split_less_by_default(setting, precision, of_gradients, monkeypatch):
-    """In what XLA is given, for a rung that multiplies float32 in parts alone."""
+    """In what XLA is given, for a custom call that multiplies float32 in parts alone."""
     parts = {"available": True, "reason": "", "precisions": ["BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "S8_S8_S32_X6"]}
-    monkeypatch.setattr(library, "implementation", lambda rung: parts)
+    monkeypatch.setattr(library, "implementation", lambda name: parts)
     plan = plan_of(GPT2Config(8, 50, 1, 1, 16), matmul="amx", matmul_precision=setting)
     params_N, tokens_BT = jnp.zeros(plan.layout.num_parameters), jnp.zeros((2, 8), jnp.int32)
     lowered = jax.jit(partial(loss_and_gradient, plan)).lower(params_N, params_N, tokens_BT, tokens_BT)
@@ -74,7 +74,7 @@ def test_only_a_weights_gradient_is_split_less_by_default(setting, precision, of
 
 
 def test_every_product_takes_the_same_part_of_the_table():
-    """A rung is named by --matmul and by nothing else, and has products of its own."""
+    """A custom call is named by --matmul and by nothing else, and has products of its own."""
     names = [row.name for row in matmul.TABLE]
     assert sorted(names) == sorted([*matmul.IMPLEMENTATIONS, "cublas"])
     assert names[-1] == "xla"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.ops import matmul
 from gpt2_jax.ops.cpu import library as custom_calls
-from gpt2_jax.ops.matmul import IMPLEMENTATIONS, RUNGS
+from gpt2_jax.ops.matmul import CUSTOM_CALLS, IMPLEMENTATIONS
 from gpt2_jax.ops.threaded import WeightView
 from tests.conftest import available, plan_of
 
@@ -34,13 +34,13 @@ def random(seed, *shape):
 
 
 def precision_of(implementation, dtype, setting=None, *, weight_gradient=False):
-    if implementation not in RUNGS:
+    if implementation not in CUSTOM_CALLS:
         return None
-    return matmul.rung_precision(implementation, jnp.dtype(dtype), setting, weight_gradient=weight_gradient)
+    return matmul.custom_call_precision(implementation, jnp.dtype(dtype), setting, weight_gradient=weight_gradient)
 
 
 def left_out(implementation, a_MK, b_KN, *, weight_gradient=False, dtype="float32"):
-    """What a rung leaves out of a product where it splits float32, at most; custom_calls/tests/problem.h says why."""
+    """What a custom call leaves out of a product where it splits float32, at most; custom_calls/tests/problem.h says why."""
     a_MK, b_KN = np.abs(a_MK).astype(np.float64), np.abs(b_KN).astype(np.float64)
     precision = precision_of(implementation, dtype, weight_gradient=weight_gradient)
     if precision == "S8_S8_S32_X6":  # a row's, and a column's, largest integer is this at least
@@ -89,7 +89,7 @@ def test_views_into_a_flat_buffer_are_read_in_place(implementation, dtype, out_d
     assert (np.abs(np.asarray(found).astype(np.float64) - without - np.asarray(b)) <= bound).all()
 
 
-@pytest.mark.parametrize("implementation", available(RUNGS))
+@pytest.mark.parametrize("implementation", available(CUSTOM_CALLS))
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_product_into_a_buffer_touches_its_place_alone(implementation, accumulate):
     a, b, buffer = random(0, 7, 3), random(1, 7, 4), random(2, 30)
@@ -97,7 +97,7 @@ def test_a_product_into_a_buffer_touches_its_place_alone(implementation, accumul
     expected[9:21] = (buffer[9:21] if accumulate else 0) + (a.T @ b).reshape(-1)
     precision = precision_of(implementation, "float32", weight_gradient=True)
     options = {"transpose_a": True, "accumulate": accumulate, "implementation": implementation, "precision": precision}
-    found, squares = jax.jit(lambda buffer: matmul.rung_into(WeightView(buffer, 9, (3, 4)), a, b, **options))(buffer)
+    found, squares = jax.jit(lambda buffer: matmul.custom_call_into(WeightView(buffer, 9, (3, 4)), a, b, **options))(buffer)
     # Seven products and the addition.
     atol = 8 * FLOAT32_ROUNDING * 8 * np.abs(a).max() * np.abs(b).max() + np.max(
         left_out(implementation, a.T, b, weight_gradient=True)
@@ -107,10 +107,10 @@ def test_a_product_into_a_buffer_touches_its_place_alone(implementation, accumul
     np.testing.assert_array_equal(found[21:], buffer[21:])
     assert float(squares) == pytest.approx(np.square(found[9:21], dtype=np.float64).sum(), rel=16 * FLOAT32_ROUNDING)
     with pytest.raises(ValueError, match=r"expected a product of shape \(4, 3\), found \(7, 3\) and \(7, 4\)"):
-        matmul.rung_into(WeightView(buffer, 9, (4, 3)), a, b, **options)
+        matmul.custom_call_into(WeightView(buffer, 9, (4, 3)), a, b, **options)
 
 
-@pytest.mark.parametrize("implementation", available(RUNGS))
+@pytest.mark.parametrize("implementation", available(CUSTOM_CALLS))
 def test_custom_calls_work_under_vmap_scan_and_without_jit(implementation):
     x, w = random(0, 3, 4, 6), random(1, 5, 6)
     expected = np.einsum("bmi,oi->bmo", x, w)
@@ -138,7 +138,7 @@ def test_what_custom_calls_cannot_compute_is_an_error_with_both_shapes():
             jax.block_until_ready(library_call(a, b))
 
 
-def test_a_rung_is_told_its_precision():
+def test_a_custom_call_is_told_its_precision():
     with pytest.raises(ValueError, match="simd: expected a precision, found none"):
         matmul.matmul(jnp.zeros((2, 3)), jnp.zeros((3, 4)), out_dtype=FLOAT32, implementation="simd")
 
@@ -167,20 +167,20 @@ def test_the_runs_setting_of_the_precision_comes_before_jaxs():
         assert plan_of(matmul="threaded", matmul_precision="highest").product_precision == "F32_F32_F32"
 
 
-def test_a_precision_that_a_rung_lacks_is_refused_with_what_it_has():
+def test_a_precision_that_a_custom_call_lacks_is_refused_with_what_it_has():
     message = r"simd: expected to multiply in magic, found that it offers F32_F32_F32"
     with pytest.raises(NotImplementedError, match=message):
-        matmul.rung_precision("simd", FLOAT32, "magic")
+        matmul.custom_call_precision("simd", FLOAT32, "magic")
     precisions = {"available": True, "reason": "", "precisions": ["BF16_BF16_F32_X3"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(custom_calls, "implementation", lambda rung: precisions)
+        patch.setattr(custom_calls, "implementation", lambda name: precisions)
         with pytest.raises(Gpt2JaxError, match=r"--matmul simd: .*F32_F32_F32 or BF16_BF16_F32_X6, found that it offers"):
             plan_of(matmul="simd", matmul_precision="highest")
 
 
 def test_the_library_is_in_the_installed_package():
     """A compile error must not be swallowed by the fallback."""
-    assert {row["name"] for row in custom_calls.description()["implementations"]} >= set(RUNGS)
+    assert {row["name"] for row in custom_calls.description()["implementations"]} >= set(CUSTOM_CALLS)
 
 
 def test_only_what_needs_other_hardware_is_skipped_here():

@@ -8,7 +8,7 @@ from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.plan import SEAMS
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.ops.cpu import library
-from gpt2_jax.ops.matmul import IMPLEMENTATIONS, ON_NVIDIA_ONLY, RUNGS
+from gpt2_jax.ops.matmul import CUSTOM_CALLS, IMPLEMENTATIONS, ON_NVIDIA_ONLY
 from gpt2_jax.ops.table import Fallback, Implementation, always, choose
 from tests.conftest import available, can_alias, plan_of
 from tests.implementations import plan_of_kind
@@ -82,7 +82,7 @@ def test_what_is_switched_off_is_neither_chosen_nor_served_by_name(monkeypatch):
         choose("seam", TABLE, PLAN, "good")
 
 
-def test_rungs_are_switched_off_by_their_bare_names(monkeypatch):
+def test_custom_calls_are_switched_off_by_their_bare_names(monkeypatch):
     monkeypatch.setenv("GPT2_JAX_DISABLE", "threaded, simd,amx")
     plan = plan_of(matmul="auto")
     assert plan.linear.name == "xla"
@@ -92,11 +92,11 @@ def test_rungs_are_switched_off_by_their_bare_names(monkeypatch):
 
 
 @can_alias
-@pytest.mark.parametrize("rung", available(["threaded"]))
+@pytest.mark.parametrize("name", available(["threaded"]))
 @pytest.mark.parametrize("seam", sorted(set(SEAMS) - {"linear", "writer", "embedding"}))
-def test_one_seams_custom_call_is_switched_off_alone(seam, rung, monkeypatch):
+def test_one_seams_custom_call_is_switched_off_alone(seam, name, monkeypatch):
     monkeypatch.setenv("GPT2_JAX_DISABLE", f"{seam}:custom_call")
-    plan = plan_of(matmul=rung)
+    plan = plan_of(matmul=name)
     names = {name: choice.name for name, choice in plan.choices() if name not in ("linear", "writer", "embedding")}
     assert names == {name: "xla" if name == seam else "custom_call" for name in names}
 
@@ -130,8 +130,8 @@ def test_auto_chooses_something_for_every_seam_and_says_why():
         assert choice.reason
 
 
-@pytest.mark.parametrize("name", RUNGS)
-def test_rungs_are_refused_on_an_accelerator(name):
+@pytest.mark.parametrize("name", CUSTOM_CALLS)
+def test_custom_calls_are_refused_on_an_accelerator(name):
     accelerator = Backend("cuda", "cuda", "test", frozenset({"custom_calls"}))
     assert name in dict(plan_of(backend=accelerator, matmul="auto").linear.refusals)
     with pytest.raises(Gpt2JaxError, match="custom calls run on the CPU, not on cuda"):

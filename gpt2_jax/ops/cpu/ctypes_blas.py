@@ -1,7 +1,7 @@
 """Matrix products without a compiler: an XLA FFI handler in Python that calls a BLAS library's cblas_sgemm with ctypes.
 
 For where the C++ library of custom calls was not built: it takes the arguments of gpt2_jax_matmul and
-gpt2_jax_matmul_bias (custom_calls/src/custom_calls.h), for the rungs 'accelerate' (macOS) and 'openblas' (the package
+gpt2_jax_matmul_bias (custom_calls/src/custom_calls.h), for the implementations 'accelerate' (macOS) and 'openblas' (the package
 scipy-openblas32) alone. float32 matrices are used where they lie, bfloat16 ones go through copies. The structures are
 those of xla/ffi/api/c_api.h, version 0.1, which every jaxlib since 0.4.34 takes.
 """

@@ -106,18 +106,18 @@ def check_features() -> None:
         )
 
 
-def implementation(rung: str) -> dict[str, Any]:
-    """Whether a rung is available here, why not, and in which precisions it multiplies float32.
+def implementation(name: str) -> dict[str, Any]:
+    """Whether a custom call is available here, why not, and in which precisions it multiplies float32.
 
-    NotImplementedError with the reason where the library cannot be had; one rung is then served by `ctypes_blas`.
+    NotImplementedError with the reason where the library cannot be had; one implementation is then served by `ctypes_blas`.
     """
     try:
         rows = description()["implementations"]
     except NotImplementedError:
-        if rung != _rung_of_ctypes():
+        if name != _name_for_ctypes():
             raise
-        return {"name": rung, "available": True, "reason": "", "precisions": ["F32_F32_F32"]}
-    return next(row for row in rows if row["name"] == rung)
+        return {"name": name, "available": True, "reason": "", "precisions": ["F32_F32_F32"]}
+    return next(row for row in rows if row["name"] == name)
 
 
 def refusal(plan: Plan) -> str | None:
@@ -149,13 +149,13 @@ def is_built() -> bool:
 
 def load_products() -> None:
     """Register MATMUL and MATMUL_BIAS: the library's or, where it cannot be had, those of `ctypes_blas`."""
-    if is_built() or _rung_of_ctypes() is None:
+    if is_built() or _name_for_ctypes() is None:
         load()
     else:
         _register_ctypes_products(MATMUL, MATMUL_BIAS)
 
 
-def _rung_of_ctypes() -> str | None:
+def _name_for_ctypes() -> str | None:
     if sys.platform == "darwin":
         return "accelerate"
     return None if openblas_library() is None else "openblas"
