@@ -89,10 +89,37 @@ def measure_load(seconds: float = 0.5, root: Path = Path("/")) -> Load:
     return Load(busy, os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
 
 
-def load_lines(before: Load, after: Load) -> list[str]:
-    """Both loads, for the lines below a bench's table."""
-    lines = [f"load before: {before}", f"load after:  {after}"]
-    if before.disturbs or after.disturbs:
+class OthersWork:
+    """The work of others while the bench itself works: counted from when this is made."""
+
+    def __init__(self, root: Path = Path("/")):
+        self._root = root
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """CPU seconds of everybody, those of this process and of its children that have ended, and the time."""
+        ticks = _busy_and_all(self._root)
+        own = sum(os.times()[:4])
+        return None if ticks is None else (ticks[0] / os.sysconf("SC_CLK_TCK"), own, time.monotonic())
+
+    def others(self) -> float | None:
+        """How many CPUs others kept busy on average; None where nobody tells."""
+        start, end = self._start, self._now()
+        if start is None or end is None or end[2] <= start[2]:
+            return None
+        everybody, own, seconds = (later - earlier for later, earlier in zip(end, start, strict=True))
+        return max(0.0, (everybody - own) / seconds)
+
+
+def load_lines(before: Load, others: float | None, after: Load) -> list[str]:
+    """The loads before and after a bench, and the CPUs that others kept busy during it, for the lines below its table."""
+    during = "unknown" if others is None else f"{others:.2f}"
+    lines = [
+        f"load before: {before}",
+        f"load during: {during} of {os.cpu_count()} CPUs busy with other work, on average",
+        f"load after:  {after}",
+    ]
+    if before.disturbs or after.disturbs or Load(others, None).disturbs:
         lines.append("THE MACHINE WAS BUSY WITH OTHER WORK: these figures are no measure of the implementations.")
     return lines
 
@@ -102,8 +129,15 @@ def spread(seconds: Sequence[float]) -> float | None:
     return None if len(seconds) < 2 else (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
+def ratio(dividend: float, divisor: float, ranges: tuple[Sequence[float], Sequence[float]]) -> str:
+    """The ratio of two medians, '~' before it when the ranges of their rounds overlap: either may be the larger."""
+    first, second = ranges
+    overlap = min(first) <= max(second) and min(second) <= max(first)
+    return f"{'~' if overlap else ''}{dividend / divisor:.2f}"
+
+
 def percent(share: float | None) -> str:
-    return "1 round" if share is None else f"{share:.0%}"
+    return "single" if share is None else f"{share:.0%}"
 
 
 def _busy_and_all(root: Path) -> tuple[int, int] | None:

@@ -12,11 +12,13 @@ import jax
 
 from gpt2_jax.benchmark.chart import Bar, check_writable, draw_bars
 from gpt2_jax.benchmark.machine import (
+    OthersWork,
     describe_machine,
     load_lines,
     machine_line,
     measure_load,
     percent,
+    ratio,
     seconds_running,
     spread,
 )
@@ -48,7 +50,7 @@ def bench_matmul(
     config = config or config_from_descriptor("d12")
     machine = describe_machine()
     title, size = f"Matrix products of one GPT-2 training step, {tokens:,} tokens", _size_of_step(config, tokens)
-    load_before = measure_load()
+    load_before, during = measure_load(), OthersWork()
     print(f"{title}; {size}\n{machine_line(machine)}\nbefore: {load_before}", flush=True)
     runs, refusals = measure(
         config,
@@ -58,7 +60,7 @@ def bench_matmul(
         seconds=_QUICK_SECONDS if quick else None,
         say=lambda text: print(f"[{seconds_running():4.0f} s] {text}", flush=True),
     )
-    load_after = measure_load()
+    load_after, others = measure_load(), during.others()
     record = {
         "bench": "matmul",
         "tokens": tokens,
@@ -66,10 +68,10 @@ def bench_matmul(
         "totals": totals(runs),
         "refused": [refusal._replace(reason=anonymous(refusal.reason))._asdict() for refusal in refusals],
         "machine": machine,
-        "load": {"before": asdict(load_before), "after": asdict(load_after)},
+        "load": {"before": asdict(load_before), "others_during": others, "after": asdict(load_after)},
     }
     print(_table(record, runs))
-    print("\n".join(load_lines(load_before, load_after)))
+    print("\n".join(load_lines(load_before, others, load_after)))
     if plot is not None:
         _plot_rates(record, plot, title, f"{size}\n{machine_line(machine)}")
         print(f"chart: {plot}")
@@ -95,6 +97,7 @@ def totals(runs: list[Run]) -> list[dict[str, Any]]:
             "precision": run.precision,
             "seconds": seconds,
             "gflops": work / seconds / 1e9,
+            "seconds_range": [min(run.round_seconds), max(run.round_seconds)],
             "spread": spread(run.round_seconds),
             "rounds": len(run.round_seconds),
             "max_error": max(run.errors.values()),
@@ -158,11 +161,20 @@ def _table(record: dict[str, Any], runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def is_doubtful(total: dict[str, Any]) -> bool:
+    """True for a total that one round of a part was extrapolated to: no ratio is made of it."""
+    return "extrapolated" in total and total["rounds"] < 2
+
+
 def _times(peer: dict[str, Any] | None, total: dict[str, Any]) -> str:
-    """How many times as fast as the peer; "-" if one of the two was timed on a slice in a single round only."""
-    if peer is None or any("extrapolated" in each and each["rounds"] < 2 for each in (peer, total)):
+    """How many times as fast as the peer; "-" without a peer, and "one round" if one of the two is doubtful."""
+    if peer is None:
         return "-"
-    return f"{peer['seconds'] / total['seconds']:.2f}"
+    if is_doubtful(peer) or is_doubtful(total):
+        return "one round"
+    if peer is total:
+        return "1.00"
+    return ratio(peer["seconds"], total["seconds"], (peer["seconds_range"], total["seconds_range"]))
 
 
 def _refused_lines(refused: list[dict[str, Any]]) -> list[str]:
@@ -180,12 +192,14 @@ def _refused_lines(refused: list[dict[str, Any]]) -> list[str]:
 
 
 def _notes(runs: list[Run], any_extrapolated: bool) -> list[str]:
-    rounds = min((len(values) for run in runs for values in run.seconds.values()), default=0)
+    counts = {len(run.round_seconds) for run in runs} or {0}
+    rounds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     notes = [
         f"time: medians of {rounds} round(s), the implementations' in turn; a round is the products of a step in its order,",
         "  so weights come from memory. This project's implementations write dw to where the gradient belongs and sum its",
         "  squares, as their step does; every other result is a new array, as in everybody's step.",
-        "rounds differ by: the longest less the shortest, of the median.",
+        "rounds differ by: the longest less the shortest, of the median; single: there was one round.",
+        "~: the rounds of the two overlap, so either may be the faster one.",
         f"max|err|/max|ref|: the largest of all products, {ERROR_ROWS} rows of each, evenly spread, against float64 from the",
         "  float32 operands before any rounding.",
         "bfloat16: x and dy are bfloat16, weights float32 as the optimizer keeps them. This project's implementations read",
@@ -194,8 +208,8 @@ def _notes(runs: list[Run], any_extrapolated: bool) -> list[str]:
         "  dw is float32: PyTorch's is bfloat16 converted. Logits are float32, PyTorch's bfloat16.",
     ]
     if any_extrapolated:
-        notes.append("* extrapolated: timed on a slice of rows, evenly spread, as the whole would take too long; no speed is")
-        notes.append("  told against one that was timed so in one round only")
+        notes.append("* extrapolated: timed on a slice of rows, evenly spread, or on one layer (--quick), as the whole would")
+        notes.append("  take too long. one round: a time that was extrapolated from a single round is compared with nothing.")
     return notes
 
 
@@ -212,14 +226,14 @@ def _plot_rates(record: dict[str, Any], path: str, title: str, subtitle: str) ->
                 label=total["implementation"],
                 group=total["precision"],
                 value=total["gflops"],
-                text=f"{total['gflops']:,.1f}" + ("*" if extrapolated else ""),
+                text=f"{total['gflops']:,.1f}" + ("*" if extrapolated else "") + (", one round" if total["rounds"] < 2 else ""),
                 range=(min(of_products), max(of_products)),
                 pale=extrapolated,
             )
         )
     note = "bar: a whole step's products; line: slowest to fastest of its 15 shapes"
     if any(bar.pale for bar in bars):
-        note += "; * pale: extrapolated from a slice of rows"
+        note += "; * pale: extrapolated from a slice of rows, or from one layer"
     draw_bars(
         path, bars, title=title, subtitle=subtitle, axis="GFLOP/s (more is better, logarithmic)", note=note, logarithmic=True
     )

@@ -62,6 +62,7 @@ class Run:
     operands: Operands
     references: _References
     rows: Rows
+    layers_a_round: int
     multiply: Multiply
     seconds: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # one mean a round
     errors: dict[tuple[str, str], float] = field(default_factory=dict)  # max|err| / max|ref|
@@ -97,7 +98,9 @@ class Run:
         return float(np.abs(found - self.references[key]).max() / np.abs(self.references[key]).max())
 
     def is_extrapolated(self, product: str, linear: Linear) -> bool:
-        return len(self.rows[product, linear.name]) < dimensions(product, linear, self.operands.tokens)[0]
+        """True when a part of the product's rows, or of the layers, stands for all of them."""
+        rows = dimensions(product, linear, self.operands.tokens)[0]
+        return len(self.rows[product, linear.name]) < rows or self.layers_a_round < linear.layers
 
     def median_seconds(self, product: str, linear: Linear) -> float:
         """The median over the rounds, of one whole product."""
@@ -168,7 +171,7 @@ def measure(
         rows = _affordable_rows(operands, rates[names], layers_a_round, longest_round)
         try:
             multiply = runner.prepare(implementation, precision, rows)
-            run = Run(implementation, precision, operands, references, rows, multiply)
+            run = Run(implementation, precision, operands, references, rows, layers_a_round, multiply)
             # The first is measured in any case.
             limit = deadline if runs else math.inf
             run.round(range(layers_a_round), timed=False, classifier=not quick, deadline=limit)

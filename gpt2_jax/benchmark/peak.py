@@ -2,17 +2,20 @@
 
 python -m gpt2_jax.benchmark.peak REQUEST    REQUEST: the JSON object of a `Request`
 
-Prints one JSON object last: {"gflops", "of": who reached it, "totals": bench_matmul.py's}.
+Prints one JSON object last: {"gflops": the median, "of": who reached it, "rounds", "spread", "doubtful": whether it is the
+extrapolation of a single round, "totals": bench_matmul.py's}.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from gpt2_jax.benchmark.machine import spread
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.families.gpt2 import GPT2Config
 
@@ -34,10 +37,18 @@ def measure_peak(request: Request) -> dict[str, Any]:
     """On the CPU the fastest of the step's own products; on an accelerator a large square bfloat16 product."""
     if select_backend(request.backend).name != "cpu":
         size = _ACCELERATOR_SIZE
-        return {"gflops": _square_product_gflops(size), "of": f"XLA's bfloat16 product of {size} x {size}", "totals": []}
+        rounds = _square_product_seconds(size, request.rounds)
+        return {
+            "gflops": 2 * size**3 * _ACCELERATOR_PRODUCTS / statistics.median(rounds) / 1e9,
+            "of": f"XLA's bfloat16 product of {size} x {size}",
+            "rounds": len(rounds),
+            "spread": spread(rounds),
+            "doubtful": False,
+            "totals": [],
+        }
     import jax
 
-    from gpt2_jax.benchmark.matmul import totals
+    from gpt2_jax.benchmark.matmul import is_doubtful, totals
     from gpt2_jax.benchmark.matmul_timing import measure
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -49,13 +60,21 @@ def measure_peak(request: Request) -> dict[str, Any]:
         seconds=request.seconds,
     )
     measured = totals(runs)
-    # A rate from a slice in a single round is taken only if there is no other.
-    known = [total for total in measured if "extrapolated" not in total or total["rounds"] > 1]
+    # A doubtful rate is taken only if there is no other.
+    known = [total for total in measured if not is_doubtful(total)]
     best = max(known or measured, key=lambda total: total["gflops"])
-    return {"gflops": best["gflops"], "of": f"{best['implementation']} {best['precision']}", "totals": measured}
+    return {
+        "gflops": best["gflops"],
+        "of": f"{best['implementation']} {best['precision']}",
+        "rounds": best["rounds"],
+        "spread": best["spread"],
+        "doubtful": is_doubtful(best),
+        "totals": measured,
+    }
 
 
-def _square_product_gflops(size: int) -> float:
+def _square_product_seconds(size: int, rounds: int) -> list[float]:
+    """Seconds of _ACCELERATOR_PRODUCTS products one after the other, for each round."""
     import jax
     import jax.numpy as jnp
 
@@ -66,9 +85,12 @@ def _square_product_gflops(size: int) -> float:
         return jax.lax.fori_loop(0, _ACCELERATOR_PRODUCTS, lambda _, b: a @ b, a)
 
     products(a).block_until_ready()
-    started = time.perf_counter()
-    products(a).block_until_ready()
-    return 2 * size**3 * _ACCELERATOR_PRODUCTS / (time.perf_counter() - started) / 1e9
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        products(a).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def main() -> None:

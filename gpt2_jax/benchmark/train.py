@@ -12,7 +12,7 @@ from typing import Any
 
 from gpt2_jax.benchmark import peak as peak_of
 from gpt2_jax.benchmark.chart import check_writable
-from gpt2_jax.benchmark.machine import describe_machine, load_lines, machine_line, measure_load, seconds_running
+from gpt2_jax.benchmark.machine import OthersWork, describe_machine, load_lines, machine_line, measure_load, seconds_running
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS
 from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, record, table, title
 from gpt2_jax.benchmark.train_rounds import TurnLimits, measure_in_turn
@@ -33,6 +33,7 @@ _SCALING_SEQUENCE_LENGTH = 256
 _SCALING_STEPS = 3
 _QUICK_PEAK_SECONDS = 20.0
 _PEAK_SECONDS = 120.0
+_PEAK_ROUNDS = 3
 
 
 def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> list[System]:
@@ -102,7 +103,7 @@ def bench_train(
     if plot is not None:
         check_writable(plot)
     machine = describe_machine()
-    load_before = measure_load()
+    load_before, during = measure_load(), OthersWork()
     print(f"{title(work)}\n{machine_line(machine)}\nbefore: {load_before}", flush=True)
 
     peak = _measure_peak(work, quick)
@@ -117,10 +118,10 @@ def bench_train(
     measured = sorted(left_out + in_turn, key=lambda one: chosen.index(one.system))
     by_tokens = _measure_scaling(work, chosen) if scaling else []
 
-    load_after = measure_load()
-    load = {"before": dataclasses.asdict(load_before), "after": dataclasses.asdict(load_after)}
+    load_after, others = measure_load(), during.others()
+    load = {"before": dataclasses.asdict(load_before), "others_during": others, "after": dataclasses.asdict(load_after)}
     print(table(measured, by_tokens, work, peak))
-    print("\n".join(load_lines(load_before, load_after)))
+    print("\n".join(load_lines(load_before, others, load_after)))
     line = record(measured, by_tokens, work, peak, machine, load)
     if plot is not None:
         plot_systems(measured, work, plot, machine_line(machine))
@@ -137,7 +138,7 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
         model=dataclasses.asdict(work.config),
         tokens=work.tokens,
         implementations=few if quick else list(IMPLEMENTATIONS),
-        rounds=1 if quick else 3,
+        rounds=_PEAK_ROUNDS,
         seconds=_QUICK_PEAK_SECONDS if quick else _PEAK_SECONDS,
     )
     _say("measuring the matrix products alone, for the peak ...")
@@ -158,7 +159,7 @@ def _too_slow(system: System, peak: dict[str, Any]) -> str | None:
     for total in peak["totals"]:
         slow = total["seconds"] > _SLOWEST_PRODUCTS
         if slow and total["implementation"] == system.matmul and total["precision"] in precisions:
-            return f"its products alone take {total['seconds']:.0f} s a step; --systems {system} measures it"
+            return f"its products alone take about {total['seconds']:.0f} s a step; --systems {system} measures it"
     return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt2_jax.benchmark.chart import Bar, draw_bars
-from gpt2_jax.benchmark.machine import percent, spread
+from gpt2_jax.benchmark.machine import percent, ratio, spread
 from gpt2_jax.benchmark.train_system import Result
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.flops import flops_per_token
@@ -74,7 +74,10 @@ def progress(one: Measured, work: Workload) -> str:
     if one.result is None:
         return f"{one.system}: {one.reason}"
     rate = work.tokens / one.seconds_per_step
-    return f"{_name(one)}: {one.seconds_per_step:.3f} s a step, {rate:,.0f} tok/s, median of {len(one.result.seconds)}"
+    steps = f"median of {len(one.result.seconds)}, which differ by {percent(spread(one.result.seconds))}"
+    return f"{_name(one)}: {one.seconds_per_step:.3f} s a step, {rate:,.0f} tok/s, " + (
+        "one step" if _made_one_step(one) else steps
+    )
 
 
 def _name(one: Measured) -> str:
@@ -105,6 +108,8 @@ def record(
         "systems": [_system_record(one, work) for one in measured if one.result is not None],
         "refused": [{**one.system._asdict(), "reason": anonymous(one.reason)} for one in measured if one.result is None],
         "matmul_peak_gflops": peak["gflops"],
+        "matmul_peak_rounds": peak["rounds"],
+        "matmul_peak_spread": peak["spread"],
         "scaling": [
             {
                 "batch_size": grown.batch_size,
@@ -157,10 +162,10 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
     pytorch = {one.system.dtype: one for one in measured if one.result and one.system.name == "pytorch"}
     lines = [
         "",
-        f"{'':<40}{'':>9}{'steps':>10}{'':>9}{'time, of':>10}{'GFLOP/s by':^20}{'':>7}{'peak':>10}{'compile':>9}"
+        f"{'':<40}{'':>9}{'steps':>10}{'':>9}{'time, of':>10}{'GFLOP/s by':^20}{'':>11}{'peak':>10}{'compile':>9}"
         f"{'loss after':>12}",
         f"{'system':<17}{'matmul':<14}{'dtype':<9}{'s/step':>9}{'differ by':>10}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}"
-        f"{'nanoGPT':>10}{'MFU':>7}{'memory':>10}{'s':>9}{'1 step':>12}",
+        f"{'nanoGPT':>10}{'MFU':>11}{'memory':>10}{'s':>9}{'1 step':>12}",
     ]
     for one in measured:
         if one.result is None:
@@ -171,7 +176,7 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
         lines.append(
             f"{one.system.name:<17}{_matmul_name(one.result):<14}{one.system.dtype:<9}{seconds:>9.3f}"
             f"{percent(spread(one.result.seconds)):>10}{work.tokens / seconds:>9,.0f}{of_pytorch:>10}{gflops:>10,.1f}"
-            f"{gflops * nanogpt:>10,.1f}{gflops / peak['gflops']:>7.1%}{gigabytes(one.result.peak_memory_bytes):>10}"
+            f"{gflops * nanogpt:>10,.1f}{_utilization(one, gflops, peak):>11}{gigabytes(one.result.peak_memory_bytes):>10}"
             f"{one.result.compile_seconds:>9.1f}{loss:>12}"
         )
     lines += [f"not {one.system}: {one.reason}" for one in measured if one.result is None]
@@ -180,10 +185,26 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
 
 
 def _ratio(one: Measured, peer: Measured | None) -> str:
-    """The time as a share of the peer's; "-" if one of the two made a single step only, which may have been the first."""
-    if peer is None or any(each.result is None or len(each.result.seconds) < 2 for each in (one, peer)):
+    """The time as a share of the peer's; "-" without a peer, and "one step" if one of the two made a single step."""
+    if peer is None:
         return "-"
-    return f"{one.seconds_per_step / peer.seconds_per_step:.2f}"
+    if one.result is None or peer.result is None or _made_one_step(one) or _made_one_step(peer):
+        return "one step"
+    if one is peer:
+        return "1.00"
+    return ratio(one.seconds_per_step, peer.seconds_per_step, (one.result.seconds, peer.result.seconds))
+
+
+def _made_one_step(one: Measured) -> bool:
+    """True when there is one timed step, which may have been the first: no ratio is made of it."""
+    return one.result is None or len(one.result.seconds) < 2
+
+
+def _utilization(one: Measured, gflops: float, peak: dict[str, Any]) -> str:
+    """MFU, or in two words why none is told."""
+    if _made_one_step(one):
+        return "one step"
+    return "one round" if peak["doubtful"] else f"{gflops / peak['gflops']:.1%}"
 
 
 def _memory_lines(measured: list[Measured]) -> list[str]:
@@ -212,8 +233,8 @@ def _scaling_lines(by_tokens: list[tuple[Workload, Measured]]) -> list[str]:
             lines.append(f"{one.system.dtype:<14}{work.tokens:>8}  {one.reason}")
             continue
         a_token = one.seconds_per_step / work.tokens
-        relative = "-"
-        if len(one.result.seconds) > 1:
+        relative = "one step"
+        if not _made_one_step(one):
             relative = f"{a_token / first.setdefault(one.system.dtype, a_token):.2f}"
         lines.append(
             f"{one.system.dtype:<14}{work.tokens:>8}{f'{work.batch_size} x {work.sequence_length}':>12}"
@@ -229,11 +250,14 @@ def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
         f"time: medians of {steps} step(s) after the first (one alone may be the first), forward, backward, clipping, AdamW;",
         "  each system in a process of its own, with the same random weights and tokens; on the CPU in turn, a third of the",
         "  steps at a time (all, if they are few) after one that is not timed, as many systems as memory holds.",
-        "steps differ by: the longest less the shortest, of the median; of one step alone no ratio is told.",
+        "steps differ by: the longest less the shortest, of the median. one step: no ratio is told of a single step, which may",
+        "  be the first. one round: nor of a peak that a single round of a part of the products was extrapolated to.",
+        "~: the steps of the two overlap, so either may be the faster one.",
+        "compile: one compilation, so by how much it varies is not known.",
         "GFLOP/s: llm.c counts 6 N + 6 L C T a token, N with the vocabulary's padding; nanoGPT 6 N + 12 L C T, N without",
         "  positions.",
         f"MFU: llm.c's count over the best rate of matrix products alone in this run, {peak['gflops']:,.1f} GFLOP/s by",
-        f"  {peak['of']}.",
+        f"  {peak['of']} in {peak['rounds']} round(s), which differ by {percent(peak['spread'])}.",
         "memory: on the CPU the process's largest resident set, libraries included; on a GPU its allocator's peak.",
         "loss: PyTorch and plain JAX have the vocabulary's padding in their softmax, which adds about 0.001.",
     ]
@@ -251,8 +275,10 @@ def plot_systems(measured: list[Measured], work: Workload, path: str, subtitle: 
                 label=f"{one.system.name}{of_matmul}",
                 group=one.system.dtype,
                 value=rate,
-                text=f"{rate:,.0f} tok/s   {one.seconds_per_step:.3g} s/step   {_gflops(one, work):,.0f} GFLOP/s",
+                text=f"{rate:,.0f} tok/s   {one.seconds_per_step:.3g} s/step   {_gflops(one, work):,.0f} GFLOP/s"
+                + ("   one step" if _made_one_step(one) else ""),
+                range=(work.tokens / max(one.result.seconds), work.tokens / min(one.result.seconds)),
             )
         )
-    note = "medians of whole training steps; GFLOP/s by llm.c's count, 6 N + 6 L C T a token"
+    note = "medians of whole training steps; line: slowest to fastest step; GFLOP/s by llm.c's count, 6 N + 6 L C T a token"
     draw_bars(path, bars, title=title(work), subtitle=subtitle, axis="tokens a second (more is better)", note=note)

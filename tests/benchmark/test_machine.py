@@ -60,7 +60,7 @@ def test_how_many_cpus_others_keep_busy(tmp_path, monkeypatch):
     assert load.busy_cpus == pytest.approx(1.0)
     assert str(load).startswith("1.00 of 4 CPUs busy with other work")
     assert load.disturbs
-    assert machine.load_lines(load, load)[-1].startswith("THE MACHINE WAS BUSY")
+    assert machine.load_lines(load, None, load)[-1].startswith("THE MACHINE WAS BUSY")
 
 
 def test_a_system_that_does_not_tell_is_no_disturbance(tmp_path):
@@ -68,9 +68,39 @@ def test_a_system_that_does_not_tell_is_no_disturbance(tmp_path):
     assert load.busy_cpus is None
     assert not load.disturbs
     assert str(load).startswith("unknown of ")
-    assert len(machine.load_lines(load, load)) == 2
+    assert len(machine.load_lines(load, None, load)) == 3
 
 
-@pytest.mark.parametrize(("seconds", "found"), [([2.0], "1 round"), ([2.0, 1.0, 3.0], "100%"), ([1.0, 1.0], "0%")])
+@pytest.mark.parametrize(("seconds", "found"), [([2.0], "single"), ([2.0, 1.0, 3.0], "100%"), ([1.0, 1.0], "0%")])
 def test_by_how_much_rounds_differ(seconds, found):
     assert machine.percent(machine.spread(seconds)) == found
+
+
+def test_work_of_others_while_the_bench_works(tmp_path, monkeypatch):
+    """All CPUs were busy for 8 s of 2 s, of which the bench and its children used 3 s."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    times = iter([(1.0, 0.0, 1.0, 0.0, 0.0), (2.0, 1.0, 1.5, 0.5, 0.0)])
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(machine.os, "times", lambda: next(times))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock))
+    stat(tmp_path, 100 * ticks, 100)
+    work = machine.OthersWork(tmp_path)
+    stat(tmp_path, 108 * ticks, 100)
+    others = work.others()
+    assert others == pytest.approx((8 - 3) / 2)
+    quiet = machine.Load(0.0, 0.0)
+    assert machine.load_lines(quiet, others, quiet)[1].startswith("load during: 2.50 of ")
+    assert machine.load_lines(quiet, others, quiet)[-1].startswith("THE MACHINE WAS BUSY")
+
+
+def test_a_system_that_does_not_tell_has_no_work_of_others(tmp_path):
+    assert machine.OthersWork(tmp_path).others() is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [([2.0, 3.0], [1.0, 1.5], "2.00"), ([1.0, 3.0], [1.5, 1.6], "~2.00"), ([1.0, 1.1], [1.1, 9.0], "~2.00")],
+)
+def test_a_ratio_of_overlapping_rounds_is_marked(first, second, found):
+    assert machine.ratio(4.0, 2.0, (first, second)) == found
+    assert machine.ratio(4.0, 2.0, (second, first)) == found

@@ -106,7 +106,7 @@ def test_the_slow_are_timed_on_slices_and_marked(monkeypatch):
 
 
 def test_of_one_extrapolated_round_no_speed_is_told(monkeypatch):
-    for rounds, told in ((1, "-"), (3, "1.00")):
+    for rounds, told in ((1, ["one", "round"]), (3, ["1.00"])):
         monkeypatch.setattr(matmul_timing, "_LONGEST_ROUND", 1e-9)
         runs, _ = measure(CONFIG, TOKENS, ["xla"], rounds=rounds)
         totals = bench.totals(runs)
@@ -114,7 +114,17 @@ def test_of_one_extrapolated_round_no_speed_is_told(monkeypatch):
         assert [total["spread"] is None for total in totals] == [rounds == 1] * 2
         text = bench._table({"totals": totals, "refused": []}, runs)
         row = next(line for line in text.splitlines() if line.startswith("xla*") and "F32_F32_F32" in line)
-        assert row.split()[-3] == told
+        assert row.split()[8 : 8 + len(told)] == told
+
+
+def test_one_layer_that_stands_for_all_is_extrapolated_too():
+    """What --quick measures: with one round nothing is compared with it."""
+    runs, _ = measure(CONFIG, TOKENS, ["xla"], rounds=1, seconds=1e9)
+    totals = bench.totals(runs)
+    assert [len(run.rows["fwd", "qkvw"]) for run in runs] == [TOKENS] * 2  # all rows
+    assert [total["extrapolated"] for total in totals] == [True] * 2
+    assert [bench.is_doubtful(total) for total in totals] == [True] * 2
+    assert "extrapolated" not in next(row for row in bench._rows(runs) if row["n"] == 256)  # the classifier is one layer
 
 
 def test_with_a_limit_the_first_is_measured_and_the_rest_refused():
@@ -192,12 +202,12 @@ def test_it_prints_a_table_and_one_json_line_last_and_draws(capsys, tmp_path, mo
     assert (record["bench"], record["tokens"]) == ("matmul", TOKENS)
     row_keys = {"implementation", "precision", "product", "m", "k", "n", "seconds", "gflops"}
     assert {frozenset(row) for row in record["rows"]} == {frozenset(row_keys)}
-    total_keys = {"implementation", "precision", "seconds", "gflops", "rounds", "spread", "max_error"}
+    total_keys = {"implementation", "precision", "seconds", "gflops", "rounds", "seconds_range", "spread", "max_error"}
     assert {frozenset(total) for total in record["totals"]} == {frozenset(total_keys)}
     assert {refusal["implementation"] for refusal in record["refused"]} == {"simd"}
     lines = [line for line in text if line.startswith(("simd ", "xla "))]
     assert len(lines) == 4
-    assert any(line.split()[:2] == ["xla", "F32_F32_F32"] and line.split()[7:10] == ["1", "round", "1.00"] for line in lines)
+    assert any(line.split()[:2] == ["xla", "F32_F32_F32"] and line.split()[7:9] == ["single", "1.00"] for line in lines)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 

@@ -137,6 +137,9 @@ def test_systems_by_name():
 PEAK = {
     "gflops": 100.0,
     "of": "a test",
+    "rounds": 3,
+    "spread": 0.1,
+    "doubtful": False,
     "totals": [{"implementation": "naive", "precision": "F32_F32_F32", "seconds": 95.0}],
 }
 
@@ -215,7 +218,7 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
     assert record["matmul_peak_gflops"] == 100.0
     row = next(line.split() for line in text if line.startswith("gpt2_jax "))
     assert row[:6] == ["gpt2_jax", "threaded", "float32", "1.000", "30%", "48"]
-    assert row[6] == "0.50"
+    assert row[6] == "~0.50"
     assert f"{flops / 1e9 / 100.0:.1%}" in row
     assert "not jax_plain:float32: no reason" in text
     memory = "memory of gpt2_jax:threaded:float32: 2.00 GB estimated, 2.20 GB (1.10 times that) in the compiled step"
@@ -256,7 +259,8 @@ def test_of_one_step_alone_no_ratio_is_told(monkeypatch, capsys):
     answers_by_name(monkeypatch, {"gpt2_jax": answer("threaded", (1.0,)), "pytorch": answer("pytorch")})
     train.bench_train(WORK, ["gpt2_jax:auto:float32", "pytorch:float32"])
     row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("gpt2_jax "))
-    assert row[4:8] == ["1", "round", "48", "-"]
+    assert row[3:8] == ["1.000", "single", "48", "one", "step"]
+    assert row[10:12] == ["one", "step"]  # MFU
 
 
 def test_a_busy_machine_is_told_before_and_after(monkeypatch, capsys):
@@ -299,7 +303,7 @@ def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(mon
     answers_by_name(monkeypatch, {name: answer() for name in names})
     train.bench_train(WORK)
     refused = json.loads(capsys.readouterr().out.splitlines()[-1])["refused"]
-    reason = "its products alone take 95 s a step; --systems gpt2_jax:naive:float32 measures it"
+    reason = "its products alone take about 95 s a step; --systems gpt2_jax:naive:float32 measures it"
     assert refused == [{"name": "gpt2_jax", "matmul": "naive", "dtype": "float32", "setting": "", "reason": reason}]
     train.bench_train(WORK, ["gpt2_jax:naive:float32"])
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["systems"]) == 1
@@ -390,4 +394,15 @@ def test_the_peak_is_the_best_of_the_steps_products():
     best = max(found["totals"], key=lambda total: total["gflops"])
     assert found["gflops"] == best["gflops"] > 0
     assert found["of"] == f"{best['implementation']} {best['precision']}"
-    assert peak._square_product_gflops(64) > 0
+    assert (found["rounds"], found["spread"], found["doubtful"]) == (1, None, False)
+    assert len(peak._square_product_seconds(64, 3)) == 3
+
+
+def test_of_a_doubtful_peak_no_utilization_is_told(monkeypatch, capsys):
+    answers_by_name(monkeypatch, {"pytorch": answer("pytorch")})
+    monkeypatch.setattr(train, "_measure_peak", lambda *_: PEAK | {"rounds": 1, "spread": None, "doubtful": True})
+    train.bench_train(WORK, ["pytorch:float32"])
+    text = capsys.readouterr().out
+    row = next(line.split() for line in text.splitlines() if line.startswith("pytorch "))
+    assert row[9:11] == ["one", "round"]
+    assert "in 1 round(s), which differ by single" in text
