@@ -9,8 +9,15 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
+
+# Runs heed what was ignored when they began, and a shell has what it starts in the background ignore Ctrl-C: the tests'
+# programs must not have that from here.
+for name in ("SIGINT", "SIGHUP"):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("GPT2_JAX_TEST_PLATFORMS", "cpu")
 # Two virtual devices: code that takes the first device for the only one shows.
