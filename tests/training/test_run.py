@@ -58,7 +58,7 @@ def without_picture(request, monkeypatch):
 
 def test_a_run_leaves_checkpoint_log_settings_and_picture(config, hellaswag, capsys):
     config = change(config, evaluation={"hellaswag": hellaswag})
-    folder = train(config, "tiny", CPU)
+    folder = train(change(config, run={"verbose": True}), "tiny", CPU)
     assert {path.name for path in folder.iterdir()} == {
         *("model_00000008.bin", "state_00000008_00000.bin", "run_00000008.json", "DONE_00000008"),
         *("config.toml", "log.jsonl", "main.log", "loss.png"),
