@@ -54,7 +54,7 @@ class Weights:
     def activation_linear(self, name: str, x: jax.Array) -> jax.Array:
         """The linear layer of the activation of x."""
         site = self._site(name + "w", name + "b")
-        return self._apply(name, recomputed_if_asked("gelu", _activation_linear, site), site, x)
+        return self._apply(name, recomputed_if_asked("gelu", activation_of(self.plan).linear, site), site, x)
 
     def attention(self, *qkv: jax.Array) -> jax.Array:
         """Causal attention (B, T, C) of q, k and v, which norm_linear makes in `attention_parts` arrays."""
@@ -87,7 +87,3 @@ class Weights:
         with jax.named_scope(scope):
             y, self.flat_N = op(site, x, self.flat_N, {name: self._slots[name][slot] for name in site.names})
         return y
-
-
-def _activation_linear(site: Site, x: jax.Array, flat_N: jax.Array, slots: Slots) -> tuple[jax.Array, jax.Array]:
-    return linear(site, activation_of(site.plan)(x), flat_N, slots)

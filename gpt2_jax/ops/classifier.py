@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax.ops.cpu import library
-from gpt2_jax.ops.cuda import kernels
+from gpt2_jax.ops.cuda import kernels, libraries
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_gradient
 from gpt2_jax.ops.recompute import barrier
 from gpt2_jax.ops.table import Implementation, always
@@ -236,7 +236,7 @@ def _kernel_rows(site: Site, logits_RV: jax.Array, y_R: jax.Array, scale: float)
 def _refuses_kernel(plan: Plan) -> str | None:
     if reason := kernels.refusal(plan):
         return reason
-    row, room = 2 * plan.config.padded_vocab_size, kernels.shared_bytes() - _KERNEL_STATIC_BYTES
+    row, room = 2 * plan.config.padded_vocab_size, libraries.device().shared_bytes - _KERNEL_STATIC_BYTES
     return None if row <= room else f"a row of logits has {row} bytes, of which {room} fit into shared memory"
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.ops import classifier, norm
-from gpt2_jax.ops.cuda import kernels
+from gpt2_jax.ops import activation, classifier, norm
+from gpt2_jax.ops.cuda import cublas, kernels, libraries
 from gpt2_jax.ops.table import Fallback
 from gpt2_jax.ops.threaded import Site
 from tests.conftest import CPU, TINY, plan_of
@@ -58,21 +58,31 @@ def test_what_does_not_compile_says_why():
 
 def test_they_are_refused_with_a_reason_where_they_cannot_run(monkeypatch):
     cuda = dataclasses.replace(CPU, name="cuda", platform="cuda", lacks=frozenset({"custom_calls"}))
-    assert kernels.refusal(plan_of(dtype="bfloat16")) == "on NVIDIA GPUs only"
     assert kernels.refusal(plan_of(backend=cuda)) == "in bfloat16 only"
 
-    def missing():
-        raise NotImplementedError("NVRTC is not installed")
+    def missing(*_):
+        raise NotImplementedError("it is not installed")
 
-    monkeypatch.setattr(kernels, "_nvrtc", missing)
-    reason = kernels.refusal(plan_of(backend=cuda, dtype="bfloat16"))
-    assert isinstance(reason, Fallback)
-    assert reason in ("NVRTC is not installed", "this jax cannot alias a custom call's argument and result")
+    for refusal in (kernels.refusal, cublas.refusal):
+        assert refusal(plan_of(dtype="bfloat16")) == "on NVIDIA GPUs only"
+        with monkeypatch.context() as patch:
+            patch.setattr(libraries, "device", missing)
+            reason = refusal(plan_of(backend=cuda, dtype="bfloat16"))
+            assert (reason, type(reason)) == ("it is not installed", Fallback)
+            patch.setattr(libraries, "device", lambda: libraries.Device((7, 5), 49152))
+            assert refusal(plan_of(backend=cuda, dtype="bfloat16")) == "GPUs of compute capability 8.0 on"
+            patch.setattr(libraries, "device", lambda: libraries.Device((9, 0), 232448))
+            patch.setattr(libraries, "find", missing)
+            kernels._nvrtc.cache_clear()
+            cublas._load.cache_clear()
+            reason = refusal(plan_of(backend=cuda, dtype="bfloat16"))
+            assert isinstance(reason, Fallback)
+            assert reason in ("it is not installed", "this jax cannot alias a custom call's argument and result")
 
 
 def test_a_row_that_shared_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "refusal", lambda plan: None)
-    monkeypatch.setattr(kernels, "shared_bytes", lambda: 101_376)
+    monkeypatch.setattr(libraries, "device", lambda: libraries.Device((8, 9), 101_376))
     plan = plan_of(dtype="bfloat16")
     assert classifier._refuses_kernel(plan) is None
     large = dataclasses.replace(plan, config=dataclasses.replace(TINY, vocab_size=60_000))
@@ -119,3 +129,18 @@ def test_the_norm_and_its_cotangent_are_their_twins(channels, parts):
     expected = (d - d.mean(-1, keepdims=True) - n * (d * n).mean(-1, keepdims=True)) * np.asarray(rstd, np.float64)
     expected += np.asarray(residual.astype(FLOAT32), np.float64)
     np.testing.assert_allclose(dx.astype(FLOAT32), expected, rtol=ULP, atol=1e-5 * np.abs(expected).max())
+
+
+@on_gpu
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1024, 768, 3072), (37, 8, 32), (300, 1600, 6400)])
+def test_the_product_with_gelus_derivative_is_its_twin(rows, outputs, inputs):
+    """Against float64: a float32 sum of O products, times a slope of up to 1.13, rounded to bfloat16 once or twice."""
+    generator = np.random.default_rng(rows)
+    dy, w, x = (jnp.asarray(generator.normal(size=s), BFLOAT16) for s in ((rows, outputs), (outputs, inputs), (rows, inputs)))
+    found = jax.jit(cublas.gelu_backward)(dy, w, x)
+    dy, w, x = (np.asarray(each.astype(FLOAT32), np.float64) for each in (dy, w, x))
+    _, pull_back = jax.vjp(activation.gelu, jnp.asarray(x, FLOAT32))
+    slope = np.asarray(pull_back(jnp.ones_like(x, FLOAT32))[0], np.float64)
+    # An approximate tanh may be off by 2**-11; the sums are as large as the sum of their terms' sizes.
+    bound = (ULP + outputs * 2.0**-24) * np.abs(dy) @ np.abs(w)
+    np.testing.assert_array_less(np.abs(found.astype(FLOAT32) - (dy @ w) * slope), bound)
