@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import cublas
 from gpt2_jax.ops.linear import linear, linear_forward, linear_gradients
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
+from gpt2_jax.ops.summed import Summed, is_summed, mapped
 from gpt2_jax.ops.table import Implementation, always
 from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp, rounded, threaded
 
@@ -38,8 +39,8 @@ def activation_of(plan: Plan) -> Activation:
 def before_linear(function: Callable[[jax.Array], jax.Array]) -> Activation:
     """A function of one array, whose linear layer is an op of its own."""
 
-    def op(site: Site, x: jax.Array, flat_N: jax.Array, slots: Slots) -> tuple[jax.Array, jax.Array]:
-        return linear(site, function(x), flat_N, slots)
+    def op(site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, jax.Array]:
+        return linear(site, mapped(site.plan, function, x) if is_summed(x) else function(x), flat_N, slots)
 
     return Activation(function, op)
 
@@ -85,12 +86,12 @@ def _cublas_forward(site: Site, x: jax.Array, flat_N: jax.Array) -> tuple[jax.Ar
 
 
 def _cublas_backward(
-    site: Site, saved: tuple[jax.Array, jax.Array], flat_N: jax.Array, dy: jax.Array, gradient_N: jax.Array
+    site: Site, saved: tuple[jax.Array, jax.Array], flat_N: jax.Array, dy: Summed, gradient_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, Slots]:
     x, hidden = saved
     gradient_N, slots = linear_gradients(site, hidden, dy, gradient_N)
-    w_OI = rounded(site.view(flat_N, site.names[0]).array(), dy.dtype)
-    dx_MI = cublas.gelu_backward(dy.reshape(-1, dy.shape[-1]), w_OI, x.reshape(-1, x.shape[-1]))
+    w_OI = rounded(site.view(flat_N, site.names[0]).array(), x.dtype)
+    dx_MI = cublas.gelu_backward(dy.value.reshape(-1, w_OI.shape[0]), w_OI, x.reshape(-1, x.shape[-1]))
     return dx_MI.reshape(x.shape), gradient_N, slots
 
 
@@ -111,7 +112,7 @@ TABLE = (
         "cublas",
         _refuses_cublas,
         "the product multiplies by GELU's derivative itself",
-        functions=Activation(_one_pass, threaded(_cublas_forward, _cublas_backward)),
+        functions=Activation(_one_pass, threaded(_cublas_forward, _cublas_backward, knows_sums=True)),
     ),
     Implementation("one_pass", _refuses_one_pass, "keeps no float32 copy", functions=before_linear(_one_pass)),
     Implementation("xla", always, "the reference, on every device", functions=before_linear(gelu)),

@@ -7,7 +7,7 @@ in their dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
+from gpt2_jax.ops.summed import column_sums
 from gpt2_jax.ops.table import Implementation, always
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Attention(NamedTuple):
     compute: Callable[..., jax.Array]  # (plan, *qkv) -> (B, T, C)
     parts: int  # arrays that hold q, k and v: 1 or 3
     keeps_scores: bool  # for the backward: B H T T elements
+    # (plan, ...) as SumsOf: the column sums of the cotangents of q, k and v, where they are known without adding
+    sums: Callable[[Plan, jax.Array, Sequence[jax.Array]], Sequence[jax.Array]] | None = None
 
 
 def attention_of(plan: Plan) -> Attention:
@@ -57,6 +60,12 @@ def _cudnn(plan: Plan, q_BTC: jax.Array, k_BTC: jax.Array, v_BTC: jax.Array) -> 
     q, k, v = (_by_heads(plan, x) for x in (q_BTC, k_BTC, v_BTC))
     # As an attribute of jax.nn, so that a plugin which replaces it is heeded.
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(q_BTC.shape)
+
+
+def _known_sums(plan: Plan, dout_sums_C: jax.Array, dqkv: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Every query's weights add up to 1. So a vector that is added to all keys changes no weight, and the cotangents of the
+    keys add up to zero; one that is added to all values is added to every result, and their cotangents have one sum."""
+    return column_sums(plan, dqkv[0]), jnp.zeros_like(dout_sums_C), dout_sums_C
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -97,7 +106,7 @@ def _refuses_cudnn(plan: Plan) -> str | None:
 
 
 _BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False)
-_BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False)
+_BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False, sums=_known_sums)
 _BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
 TABLE = (
     Implementation("custom_call", library.refusal, "keeps no scores", functions=_BY_CUSTOM_CALL),

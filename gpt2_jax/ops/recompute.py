@@ -55,14 +55,18 @@ def _backward(op: ThreadedOp, site: Site, saved: Any, cotangents: tuple[Any, jax
 _recomputed.defvjp(_forward, _backward)
 
 
-def barrier(plan: Plan, x: jax.Array, others: Any) -> jax.Array:
-    """Delay x until the other arrays (a pytree) exist, so that their inputs' memory can be reused."""
+def barrier(plan: Plan, x: Any, others: Any) -> Any:
+    """Delay the arrays of x (a pytree) until the others (a pytree) exist, so that their inputs' memory can be reused."""
     leaves = jax.tree_util.tree_leaves(others)
-    if plan.barrier.name == "custom_call":
-        library.load()
-        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return jax_compat.ffi_call(library.BARRIER, result, x, *leaves, aliases={0: 0})
-    return lax.optimization_barrier((x, *leaves))[0]
+    if plan.barrier.name != "custom_call":
+        return lax.optimization_barrier((x, *leaves))[0]
+    library.load()
+
+    def delayed(each: jax.Array) -> jax.Array:
+        result = jax.ShapeDtypeStruct(each.shape, each.dtype)
+        return jax_compat.ffi_call(library.BARRIER, result, each, *leaves, aliases={0: 0})
+
+    return jax.tree_util.tree_map(delayed, x)
 
 
 def saves_memory(plan: Plan) -> bool:

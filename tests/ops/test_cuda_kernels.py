@@ -69,9 +69,9 @@ def test_they_are_refused_with_a_reason_where_they_cannot_run(monkeypatch):
             patch.setattr(libraries, "device", missing)
             reason = refusal(plan_of(backend=cuda, dtype="bfloat16"))
             assert (reason, type(reason)) == ("it is not installed", Fallback)
-            patch.setattr(libraries, "device", lambda: libraries.Device((7, 5), 49152))
+            patch.setattr(libraries, "device", lambda: libraries.Device((7, 5), 49152, 40))
             assert refusal(plan_of(backend=cuda, dtype="bfloat16")) == "GPUs of compute capability 8.0 on"
-            patch.setattr(libraries, "device", lambda: libraries.Device((9, 0), 232448))
+            patch.setattr(libraries, "device", lambda: libraries.Device((9, 0), 232448, 132))
             patch.setattr(libraries, "find", missing)
             kernels._nvrtc.cache_clear()
             cublas._load.cache_clear()
@@ -82,7 +82,7 @@ def test_they_are_refused_with_a_reason_where_they_cannot_run(monkeypatch):
 
 def test_a_row_that_shared_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "refusal", lambda plan: None)
-    monkeypatch.setattr(libraries, "device", lambda: libraries.Device((8, 9), 101_376))
+    monkeypatch.setattr(libraries, "device", lambda: libraries.Device((8, 9), 101_376, 128))
     plan = plan_of(dtype="bfloat16")
     assert classifier._refuses_kernel(plan) is None
     large = dataclasses.replace(plan, config=dataclasses.replace(TINY, vocab_size=60_000))
@@ -117,18 +117,20 @@ def test_the_loss_and_its_gradient_are_their_twins(vocab_size, rows):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_norm_and_its_cotangent_are_their_twins(channels, parts):
     generator = np.random.default_rng(channels)
-    x, residual, *dns = (jnp.asarray(generator.normal(size=(3, 37, channels)) * 2 + 0.3, BFLOAT16) for _ in range(2 + parts))
+    x, residual, *dns = (jnp.asarray(generator.normal(size=(3, 1237, channels)) * 2 + 0.3, BFLOAT16) for _ in range(2 + parts))
     dns = [dn.reshape(-1, channels) for dn in dns]
     normed, rstd = jax.jit(norm._kernel_normalize)(x)
     twin, twin_rstd = norm._normed(x)
     np.testing.assert_allclose(rstd, twin_rstd, rtol=1e-5)
     np.testing.assert_allclose(normed.astype(FLOAT32), twin, rtol=ULP, atol=1e-6)
-    dx = jax.jit(norm._kernel_dx)(normed, rstd, dns, residual)
+    dx, sums = dataclasses.astuple(jax.jit(norm._kernel_dx)(normed, rstd, dns, residual))
     n, d = (np.asarray(array, np.float64) for array in (normed.astype(FLOAT32), sum(dn.astype(FLOAT32) for dn in dns)))
     d = d.reshape(n.shape)
     expected = (d - d.mean(-1, keepdims=True) - n * (d * n).mean(-1, keepdims=True)) * np.asarray(rstd, np.float64)
     expected += np.asarray(residual.astype(FLOAT32), np.float64)
     np.testing.assert_allclose(dx.astype(FLOAT32), expected, rtol=ULP, atol=1e-5 * np.abs(expected).max())
+    rows = np.asarray(dx.astype(FLOAT32), np.float64).reshape(-1, channels)
+    np.testing.assert_array_less(np.abs(sums - rows.sum(0)), len(rows) * 2.0**-24 * np.abs(rows).sum(0) + 1e-30)
 
 
 @on_gpu

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 DRIVER = "libcuda.so.1"
 _OLDEST = (8, 0)  # bfloat16, and copies into shared memory that pass registers by
-_MAX_SHARED_BYTES_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_MULTIPROCESSORS, _MAX_SHARED_BYTES_OF_A_BLOCK = 16, 97
 
 
 class Device(NamedTuple):
     capability: tuple[int, int]
     shared_bytes: int  # that a block may have
+    multiprocessors: int
 
 
 def refusal(plan: Plan) -> str | None:
@@ -40,13 +42,16 @@ def device() -> Device:
     """The first GPU of the process, which kernels are compiled for; NotImplementedError where there is none."""
     try:
         major, minor = map(int, jax.devices("gpu")[0].compute_capability.split("."))
-        driver, shared_bytes = ctypes.CDLL(DRIVER), ctypes.c_int()
-        failure = driver.cuDeviceGetAttribute(ctypes.byref(shared_bytes), _MAX_SHARED_BYTES_OF_A_BLOCK, 0)
+        describe = ctypes.CDLL(DRIVER).cuDeviceGetAttribute
     except (RuntimeError, OSError, AttributeError) as error:
         raise NotImplementedError(f"no GPU of CUDA's was found: {str(error).splitlines()[0]}") from None
-    if failure:
-        raise NotImplementedError(f"CUDA's driver does not describe the GPU: its error {failure}")
-    return Device((major, minor), shared_bytes.value)
+    numbers = []
+    for attribute in (_MAX_SHARED_BYTES_OF_A_BLOCK, _MULTIPROCESSORS):
+        found = ctypes.c_int()
+        if failure := describe(ctypes.byref(found), attribute, 0):
+            raise NotImplementedError(f"CUDA's driver does not describe the GPU: its error {failure}")
+        numbers.append(found.value)
+    return Device((major, minor), *numbers)
 
 
 def find(stem: str, package: str) -> str:
