@@ -196,7 +196,8 @@ def _low_gradient(
     dw: jax.Array | float = 0.0
     for h_RC, y_R in _chunks(h_BTC, y_BT, _LOW_ROWS):
         if dh:
-            h_RC = barrier(site.plan, h_RC, dh[-1])
+            # Both products have read the last rows' logits by then, whose memory these rows take.
+            h_RC = barrier(site.plan, h_RC, (dh[-1], dw))
         losses_R, dlogits_RV = of_rows(site, _low_logits(site, h_RC, flat_N), y_R, scale / y_BT.size)
         losses.append(losses_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, name)))
