@@ -91,7 +91,7 @@ def _cublas_backward(
     x, hidden = saved
     gradient_N, slots = linear_gradients(site, hidden, dy, gradient_N)
     w_OI = rounded(site.view(flat_N, site.names[0]).array(), x.dtype)
-    dx_MI = cublas.gelu_backward(dy.value.reshape(-1, w_OI.shape[0]), w_OI, x.reshape(-1, x.shape[-1]))
+    dx_MI = cublas.gelu_backward(site.plan, dy.value.reshape(-1, w_OI.shape[0]), w_OI, x.reshape(-1, x.shape[-1]))
     return dx_MI.reshape(x.shape), gradient_N, slots
 
 

@@ -126,7 +126,7 @@ def _call_losses(site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Arra
     losses: list[jax.Array] = []
     for h_RC, y_R in _chunks(h_BTC, y_BT, CLASSIFIER_ROWS):
         if losses:
-            h_RC = barrier(site.plan, h_RC, losses[-1])
+            h_RC, losses[-1] = barrier(site.plan, h_RC, losses[-1])
         losses.append(_call_rows(site, h_RC, y_R, flat_N, 1.0)[0])
     return jnp.concatenate(losses).reshape(y_BT.shape)
 
@@ -139,7 +139,7 @@ def _call_gradient(
     slots: Slots = {}
     for h_RC, y_R in _chunks(h_BTC, y_BT, CLASSIFIER_ROWS):
         if dh:
-            h_RC = barrier(site.plan, h_RC, (dh[-1], gradient_N))
+            h_RC, (dh[-1], gradient_N) = barrier(site.plan, h_RC, (dh[-1], gradient_N))
             site = site._replace(added=site.names)
         losses_R, dlogits_RV = _call_rows(site, h_RC, y_R, flat_N, scale / y_BT.size)
         gradient_N, slots = _write(site, gradient_N, dlogits_RV, h_RC, slots.get(site.names[0]))
@@ -197,7 +197,7 @@ def _low_gradient(
     for h_RC, y_R in _chunks(h_BTC, y_BT, _LOW_ROWS):
         if dh:
             # Both products have read the last rows' logits by then, whose memory these rows take.
-            h_RC = barrier(site.plan, h_RC, (dh[-1], dw))
+            h_RC, (dh[-1], dw) = barrier(site.plan, h_RC, (dh[-1], dw))
         losses_R, dlogits_RV = of_rows(site, _low_logits(site, h_RC, flat_N), y_R, scale / y_BT.size)
         losses.append(losses_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, name)))

@@ -33,16 +33,17 @@ def refusal(plan: Plan) -> str | None:
     return None
 
 
-def gelu_backward(dy_MO: jax.Array, w_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
+def gelu_backward(plan: Plan, dy_MO: jax.Array, w_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
     """(dy w) * gelu'(x), (M, I) bfloat16: the cotangent of x in y = gelu(x) wᵀ. All are bfloat16, O and I multiples of 8."""
-    _tune(x_MI.shape[0], *w_OI.shape)
-    return _call(dy_MO, w_OI, x_MI)
+    if not plan.deterministic:
+        _tune(x_MI.shape[0], *w_OI.shape)
+    return _call(dy_MO, w_OI, x_MI, tune=not plan.deterministic)
 
 
-def _call(dy_MO: jax.Array, w_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
+def _call(dy_MO: jax.Array, w_OI: jax.Array, x_MI: jax.Array, *, tune: bool = True) -> jax.Array:
     _load()
     results = (jax.ShapeDtypeStruct(x_MI.shape, x_MI.dtype), jax.ShapeDtypeStruct((_WORKSPACE_BYTES,), jnp.uint8))
-    return jax_compat.ffi_call(_TARGET, results, dy_MO, w_OI, x_MI, tune=np.int64(1))[0]
+    return jax_compat.ffi_call(_TARGET, results, dy_MO, w_OI, x_MI, tune=np.int64(tune))[0]
 
 
 @cache
