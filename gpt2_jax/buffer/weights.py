@@ -64,7 +64,7 @@ class Weights:
         with jax.named_scope("attention"):
             attention = attention_of(self.plan)
             sums = None if attention.sums is None else partial(attention.sums, self.plan)
-            return mapped(self.plan, partial(attention.compute, self.plan), *qkv, sums=sums)
+            return mapped(self.plan, partial(attention.compute, self.plan, self._layer), *qkv, sums=sums)
 
     @property
     def attention_parts(self) -> int:
