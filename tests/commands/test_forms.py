@@ -65,7 +65,7 @@ def test_a_library_says_the_form_in_the_code(started):
 def test_every_command_has_a_script_a_module_and_a_line():
     scripts = {path.name for path in (REPOSITORY / "scripts").glob("*.py")}
     modules = {path.stem for path in (REPOSITORY / "gpt2_jax" / "commands").glob("*.py")}
-    assert len(program.COMMANDS) == len(scripts) == 11
+    assert len(program.COMMANDS) == len(scripts) == 12
     assert {command.replace("-", "_") for command in program.COMMANDS} == modules - {"__init__", "command_line", "main"}
     assert {script_of(command) for command in program.COMMANDS} == scripts
 
@@ -208,7 +208,7 @@ def test_flags_and_their_defaults_are_frozen():
 # Of the others that are on or off only the change of the default is a flag.
 OFF_AS_WELL = {"train": {"--no-shuffle", "--no-master-weights"}, "reshard": {"--no-zero"}}
 ALIASES = {"--lr": "--learning-rate", "--max-iters": "--steps", "--device": "--backend"}
-WITHOUT_FLAG = {"generate": {"--checkpoint"}, "reshard": {"--folder"}}  # by their place
+WITHOUT_FLAG = {"generate": {"--checkpoint"}, "reshard": {"--folder"}, "check-curve": {"--run"}}  # by their place
 
 
 @pytest.mark.parametrize("command", program.COMMANDS)
@@ -220,6 +220,6 @@ def test_help_has_the_frozen_flags_and_no_others(started, command, capsys, monke
     # At the border of a box, which is a space where the terminal cannot show lines.
     shown = re.findall(r"[│\s] (--[a-z][a-z0-9-]*)(?: [A-Z]+| \{[^}]*\})?(?:, (--[a-z0-9-]+))?", capsys.readouterr().out)
     flags = {"--" + name.replace("_", "-") for name in frozen_flags()[command]}
-    flags |= {alias for alias, flag in ALIASES.items() if flag in flags and command != "bench-train"}
+    flags |= {alias for alias, flag in ALIASES.items() if flag in flags and command not in ("bench-train", "check-curve")}
     expected = (flags | OFF_AS_WELL.get(command, set())) - WITHOUT_FLAG.get(command, set())
     assert {flag for pair in shown for flag in pair if flag} == expected
