@@ -59,7 +59,8 @@ def recording(folder: str | None, words: list[str]) -> Iterator[str | None]:
     facts = {
         "command": f"`{anonymous(command)}`",
         "day": f"{date.today():%Y-%m-%d}",
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD") or "not known",
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
+        or "not known",
         "machine": machine_line(describe_machine()),
         "cards": _output("nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader") or "none",
     }

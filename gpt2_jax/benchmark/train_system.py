@@ -254,13 +254,14 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
     if request.name in COMPILED:
         forward = torch.compile(model, mode="max-autotune" if request.name == "pytorch_tuned" else "default")
     x, y = (torch.from_numpy(tokens).long().to(device) for tokens in (x_ABT, y_ABT))
-    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION) if tuned else nullcontext()
+    cudnn = partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+    attention = cudnn if tuned else nullcontext
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=request.dtype == "bfloat16")
 
     def step() -> torch.Tensor:
         total = torch.zeros((), device=device)
         for x_BT, y_BT in zip(x, y, strict=True):
-            with autocast, attention:
+            with autocast, attention():
                 loss = forward(x_BT, y_BT) / request.micro_batches
             loss.backward()
             total += loss.detach()

@@ -6,7 +6,6 @@ embedding table (V, C), V padded. Rows R are tokens of all sequences.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -30,7 +29,9 @@ if TYPE_CHECKING:
 
 # So many rows of the logits are made at once: at 8192 tokens all of them would be 1.6 GB, and their gradient as much again.
 CLASSIFIER_ROWS = 1024
-_LOW_ROWS = 1 << 15  # the same on GPUs, where few large products are faster: 3.3 GB of logits in bfloat16
+# The same on GPUs, where few large products are faster: half of the rows, so that only half of the logits are there while
+# all layers' activations are (0.2 of 31 ms at 16 x 1024 tokens for 0.6 of 7.9 GiB), within these limits.
+_LOW_ROWS = (1 << 13, 1 << 15)
 _FLOAT32 = jnp.dtype(jnp.float32)
 Gradient = tuple[jax.Array, jax.Array, jax.Array, Slots]
 
@@ -40,7 +41,8 @@ class Classifier(NamedTuple):
     token_losses: Callable[[Site, jax.Array, jax.Array, jax.Array], jax.Array]
     # (site, h_BTC, y_BT, flat_N, gradient_N, scale): scale * the mean loss, its cotangent of h, the gradient buffer, slots
     loss_and_gradient: Callable[[Site, jax.Array, jax.Array, jax.Array, jax.Array, float], Gradient]
-    most_rows: Callable[[], float]  # rows whose logits exist at a time
+    most_rows: Callable[[int], int]  # (rows R): those whose logits exist at a time
+    bytes_of_logit: Callable[[int], int]  # (bytes of an activation): of a logit and its cotangent together
 
 
 def classifier_of(plan: Plan) -> Classifier:
@@ -151,6 +153,11 @@ def _call_gradient(
 # On GPUs: logits in the dtype of products, and the gradient in as many passes over them as the loss.
 
 
+def _most_low_rows(R: int) -> int:
+    least, most = _LOW_ROWS
+    return min(R, most, max(least, -(-R // 2)))
+
+
 def _low_logits(site: Site, h_RC: jax.Array, flat_N: jax.Array) -> jax.Array:
     return product(site.plan, h_RC, site.view(flat_N, site.names[0]), None, h_RC.dtype)
 
@@ -194,7 +201,7 @@ def _low_gradient(
     losses: list[jax.Array] = []
     dh: list[jax.Array] = []
     dw: jax.Array | float = 0.0
-    for h_RC, y_R in _chunks(h_BTC, y_BT, _LOW_ROWS):
+    for h_RC, y_R in _chunks(h_BTC, y_BT, _most_low_rows(y_BT.size)):
         if dh:
             # Both products have read the last rows' logits by then, whose memory these rows take.
             h_RC, (dh[-1], dw) = barrier(site.plan, h_RC, (dh[-1], dw))
@@ -245,10 +252,15 @@ def _refuses_low(plan: Plan) -> str | None:
     return ON_NVIDIA_ONLY if "cuda_libraries" in plan.backend.lacks else None
 
 
-_CUSTOM_CALL = Classifier(_call_losses, _call_gradient, lambda: CLASSIFIER_ROWS)
-_KERNEL = Classifier(_low_losses, partial(_low_gradient, _kernel_rows), lambda: _LOW_ROWS)
-_LOW_PRECISION = Classifier(_low_losses, partial(_low_gradient, _low_rows), lambda: _LOW_ROWS)
-_REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda: math.inf)
+_CUSTOM_CALL = Classifier(
+    _call_losses,
+    _call_gradient,
+    lambda R: min(R, CLASSIFIER_ROWS),
+    lambda s: 4 if s == 4 else 4 + s,  # in float32 one is written over the other
+)
+_KERNEL = Classifier(_low_losses, partial(_low_gradient, _kernel_rows), _most_low_rows, lambda s: s)
+_LOW_PRECISION = Classifier(_low_losses, partial(_low_gradient, _low_rows), _most_low_rows, lambda s: 2 * s)
+_REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda R: R, lambda s: 4 + s)
 TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
     Implementation("kernel", _refuses_kernel, "loss and gradient in one pass over the logits", functions=_KERNEL),

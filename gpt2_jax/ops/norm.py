@@ -39,6 +39,7 @@ class Norms(NamedTuple):
 
     norm: ThreadedOp  # names: gain, shift; x (..., C) -> (x, its norm)
     norm_linear: ThreadedOp  # names: gain, shift, weight, bias; x (..., C) -> (x, the linear layer of its norm in parts)
+    keeps_input: bool = True  # for norm_linear's backward, beside the norm
 
 
 def norms_of(plan: Plan) -> Norms:
@@ -238,13 +239,13 @@ TABLE = (
         "folded_kernel",
         _refuses_kernel,
         "gain and shift become part of the weight, a norm is one pass",
-        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx))),
+        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx)), keeps_input=False),
     ),
     Implementation(
         "folded",
         _refuses_folded,
         "gain and shift become part of the weight",
-        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx))),
+        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx)), keeps_input=False),
     ),
     Implementation(
         "xla",
