@@ -163,7 +163,8 @@ def _write_into(gradient_N: jax.Array, offsets: list[int], pieces: list[jax.Arra
 def _update(gradient_N: jax.Array, offset: int, gradient: jax.Array, accumulate: bool) -> jax.Array:
     flat = gradient.astype(_FLOAT32).reshape(-1)
     if accumulate:
-        flat = flat + lax.slice(gradient_N, (offset,), (offset + flat.size,))
+        # Behind a barrier: where an update reads the buffer that it writes, XLA makes it in a copy of the whole buffer.
+        flat = flat + lax.optimization_barrier(lax.slice(gradient_N, (offset,), (offset + flat.size,)))
     return lax.dynamic_update_slice(gradient_N, flat, (offset,))
 
 
