@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 
 from gpt2_jax.data.chunks import Chunk, CutRuns, chunks
 from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
+from gpt2_jax.machine import available_cpus
 
 END_OF_TEXT = "<|endoftext|>"
 # Tables of tokens are padded to a multiple of it: nanoGPT's 50304, Megatron's 51200.
@@ -21,7 +27,7 @@ _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726ad
 # How GPT-2 splits text before merging; the form that tiktoken's regex engine runs fastest.
 _SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-_CHARACTERS_AT_ONCE, _CHUNKS_AT_ONCE = 2**20, 2**12
+_CHARACTERS_AT_ONCE, _CHUNKS_AT_ONCE = 2**18, 2**10  # one thread's task
 
 
 @cache
@@ -60,22 +66,69 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     return rows[0] if len(rows) == 1 else [token for row in rows for token in row]
 
 
-def encode_chunks(tokenizer: tiktoken.Encoding, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[int]]]:
-    """Each chunk with its ids, by as many threads as there are CPUs, of as many chunks at a time as keep them busy."""
-    batch: list[Chunk] = []
+class Encoded(NamedTuple):
+    """A chunk with its tokens; the first of a document's begins with the end-of-text token."""
+
+    chunk: Chunk
+    begins_document: bool
+    tokens: np.ndarray  # uint16
+
+
+def encode_chunks(
+    tokenizer: tiktoken.Encoding, chunks: Iterable[Chunk], *, workers: int | None = None, begins: bool = True
+) -> Generator[Encoded, None, None]:
+    """Each chunk with its tokens, in order, by as many threads as there are CPUs or as `workers` says. `begins` says whether
+    a document begins with the first chunk.
+
+    What comes out does not depend on the number of threads. Few chunks are held at a time.
+    """
+    workers = workers or available_cpus()
+    waiting: deque[tuple[list[tuple[Chunk, bool]], Future[list[np.ndarray]]]] = deque()
+
+    def finished() -> Iterator[Encoded]:
+        batch, future = waiting.popleft()
+        return (Encoded(*parts, tokens) for parts, tokens in zip(batch, future.result(), strict=True))
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for batch in _batches(chunks, begins):
+                waiting.append((batch, pool.submit(_encode_batch, tokenizer, batch)))
+                # Twice the threads, so that none waits while the results are written.
+                if len(waiting) > 2 * workers:
+                    yield from finished()
+            while waiting:
+                yield from finished()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(chunks: Iterable[Chunk], begins: bool) -> Iterator[list[tuple[Chunk, bool]]]:
+    """Chunks, and whether a document begins with each, as many as make one thread's task."""
+    batch: list[tuple[Chunk, bool]] = []
     size = 0
     for chunk in chunks:
-        batch.append(chunk)
+        batch.append((chunk, begins))
+        begins = chunk.ends_document
         size += len(chunk.text)
         if size >= _CHARACTERS_AT_ONCE or len(batch) == _CHUNKS_AT_ONCE:
-            yield from _encode_batch(tokenizer, batch)
+            yield batch
             batch, size = [], 0
-    yield from _encode_batch(tokenizer, batch)
+    if batch:
+        yield batch
 
 
-def _encode_batch(tokenizer: tiktoken.Encoding, batch: list[Chunk]) -> Iterator[tuple[Chunk, list[int]]]:
-    rows = tokenizer.encode_ordinary_batch([chunk.text for chunk in batch], num_threads=os.cpu_count() or 1)
-    return zip(batch, rows, strict=True)
+def _encode_batch(tokenizer: tiktoken.Encoding, batch: list[tuple[Chunk, bool]]) -> list[np.ndarray]:
+    end_of_text = np.array([tokenizer.eot_token], np.uint16)
+    rows = [_encode_to_numpy(tokenizer, chunk.text) for chunk, _ in batch]
+    return [np.concatenate((end_of_text, row)) if begins else row for row, (_, begins) in zip(rows, batch, strict=True)]
+
+
+def _encode_to_numpy(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The ids uint16 of a text in which nothing is a special token; tiktoken before 0.9 gives them as a list alone."""
+    if hasattr(tokenizer, "encode_to_numpy"):
+        with suppress(UnicodeEncodeError):  # half a pair of UTF-16, which encode_ordinary replaces
+            return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+    return np.array(tokenizer.encode_ordinary(text), np.uint16)
 
 
 @cache
