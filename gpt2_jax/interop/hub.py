@@ -21,6 +21,8 @@ DATA_EXTRA = "pip install 'gpt2_jax[data]'   (or in a checkout: pip install -e '
 HUB_EXTRA = "pip install 'gpt2_jax[hub]'   (or in a checkout: pip install -e '.[hub]')"
 _MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 _BLOCK_BYTES, _BUFFER_BYTES = 2**22, 2**20  # asked of the hub at a time, and of that
+_BUILT_IN_TEXT = "python scripts/prepare_data.py   (the built-in text, no network needed)"
+_RANDOM_WEIGHTS = "d12   (random weights, no network needed), or the path of a model that is here"
 _DATASET = re.compile(r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?::(?P<pattern>.+))?")
 _MODEL = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".txt", ".txt.gz")  # the first that there are
@@ -50,6 +52,11 @@ def model_id(init: str) -> str | None:
     return name if _MODEL.fullmatch(name) and not name.endswith((".bin", ".pt", ".pth", ".safetensors", ".json")) else None
 
 
+def is_named_by_id(init: str) -> bool:
+    """Whether a name can only mean a model of the hub: the short name of one of OpenAI's, or hf:OWNER/NAME."""
+    return init in _MODELS or init.startswith("hf:")
+
+
 def model_folder(init: str) -> Path:
     """The folder in the hub's cache with a model's config and weights, downloaded if they are not there.
 
@@ -58,7 +65,7 @@ def model_folder(init: str) -> Path:
     """
     name = model_id(init)
     assert name is not None
-    with _reported(f"{init}: expected the model {name} of the Hugging Face hub", HUB_EXTRA):
+    with _reported(f"{init}: expected the model {name} of the Hugging Face hub", HUB_EXTRA, _RANDOM_WEIGHTS):
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=[*_WEIGHTS]))
@@ -154,7 +161,7 @@ def _chosen(paths: list[str], pattern: str | None) -> list[str]:
 
 
 @contextmanager
-def _reported(expected: str, extra: str) -> Iterator[None]:
+def _reported(expected: str, extra: str, without_network: str = _BUILT_IN_TEXT) -> Iterator[None]:
     """Make every error of the hub's library a Gpt2JaxError: no such name, no network, offline, no disk."""
     try:
         yield
@@ -163,11 +170,11 @@ def _reported(expected: str, extra: str) -> Iterator[None]:
     except ImportError:
         raise Gpt2JaxError(f"{expected}, found no huggingface_hub", extra) from None
     except Exception as error:  # its own, its network library's and fsspec's: dozens of kinds
-        found, hint = _found(error)
+        found, hint = _found(error, without_network)
         raise Gpt2JaxError(f"{expected}, found {found}", hint) from None
 
 
-def _found(error: Exception) -> tuple[str, str | None]:
+def _found(error: Exception, without_network: str) -> tuple[str, str | None]:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds:
         return "that it asks for a login with access", "hf auth login"
@@ -178,4 +185,4 @@ def _found(error: Exception) -> tuple[str, str | None]:
     message = str(error).strip().partition("\n")[0] or type(error).__name__
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return f"offline mode (HF_HUB_OFFLINE) and nothing in the cache: {message}", "unset HF_HUB_OFFLINE"
-    return f"no way to it: {message}", "python scripts/prepare_data.py   (the built-in text, no network needed)"
+    return f"no way to it: {message}", without_network
