@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -38,6 +39,23 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
         raise Gpt2JaxError("gpt2_jax/assets/gpt2_vocab.bpe: expected GPT-2's merges, found a changed file", "pip install -e .")
     ranks = _ranks_from_merges(merges.decode("utf-8"))
     return _encoding("gpt2", ranks, end_of_text=len(ranks))
+
+
+def huggingface_files(max_length: int) -> dict[str, bytes]:
+    """The files of GPT-2's tokenizer as transformers reads them, by their names; `max_length`: the model's positions."""
+    merges = files("gpt2_jax").joinpath("assets/gpt2_vocab.bpe").read_bytes()
+    tokenizer, character_of = gpt2_tokenizer(), {byte: character for character, byte in _byte_of_character().items()}
+    vocabulary = {
+        "".join(character_of[byte] for byte in tokenizer.decode_single_token_bytes(token_id)): token_id
+        for token_id in range(tokenizer.eot_token)
+    } | {END_OF_TEXT: tokenizer.eot_token}
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    settings = {"add_prefix_space": False, "model_max_length": max_length, "tokenizer_class": "GPT2Tokenizer", **special}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")).encode(),
+        "merges.txt": merges,
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+    }
 
 
 def tokenizer_from_file(path: str | os.PathLike) -> tiktoken.Encoding:
@@ -176,11 +194,16 @@ def _ranks_from_merges(merges: str) -> dict[bytes, int]:
     The file writes each byte as one printable character: itself where it is printable, else the next code point from
     256 on.
     """
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    byte_of = _byte_of_character()
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_of.values())}
     for line in merges.splitlines()[1:]:
         left, right = line.split()
         ranks[bytes(byte_of[character] for character in left + right)] = len(ranks)
     return ranks
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte that each printable character of the merges' file stands for, in GPT-2's order of the bytes."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
