@@ -45,6 +45,8 @@ def with_home(settings: _Settings) -> _Settings:
             changes[name] = value.expanduser()
         elif isinstance(value, str) and _is_path(kind):
             changes[name] = os.path.expanduser(value)
+        elif isinstance(value, tuple) and _is_path(kind):
+            changes[name] = tuple(os.path.expanduser(part) for part in value)
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 

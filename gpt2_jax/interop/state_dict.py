@@ -20,6 +20,7 @@ _BODY = "transformer."  # before all but the classifier; the published gpt2 fold
 _CLASSIFIER = "lm_head.weight"
 _MASK = re.compile(r"h\.(?P<layer>\d{1,9})\.attn\.(?:masked_)?bias")
 _FLOATS = ("float32", "float16", "bfloat16")
+_ROWS_AT_ONCE = 4096
 # -10000 as bfloat16 has it; after such a score softmax is 0.
 _LARGEST_MASKED_SCORE = -9984.0
 
@@ -89,7 +90,7 @@ def parameter_parts(
         yield np.zeros(part, np.float32) if isinstance(part, tuple) else part.read()
     for theirs, tensor in others.items():
         if theirs == _CLASSIFIER:
-            _check_classifier(tensor, table.read().astype(np.float32, order="C"))
+            _check_classifier(tensor, table.read())
         else:
             _check_mask(tensor, theirs, config.max_sequence_length)
 
@@ -119,12 +120,14 @@ def _check(tensor: StoredTensor, name: str, shape: tuple[int, ...], dtypes: tupl
 def _check_classifier(tensor: StoredTensor, wte_VC: np.ndarray) -> None:
     """A GPT-2's classifier is its token table, which a file may hold twice."""
     _check(tensor, _CLASSIFIER, wte_VC.shape, _FLOATS)
-    value_VC = tensor.read().astype(np.float32, order="C")
-    equal_VC = value_VC.view(np.uint32) == wte_VC.view(np.uint32)  # bits, since NaN is not equal to itself
-    if not equal_VC.all():
-        place = tuple(map(int, np.unravel_index(np.argmin(equal_VC), equal_VC.shape)))
-        found = f"{value_VC[place]:g} for {wte_VC[place]:g} at {place}"
-        raise tensor.refused(f"{_CLASSIFIER} to be the token table wte.weight", found)
+    value_VC = tensor.read()
+    for start in range(0, len(wte_VC), _ROWS_AT_ONCE):  # each widened to float32
+        mine, theirs = (rows[start : start + _ROWS_AT_ONCE].astype(np.float32, order="C") for rows in (wte_VC, value_VC))
+        equal = theirs.view(np.uint32) == mine.view(np.uint32)  # bits, since NaN is not equal to itself
+        if not equal.all():
+            row, column = map(int, np.unravel_index(np.argmin(equal), equal.shape))
+            found = f"{theirs[row, column]:g} for {mine[row, column]:g} at {(start + row, column)}"
+            raise tensor.refused(f"{_CLASSIFIER} to be the token table wte.weight", found)
 
 
 def _check_mask(tensor: StoredTensor, name: str, max_sequence_length: int) -> None:

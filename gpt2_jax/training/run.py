@@ -40,6 +40,7 @@ from gpt2_jax.training.evaluation import start_of_samples
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import StopRequest, stop_requests
 from gpt2_jax.training.loop import train_loop
+from gpt2_jax.training.origin import origin
 from gpt2_jax.training.run_lock import locked
 from gpt2_jax.training.run_record import Averages
 from gpt2_jax.training.run_state import Run, StepClock
@@ -167,7 +168,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         steps=prepared.steps,
         folder=folder,
         display=display,
-        log=RunLog(folder / "log.jsonl"),
+        log=RunLog(folder / "log.jsonl", config.tokens_per_step),
         computed_by=computed_by,
         peak_flops=peak_flops(jax.devices()[0].device_kind, plan.dtype, plan.matmul_precision or "default"),
         compiled=compiled,
@@ -179,6 +180,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         clock=StepClock(config.tokens_per_step, Averages() if record is None else record.averages),
         best=None if record is None else record.best,
     )
+    run.log_event("start", **origin(prepared.device))
     if data.validation is not None:
         run.baseline = unigram_cross_entropy(data.train.paths, data.validation.paths, plan.config.vocab_size)
         display.line(f"unigram cross-entropy of the validation tokens: {run.baseline:.6f} (knowing only word frequencies)")

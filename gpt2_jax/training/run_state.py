@@ -72,7 +72,7 @@ class Run:
         steps = complete_steps(self.folder)
         return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
-    def log_event(self, event: str, **values: float | int | str) -> None:
+    def log_event(self, event: str, **values: float | int | str | dict[str, str]) -> None:
         """Append an event of the run's step to the log."""
         self.attempt(lambda: self.log.write(event, self.step, **values))
 

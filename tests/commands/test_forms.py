@@ -208,7 +208,12 @@ def test_flags_and_their_defaults_are_frozen():
 # Of the others that are on or off only the change of the default is a flag.
 OFF_AS_WELL = {"train": {"--no-shuffle", "--no-master-weights"}, "reshard": {"--no-zero"}, "convert": {"--no-check"}}
 ALIASES = {"--lr": "--learning-rate", "--max-iters": "--steps", "--device": "--backend"}
-WITHOUT_FLAG = {"generate": {"--checkpoint"}, "reshard": {"--folder"}, "convert": {"--source", "--target"}}  # by their place
+WITHOUT_FLAG = {
+    "generate": {"--checkpoint"},
+    "reshard": {"--folder"},
+    "convert": {"--source", "--target"},
+    "report": {"--runs"},
+}  # by their place
 
 
 @pytest.mark.parametrize("command", program.COMMANDS)

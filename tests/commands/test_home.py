@@ -101,7 +101,10 @@ def test_arguments_of_other_commands(home, command):
         positional = "Positional" in str(hints[name]) or "positional" in str(hints[name])
         words.append("~/x" if positional else f"--{name.replace('_', '-')}=~/x")
     found = parse(arguments, "", words)
-    assert {name: str(getattr(found, name)) for name in paths} == dict.fromkeys(paths, str(home / "x"))
+    values = {name: getattr(found, name) for name in paths}
+    assert {name: str(*value) if isinstance(value, tuple) else str(value) for name, value in values.items()} == dict.fromkeys(
+        paths, str(home / "x")
+    )
     assert found == with_home(found)
 
 
