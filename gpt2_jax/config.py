@@ -133,6 +133,11 @@ class RunSettings:
     """Save also whenever so many minutes have passed without a checkpoint; of these only the newest is kept. 0: never."""
     keep_best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Keep the checkpoint of the lowest validation loss after the start: saved then, and deleted by no other setting."""
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    """Tell a tracker, too, what the log gets; each is an extra of the installation. trackio and tensorboard stay on this
+    machine, as does wandb with WANDB_MODE=offline."""
+    profile: str = ""
+    """START:STOP: trace these steps, both included, and write profile.html, a table of the step's parts; empty: none."""
     keep_checkpoints: int = 0
     """Checkpoints to keep, older ones are deleted; 0: all."""
     major_checkpoint_every: int = 0

@@ -37,7 +37,7 @@ FLAGS = {
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
     *("--dry-run", "--strict"),
     *("--steps", "--seed", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
-    *("--max-minutes", "--checkpoint-minutes", "--keep-best", "--verbose"),
+    *("--max-minutes", "--checkpoint-minutes", "--keep-best", "--verbose", "--track", "--profile"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import read_text_file
+from gpt2_jax.report.trackers import Tracker, split
 
 
 class RunLog:
@@ -23,6 +24,7 @@ class RunLog:
 
     def __init__(self, path: str | os.PathLike, tokens_per_step: int | None = None):
         self._tokens_per_step = tokens_per_step
+        self.tracker: Tracker | None = None  # gets every record that is written, too
         self.path = Path(path)
         self.main_path = self.path.with_name("main.log")
 
@@ -43,6 +45,8 @@ class RunLog:
         }
         if event in lines:
             self._append(self.main_path, lines[event].format(step=step, before=step - 1, **values))
+        if self.tracker is not None:
+            self.tracker.log(step, *split(event, {key: value for key, value in finite.items() if value is not None}))
 
     @staticmethod
     def _append(path: Path, line: str) -> None:

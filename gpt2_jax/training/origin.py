@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import gpt2_jax
@@ -20,13 +21,15 @@ def origin(device: str) -> dict[str, str | dict[str, str]]:
     return {"commit": commit(), "versions": {"python": platform.python_version(), **versions}, "machine": machine}
 
 
-def commit(package: Path | None = None) -> str:
+def commit(roots: Iterable[str] | None = None) -> str:
     """The commit that the package's checkout is at, read from git's files; empty for an installed wheel.
 
     Changes that are not committed are not seen.
     """
-    checkout = (package or Path(gpt2_jax.__path__[0])).resolve().parent
-    if not (checkout / "pyproject.toml").exists():  # a wheel's folder may lie in somebody else's checkout
+    folders = [Path(root).resolve().parent for root in (gpt2_jax.__path__ if roots is None else roots)]
+    # A wheel's folder may lie in somebody else's checkout.
+    checkout = next((folder for folder in folders if (folder / "pyproject.toml").exists()), None)
+    if checkout is None:
         return ""
     try:
         git = checkout / ".git"

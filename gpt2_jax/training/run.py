@@ -34,6 +34,7 @@ from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, model_source, read_sizes
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
+from gpt2_jax.report.trackers import check_tracker, open_tracker
 from gpt2_jax.training import checkpoint, resume
 from gpt2_jax.training.dry_run import dry_run, estimate, time_step
 from gpt2_jax.training.evaluation import start_of_samples
@@ -41,6 +42,7 @@ from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import StopRequest, stop_requests
 from gpt2_jax.training.loop import train_loop
 from gpt2_jax.training.origin import origin
+from gpt2_jax.training.profiling import steps_to_profile
 from gpt2_jax.training.run_lock import locked
 from gpt2_jax.training.run_record import Averages
 from gpt2_jax.training.run_state import Run, StepClock
@@ -100,6 +102,8 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
     """Open and check everything that a run needs but its weights; Gpt2JaxError for settings that cannot be met. `say` is
     given a line about the folder's old lock."""
     config.validate()
+    check_tracker(config.run.track)
+    steps_to_profile(config.run.profile)
     device = open_device(backend)
     newest = None
     if config.run.resume:
@@ -179,7 +183,15 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         rounding=RoundingStream(num_tensors=len(plan.layout.tensors)) if resumed is None else resumed.rounding,
         clock=StepClock(config.tokens_per_step, Averages() if record is None else record.averages),
         best=None if record is None else record.best,
+        profiled=steps_to_profile(config.run.profile),
     )
+    if run.profiled is not None and 0 < run.step >= run.profiled[0] - 1:
+        display.line(f"--profile {config.run.profile}: nothing is traced, as the run goes on after step {run.step}")
+    if config.run.track != "none":
+        flat = {f"{group}.{key}": value for group, table in dataclasses.asdict(config).items() for key, value in table.items()}
+        run.log.tracker = open_tracker(config.run.track, folder, flat, resumes=resumed is not None)
+        stack.callback(run.attempt, run.log.tracker.close)
+        display.line(f"tracked by {run.log.tracker.where}")
     run.log_event("start", **origin(prepared.device))
     if data.validation is not None:
         run.baseline = unigram_cross_entropy(data.train.paths, data.validation.paths, plan.config.vocab_size)

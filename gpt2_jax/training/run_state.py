@@ -52,6 +52,8 @@ class Run:
     drawn_at: float = -math.inf
     drawing_seconds: float = 0.0
     failures: set[str] = field(default_factory=set)
+    profiled: tuple[int, int] | None = None  # the first and the last step to trace
+    profiling_since: float | None = None  # perf_counter's seconds; None: no trace goes on
 
     @property
     def is_stopping(self) -> bool:
