@@ -6,6 +6,7 @@ python scripts/prepare_data.py --source texts/                  a folder of such
 python scripts/prepare_data.py --source -                       standard input
 python scripts/prepare_data.py --source fineweb --tokens 100M   a dataset of the Hugging Face hub, streamed
 python scripts/prepare_data.py --source hf:OWNER/NAME           any other; hf:OWNER/NAME:GLOB names its files
+python scripts/prepare_data.py --vocabulary 1024                a vocabulary of the text's own, for small models
 python scripts/prepare_data.py --source tinyshakespeare         llm.c's recipe, downloaded
 python scripts/prepare_data.py --source edu_fineweb-shards      llm.c's ready-made shards of FineWeb-Edu
 python scripts/prepare_data.py --source openwebtext/train.bin --source-format nanogpt
@@ -29,9 +30,12 @@ from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.hellaswag import download_hellaswag, read_hellaswag, write_hellaswag
 from gpt2_jax.data.prepare import Limits, prepare
 from gpt2_jax.data.published import PUBLISHED_SHARDS, download_shards
-from gpt2_jax.data.sources import DATASETS, STANDARD_INPUT, open_source
+from gpt2_jax.data.sources import DATASETS, STANDARD_INPUT, Source, beginning, built_in_source, open_source
+from gpt2_jax.data.tokenizer import own_tokenizer, token_bytes
+from gpt2_jax.data.vocabulary import MAX_CHARACTERS, train_vocabulary
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import FilePath, file_size
+from gpt2_jax.llmc.tokenizer_file import write_tokenizer_file
 from gpt2_jax.names import nearest, nearest_path
 from gpt2_jax.output import output_is_no_result
 from gpt2_jax.report.progress import bytes_progress, tokens_progress
@@ -62,6 +66,9 @@ class Arguments:
     """Tokens of a shard; the document that reaches this number stays whole."""
     validation_fraction: float | None = None
     """Part of the tokens that is for validation, in whole documents; default: 0.1, of the hub's datasets 0.01."""
+    vocabulary: int | None = None
+    """Make a vocabulary of so many tokens from the text's beginning, for small models, rather than use GPT-2's: shards and
+    NAME_tokenizer.bin, with this number in their name. 257: bytes alone."""
     workers: int | None = None
     """Threads that tokenize; default: the CPUs. The shards are the same whatever their number."""
     hellaswag: FilePath | None = None
@@ -88,7 +95,7 @@ def _write(arguments: Arguments) -> dict[Path, int]:
     source = arguments.source
     if arguments.source_format == "text" and source in PUBLISHED_SHARDS:
         return download_shards(source, arguments.output_dir, _count("--tokens", arguments.tokens or "100M"))
-    if arguments.source_format == "text" and source in _BY_NAME:
+    if arguments.source_format == "text" and source in _BY_NAME and not (source == "kjv" and arguments.vocabulary):
         print(f"reading and tokenizing {source} ...", flush=True)
         return corpus.write_corpus(_BY_NAME[source], source, arguments.output_dir)
     if arguments.source_format == "nanogpt":
@@ -114,9 +121,23 @@ def _prepare(arguments: Arguments) -> dict[Path, int]:
         numbered=of_hub,
     )
     print(f"reading and tokenizing {'standard input' if source == STANDARD_INPUT else source} ...", flush=True)
-    opened, cuts = open_source(source, arguments.text_field, _meant_by(source)), CutRuns()
+    opened = built_in_source() if source == "kjv" else open_source(source, arguments.text_field, _meant_by(source))
+    tokenizer, cuts = None, CutRuns()
+    if arguments.vocabulary is not None:
+        if source == STANDARD_INPUT:
+            found = "found standard input"
+            raise Gpt2JaxError(f"--vocabulary: expected a source that can be read twice, {found}", "--source FILE")
+        vocabulary = train_vocabulary(beginning(opened, MAX_CHARACTERS), arguments.vocabulary)
+        opened = Source(f"{opened.name}{arguments.vocabulary}", opened.files)
+        tokenizer = own_tokenizer(vocabulary, opened.name)
     with tokens_progress("tokenizing", opened.size, limits.tokens) as advance:
-        written = prepare(opened, arguments.output_dir, limits, workers=arguments.workers, cuts=cuts, advance=advance)
+        written = prepare(
+            opened, arguments.output_dir, limits, tokenizer=tokenizer, workers=arguments.workers, cuts=cuts, advance=advance
+        )
+    if tokenizer is not None:
+        path = Path(arguments.output_dir) / f"{opened.name}_tokenizer.bin"
+        write_tokenizer_file(path, token_bytes(tokenizer), tokenizer.eot_token)
+        print(f"{path}: {tokenizer.n_vocab:,} tokens of its own")
     if cuts.number:
         print(f"note: {source}: {cuts}")
     return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import tiktoken
+
 from gpt2_jax.data.chunks import CHUNK_LENGTH, Chunk, CutRuns, chunks
 from gpt2_jax.data.corpus import output_folder
 from gpt2_jax.data.sources import Source
 from gpt2_jax.data.staging import SPLITS, SplitWriter, Staging, open_staging
-from gpt2_jax.data.tokenizer import Encoded, encode_chunks, gpt2_tokenizer
+from gpt2_jax.data.tokenizer import Encoded, encode_chunks, gpt2_tokenizer, token_bytes
 from gpt2_jax.errors import Gpt2JaxError
 
 SHARD_TOKENS = 100_000_000
@@ -52,6 +55,7 @@ def prepare(
     output_dir: str | os.PathLike,
     limits: Limits,
     *,
+    tokenizer: tiktoken.Encoding | None = None,
     workers: int | None = None,
     cuts: CutRuns,
     advance: Callable[[int, int], None] = lambda num_bytes, num_tokens: None,
@@ -65,7 +69,10 @@ def prepare(
     for that, the end of the last is taken. Documents of white space alone are left out. The files are the same whatever
     the number of workers, and whether or not the preparation was killed and started again. `advance` is called with the
     bytes that were read and the tokens that were written since.
+
+    Without a `tokenizer` the tokens are GPT-2's.
     """
+    tokenizer = tokenizer or gpt2_tokenizer()
     folder = output_folder(output_dir)
     _refuse_older(folder, source.name)
     identity = {
@@ -73,6 +80,7 @@ def prepare(
         "files": [[file.name, file.identity] for file in source.files],
         "limits": [limits.validation_fraction, limits.tokens, limits.shard_tokens],
         "chunk": CHUNK_LENGTH,
+        "vocabulary": _digest(tokenizer),
     }
     with open_staging(folder, source.name, identity) as staging, ExitStack() as stack:
         progress = _Progress()
@@ -91,7 +99,7 @@ def prepare(
             again = "; give the same text again" if source.files[0].name == "standard input" else ""
             say(f"going on with {staging.folder}: {done:,} tokens are there{again}")
             advance(sum(file.size or 0 for file in source.files[: progress.file]), done)
-        _write(source, limits, staging, progress, writers, workers, cuts, advance, save_seconds)
+        _write(source, limits, staging, progress, writers, tokenizer, workers, cuts, advance, save_seconds)
         _make_validation(source, limits, writers)
         named = _names(folder, source.name, writers, numbered=limits.numbered)
         for writer in writers.values():
@@ -107,6 +115,7 @@ def _write(
     staging: Staging,
     progress: _Progress,
     writers: dict[str, SplitWriter],
+    tokenizer: tiktoken.Encoding,
     workers: int | None,
     cuts: CutRuns,
     advance: Callable[[int, int], None],
@@ -127,7 +136,7 @@ def _write(
         if number != progress.file:
             progress.file, progress.chunks = number, 0
         parts = islice(_chunks_of(source, number, count), skipped, None)
-        encoded = encode_chunks(gpt2_tokenizer(), cuts.watch(parts), workers=workers, begins=not progress.is_inside)
+        encoded = encode_chunks(tokenizer, cuts.watch(parts), workers=workers, begins=not progress.is_inside)
         for one in encoded:
             before = total()
             _write_chunk(one, limits, progress, writers)
@@ -139,6 +148,11 @@ def _write(
             if (now := time.monotonic()) - saved_at >= save_seconds:
                 _save(staging, progress, writers)
                 saved_at = now
+
+
+def _digest(tokenizer: tiktoken.Encoding) -> str:
+    """What tells one vocabulary from another."""
+    return hashlib.sha256(b"\0".join(token_bytes(tokenizer))).hexdigest()
 
 
 def _chunks_of(source: Source, number: int, count: Callable[[int], None]) -> Iterator[Chunk]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from gpt2_jax.data.chunks import documents
+from gpt2_jax.data.kjv import kjv_chapters
 from gpt2_jax.data.tokenizer import END_OF_TEXT
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import decoded_blocks, file_size
@@ -96,6 +97,28 @@ def open_source(source: str, field: str, hint: str | None = None) -> Source:
         return Source(stem or Path(source).absolute().parent.name, [_local_file(path, field, hint) for path in paths])
     path = Path(source)
     return Source(_stem(path.name), [_local_file(path, field, hint)])
+
+
+def built_in_source() -> Source:
+    """The built-in text, each of its chapters a document."""
+
+    def chapters(advance: Advance) -> Iterator[tuple[str, bool]]:
+        for chapter in kjv_chapters():
+            advance(len(chapter.encode()))
+            yield chapter, True
+
+    size = sum(len(chapter.encode()) for chapter in kjv_chapters())
+    return Source("kjv", [SourceFile("the built-in text", size, "kjv", chapters)])
+
+
+def beginning(source: Source, num_characters: int) -> Iterator[str]:
+    """The texts that a source begins with, at least so many characters; the documents in parts."""
+    for file in source.files:
+        for text, _ in file.documents(lambda num_bytes: None):
+            yield text
+            num_characters -= len(text)
+            if num_characters <= 0:
+                return
 
 
 def _safe_name(name: str) -> str:

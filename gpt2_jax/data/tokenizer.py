@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import tiktoken
 
 from gpt2_jax.data.chunks import Chunk, CutRuns, chunks
@@ -70,6 +73,25 @@ def tokenizer_from_file(path: str | os.PathLike) -> tiktoken.Encoding:
         found = f"no token for byte {missing[0]}" if missing else "two ids for one token"
         raise Gpt2JaxError(f"{path}: expected a byte-level vocabulary with every byte and no token twice, found {found}")
     return _encoding(os.fspath(path), ranks, end_of_text)
+
+
+def own_tokenizer(token_bytes: Sequence[bytes], name: str) -> tiktoken.Encoding:
+    """The encoder and decoder of a vocabulary by the bytes of its tokens, whose last is the end of text."""
+    return _encoding(name, {token: token_id for token_id, token in enumerate(token_bytes[:-1])}, len(token_bytes) - 1)
+
+
+def tokenizer_beside(path: str | os.PathLike) -> Path | None:
+    """The tokenizer file that belongs to token shards (NAME_tokenizer.bin beside NAME_train.bin, a path or a glob) or to a
+    model file (tokenizer.bin in its folder), which then have a vocabulary of their own; None where GPT-2's is meant."""
+    path = Path(path)
+    name = re.split(r"_(?:train|val)(?:_|\.|\*)", path.name)[0]
+    found = path.with_name("tokenizer.bin") if name == path.name else path.with_name(f"{name}_tokenizer.bin")
+    return found if found.is_file() else None
+
+
+def split_into_pieces(text: str) -> list[str]:
+    """The pieces of a text within which bytes are merged."""
+    return regex.findall(_SPLIT_PATTERN, text)
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:

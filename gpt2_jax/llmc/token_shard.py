@@ -59,6 +59,8 @@ def hint_for(pattern: str | os.PathLike) -> str:
         return f"{_PREPARE} --source tinyshakespeare   (data/tinyshakespeare_train.bin)"
     if name.startswith("kjv_"):
         return _PREPARE
+    if own := re.match(r"kjv(\d{3,5})_", name):
+        return f"{_PREPARE} --vocabulary {own[1]}"
     return f"{_PREPARE} --source TEXT_FILE   (makes shards of a text; without --source of the built-in one)"
 
 
