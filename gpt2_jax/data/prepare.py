@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class _Progress:
 
     file: int = 0  # of the source's
     chunks: int = 0  # of this file that were written
+    checksum: int = 0  # of their text
     documents: int = 0  # that were written whole
     split: str = "train"  # of the document that has begun
     start: int = 0  # tokens of this split before it
@@ -134,8 +136,9 @@ def _write(
     for number in range(progress.file, len(source.files)):
         skipped = progress.chunks if number == progress.file else 0
         if number != progress.file:
-            progress.file, progress.chunks = number, 0
-        parts = islice(_chunks_of(source, number, count), skipped, None)
+            progress.file, progress.chunks, progress.checksum = number, 0, 0
+        parts = _chunks_of(source, number, count)
+        _skip(parts, skipped, progress.checksum, source.files[number].name, staging.folder)
         encoded = encode_chunks(tokenizer, cuts.watch(parts), workers=workers, begins=not progress.is_inside)
         for one in encoded:
             before = total()
@@ -159,6 +162,22 @@ def _chunks_of(source: Source, number: int, count: Callable[[int], None]) -> Ite
     return chunks(source.files[number].documents(count))
 
 
+def _skip(parts: Iterator[Chunk], number: int, checksum: int, name: str, folder: Path) -> None:
+    """Pass over the chunks that are written already; Gpt2JaxError when they are others than those."""
+    found = 0
+    for chunk in islice(parts, number):
+        found = _checksum(chunk, found)
+    if found != checksum:
+        raise Gpt2JaxError(
+            f"{name}: expected the text of the preparation that was stopped, found another",
+            f"rm -r {shlex.quote(str(folder))}   (begins anew)",
+        )
+
+
+def _checksum(chunk: Chunk, before: int) -> int:
+    return zlib.crc32(chunk.text.encode("utf-8", "surrogatepass"), before)
+
+
 def _write_chunk(one: Encoded, limits: Limits, progress: _Progress, writers: dict[str, SplitWriter]) -> None:
     if one.begins_document:
         progress.split = _split_of_next(limits.validation_fraction, progress.documents, writers)
@@ -167,6 +186,7 @@ def _write_chunk(one: Encoded, limits: Limits, progress: _Progress, writers: dic
     progress.is_inside = not one.chunk.ends_document
     progress.is_blank = progress.is_blank and not one.chunk.text.strip()
     progress.chunks += 1
+    progress.checksum = _checksum(one.chunk, progress.checksum)
     # An empty document need not begin a shard.
     if not (one.chunk.ends_document and one.begins_document and progress.is_blank):
         writer.append(one.tokens, begins_document=one.begins_document)

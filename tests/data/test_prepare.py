@@ -275,6 +275,27 @@ def test_a_source_that_changed_is_begun_anew(tmp_path):
     assert set(texts_of(*shards.values())) == {"another"}
 
 
+def test_another_text_from_standard_input_does_not_go_on(tmp_path, monkeypatch):
+    """Nothing tells one standard input from another but what it holds."""
+
+    def give(text):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    def die(num_bytes, num_tokens):
+        if num_tokens > 0 and (tmp_path / "out" / ".stdin.partial" / "state.json").exists():
+            raise Killed
+
+    text = "<|endoftext|>".join(sentences(50))
+    give(text)
+    with pytest.raises(Killed):
+        made("-", tmp_path / "out", advance=die, save_seconds=0.0)
+    give("another " + text)
+    with pytest.raises(Gpt2JaxError, match=r"found another\n---> HINT: rm -r .*\.stdin\.partial"):
+        made("-", tmp_path / "out")
+    give(text)
+    assert sorted(texts_of(*made("-", tmp_path / "out", say=lambda text: None).values())) == sorted(sentences(50))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
