@@ -60,7 +60,7 @@ def prepare(
     tokenizer: tiktoken.Encoding | None = None,
     workers: int | None = None,
     cuts: CutRuns,
-    advance: Callable[[int, int], None] = lambda num_bytes, num_tokens: None,
+    advance: Callable[..., None] = lambda num_bytes, num_tokens, earlier=False: None,
     say: Callable[[str], None] = print,
     save_seconds: float = _SAVE_SECONDS,
 ) -> dict[Path, int]:
@@ -70,7 +70,7 @@ def prepare(
     A document is for validation when the validation split lacks half a mean document of its fraction. Of too few documents
     for that, the end of the last is taken. Documents of white space alone are left out. The files are the same whatever
     the number of workers, and whether or not the preparation was killed and started again. `advance` is called with the
-    bytes that were read and the tokens that were written since.
+    bytes that were read and the tokens that were written since, with earlier=True for those of a process before.
 
     Without a `tokenizer` the tokens are GPT-2's.
     """
@@ -100,7 +100,7 @@ def prepare(
             done = sum(writer.num_tokens for writer in writers.values())
             again = "; give the same text again" if source.files[0].name == "standard input" else ""
             say(f"going on with {staging.folder}: {done:,} tokens are there{again}")
-            advance(sum(file.size or 0 for file in source.files[: progress.file]), done)
+            advance(sum(file.size or 0 for file in source.files[: progress.file]), done, earlier=True)
         _write(source, limits, staging, progress, writers, tokenizer, workers, cuts, advance, save_seconds)
         _make_validation(source, limits, writers)
         named = _names(folder, source.name, writers, numbered=limits.numbered)
@@ -120,7 +120,7 @@ def _write(
     tokenizer: tiktoken.Encoding,
     workers: int | None,
     cuts: CutRuns,
-    advance: Callable[[int, int], None],
+    advance: Callable[..., None],
     save_seconds: float,
 ) -> None:
     """Write all documents of the source, or as many as the limits say."""

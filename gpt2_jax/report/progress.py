@@ -39,27 +39,33 @@ def bytes_progress(what: str, total: int, console: Console | None = None) -> Ite
 @contextmanager
 def tokens_progress(
     what: str, total_bytes: int | None, total_tokens: int | None, console: Console | None = None
-) -> Iterator[Callable[[int, int], None]]:
-    """The same for text that becomes tokens: the function is called with the further bytes read and tokens made. The time
-    left is told by the tokens where their number is limited, else by the bytes, else not at all."""
-    started, read, made = time.monotonic(), 0, 0
+) -> Iterator[Callable[..., None]]:
+    """The same for text that becomes tokens: the function is called with the further bytes read and tokens made, and with
+    `earlier=True` for those that an earlier process made. The time left is told by the tokens where their number is limited,
+    else by the bytes, else not at all."""
+    started, read, made, earlier_bytes, earlier_tokens = time.monotonic(), 0, 0, 0, 0
 
     def text() -> str:
-        rate = made / max(time.monotonic() - started, 1e-9)
+        rate = (made - earlier_tokens) / max(time.monotonic() - started, 1e-9)
         if total_tokens is not None:
-            done, left = f"{made / 1e6:,.0f} of {total_tokens / 1e6:,.0f} M tokens", _left(started, made, total_tokens)
+            done, left = (
+                f"{made / 1e6:,.0f} of {total_tokens / 1e6:,.0f} M tokens",
+                _left(started, made - earlier_tokens, total_tokens - earlier_tokens),
+            )
         elif total_bytes is not None:
             done = f"{read / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB, {made / 1e6:,.1f} M tokens"
-            left = _left(started, read, total_bytes)
+            left = _left(started, read - earlier_bytes, total_bytes - earlier_bytes)
         else:
             done, left = f"{read / 1e6:,.0f} MB, {made / 1e6:,.1f} M tokens", "no end known"
         return f"{what}: {done}, {rate / 1e6:.2f} M tokens/s, {left}"
 
     with _shown(text, console) as show:
 
-        def advance(num_bytes: int, num_tokens: int) -> None:
-            nonlocal read, made
+        def advance(num_bytes: int, num_tokens: int, *, earlier: bool = False) -> None:
+            nonlocal read, made, earlier_bytes, earlier_tokens
             read, made = read + num_bytes, made + num_tokens
+            if earlier:
+                earlier_bytes, earlier_tokens = read, made
             show()
 
         yield advance
