@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax.data.tokenizer import gpt2_tokenizer, huggingface_files
+from gpt2_jax.data.tokenizer import gpt2_tokenizer, huggingface_files, tokenizer_beside, tokenizer_from_file
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface import open_huggingface_folder
+from gpt2_jax.interop.huggingface_config import read_end_of_text
 from gpt2_jax.interop.huggingface_writer import SHARD_BYTES, write_huggingface_folder
 from gpt2_jax.interop.nanogpt import is_nanogpt_checkpoint, open_nanogpt_checkpoint, write_nanogpt_checkpoint
 from gpt2_jax.interop.state_dict import parameter_parts, state_dict_names
@@ -86,7 +87,7 @@ def convert(
                 write_nanogpt_checkpoint(path, model_file)
                 paths = [path]
             else:
-                paths = write_huggingface_folder(path, model_file, _tokenizer(source, config, say), shard_bytes=shard_bytes)
+                paths = write_huggingface_folder(path, model_file, *_tokenizer(source, config, say), shard_bytes=shard_bytes)
             return Converted(paths, config, found, config.layout.num_true_parameters)
     except BaseException:
         if is_new:
@@ -211,15 +212,18 @@ def _dtype(source: str) -> str:
         return "bfloat16" if all(tensor.dtype == "bfloat16" for tensor in tensors.values()) else "float32"
 
 
-def _tokenizer(source: str, config: GPT2Config, say: Callable[[str], None]) -> dict[str, bytes]:
-    """The tokenizer's files: those beside the source's weights, else GPT-2's where the model has as many ids."""
-    if not _is_model_file(source) and not is_nanogpt_checkpoint(source):
+def _tokenizer(source: str, config: GPT2Config, say: Callable[[str], None]) -> tuple[dict[str, bytes], int | None]:
+    """The tokenizer's files and its end of text: those beside the source's weights, that of a run's own vocabulary, else
+    GPT-2's where the model has as many ids."""
+    tokenizer, name = gpt2_tokenizer(), "GPT-2's"
+    if _is_model_file(source) and (path := tokenizer_beside(source)) is not None:
+        tokenizer, name = tokenizer_from_file(path), str(path)
+    elif not _is_model_file(source) and not is_nanogpt_checkpoint(source):
         folder = Path(_folder_of(source))
         found = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
         if found:
-            return found
-    if config.vocab_size < gpt2_tokenizer().n_vocab:
-        num_tokens = gpt2_tokenizer().n_vocab
-        say(f"{source}: no tokenizer is written, as GPT-2's has {num_tokens} tokens, the model {config.vocab_size}")
-        return {}
-    return huggingface_files(config.max_sequence_length)
+            return found, read_end_of_text(folder / "config.json")
+    if config.vocab_size < tokenizer.n_vocab:
+        say(f"{source}: no tokenizer is written, as {name} has {tokenizer.n_vocab} tokens, the model {config.vocab_size}")
+        return {}, None
+    return huggingface_files(tokenizer, config.max_sequence_length), tokenizer.eot_token

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.resources import files
 
 import ml_dtypes
 import numpy as np
@@ -116,6 +117,8 @@ def whole(tmp_path_factory):
 def test_transformers_loads_model_and_tokenizer(whole):
     transformers = pytest.importorskip("transformers")
     _, folder = whole
+    merges = files("gpt2_jax").joinpath("assets/gpt2_vocab.bpe").read_bytes()
+    assert (folder / "merges.txt").read_bytes() == merges  # which were not read for it
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "Hello world, it's 2024\n\n  naïve 日本"
     from gpt2_jax.data.tokenizer import gpt2_tokenizer
@@ -126,6 +129,30 @@ def test_transformers_loads_model_and_tokenizer(whole):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert model.generation_config.eos_token_id == 50256
     assert model.config.n_positions == tokenizer.model_max_length == 64
+
+
+@pytest.mark.torch
+def test_a_vocabulary_of_its_own_goes_along(tmp_path):
+    """transformers splits text as this project does, with merges that are read off the tokens."""
+    transformers = pytest.importorskip("transformers")
+    from gpt2_jax.data.kjv import kjv_chapters
+    from gpt2_jax.data.tokenizer import own_tokenizer
+    from gpt2_jax.data.vocabulary import train_vocabulary
+    from gpt2_jax.llmc.tokenizer_file import write_tokenizer_file
+
+    vocabulary = train_vocabulary(kjv_chapters()[:40], 500)
+    config = GPT2Config(max_sequence_length=32, vocab_size=500, num_layers=1, num_heads=2, channels=16)
+    write_model_file(tmp_path / "model.bin", config, initialize_parameters(config))
+    write_tokenizer_file(tmp_path / "tokenizer.bin", vocabulary, 499)
+    folder = to(tmp_path / "model.bin", tmp_path / "folder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    mine = own_tokenizer(vocabulary, "mine")
+    for text in (kjv_chapters()[50], "naïve 日本, it's\n\n 1999"):
+        assert tokenizer(text).input_ids == mine.encode_ordinary(text)
+    assert tokenizer.eos_token_id == 499 == transformers.AutoModelForCausalLM.from_pretrained(folder).config.eos_token_id
+    # From there on it is the folder's.
+    again = to(folder, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 @pytest.mark.torch

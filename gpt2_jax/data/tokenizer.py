@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -44,21 +45,43 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     return _encoding("gpt2", ranks, end_of_text=len(ranks))
 
 
-def huggingface_files(max_length: int) -> dict[str, bytes]:
-    """The files of GPT-2's tokenizer as transformers reads them, by their names; `max_length`: the model's positions."""
-    merges = files("gpt2_jax").joinpath("assets/gpt2_vocab.bpe").read_bytes()
-    tokenizer, character_of = gpt2_tokenizer(), {byte: character for character, byte in _byte_of_character().items()}
-    vocabulary = {
-        "".join(character_of[byte] for byte in tokenizer.decode_single_token_bytes(token_id)): token_id
-        for token_id in range(tokenizer.eot_token)
-    } | {END_OF_TEXT: tokenizer.eot_token}
+def huggingface_files(tokenizer: tiktoken.Encoding, max_length: int) -> dict[str, bytes]:
+    """The files of a tokenizer with GPT-2's pieces as transformers reads them, by their names; `max_length`: the model's
+    positions."""
+    character_of = {byte: character for character, byte in _byte_of_character().items()}
+
+    def written(token: bytes) -> str:
+        return "".join(character_of[byte] for byte in token)
+
+    tokens = token_bytes(tokenizer)
+    vocabulary = {written(token): token_id for token_id, token in enumerate(tokens) if token_id != tokenizer.eot_token}
+    vocabulary[END_OF_TEXT] = tokenizer.eot_token
+    pairs = _merges(tokens, tokenizer.eot_token)
+    merges = "#version: 0.2\n" + "".join(f"{written(left)} {written(right)}\n" for left, right in pairs)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {"add_prefix_space": False, "model_max_length": max_length, "tokenizer_class": "GPT2Tokenizer", **special}
     return {
         "vocab.json": json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")).encode(),
-        "merges.txt": merges,
+        "merges.txt": merges.encode(),
         "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
     }
+
+
+def _merges(tokens: Sequence[bytes], end_of_text: int) -> Iterator[tuple[bytes, bytes]]:
+    """The two parts of every token of more than a byte, by its rank: what merging by the lower ranks alone leaves of it."""
+    ranks = {token: rank for rank, token in enumerate(tokens) if rank != end_of_text}
+    for token, rank in ranks.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            lower = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            place = min(range(len(lower)), key=lower.__getitem__)
+            if lower[place] >= rank:
+                break
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+        elif len(parts) > 2:
+            raise Gpt2JaxError(f"tokenizer: expected tokens that merges of two make, found {token!r}, which none make")
 
 
 def tokenizer_from_file(path: str | os.PathLike) -> tiktoken.Encoding:

@@ -16,25 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.files import Writer, write_together
 from gpt2_jax.interop.state_dict import state_dict_names
 from gpt2_jax.llmc.model_file import read_layer, read_model_config, read_model_dtype
 
 SHARD_BYTES = 5_000_000_000  # transformers' own limit of a file
 _DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
-_END_OF_TEXT = GPT2_VOCAB_SIZE - 1
 
 
 def write_huggingface_folder(
     folder: str | os.PathLike,
     model_file: str | os.PathLike,
     tokenizer_files: Mapping[str, bytes],
+    end_of_text: int | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Write config.json, generation_config.json, the weights of a model file (version 3 or 5) in its dtype, and a tokenizer's
-    files; returns the paths. Weights of more than `shard_bytes` are several files with an index.
+    files, whose token `end_of_text` ends a text; returns the paths. Weights of more than `shard_bytes` are several files with an index.
 
     The folder must exist. All files get their names together, or on an error none.
     """
@@ -46,7 +46,10 @@ def write_huggingface_folder(
         "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         for i in range(len(shards))
     ]
-    files = {"config.json": _json(_config(config, dtype)), "generation_config.json": _json(_generation_config(config))}
+    files = {
+        "config.json": _json(_config(config, dtype, end_of_text)),
+        "generation_config.json": _json(_generation_config(end_of_text)),
+    }
     if len(shards) > 1:
         size = sum(math.prod(shape) for _, _, shape in tensors.values()) * _DTYPES[dtype][1]
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -107,14 +110,14 @@ def _write_shard(
             file.write(values.reshape(-1).view(np.uint8).data)
 
 
-def _config(config: GPT2Config, dtype: str) -> dict[str, Any]:
-    ends = {"bos_token_id": _END_OF_TEXT, "eos_token_id": _END_OF_TEXT} if config.vocab_size > _END_OF_TEXT else {}
+def _config(config: GPT2Config, dtype: str, end_of_text: int | None) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "attn_pdrop": 0.0,
-        **(ends or {"bos_token_id": None, "eos_token_id": None}),
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
         "dtype": dtype,
         "embd_pdrop": 0.0,
         "initializer_range": 0.02,
@@ -134,10 +137,10 @@ def _config(config: GPT2Config, dtype: str) -> dict[str, Any]:
     }
 
 
-def _generation_config(config: GPT2Config) -> dict[str, Any]:
-    """How transformers' generate begins and ends a text; no key where the vocabulary has no end of text of GPT-2's."""
-    ends = {"bos_token_id": _END_OF_TEXT, "eos_token_id": _END_OF_TEXT, "pad_token_id": _END_OF_TEXT}
-    return {"_from_model_config": True, **(ends if config.vocab_size > _END_OF_TEXT else {})}
+def _generation_config(end_of_text: int | None) -> dict[str, Any]:
+    """How transformers' generate begins and ends a text."""
+    ends = {} if end_of_text is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    return {"_from_model_config": True, **ends}
 
 
 def _json(content: dict[str, Any]) -> bytes:
