@@ -34,7 +34,8 @@ def write_huggingface_folder(
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Write config.json, generation_config.json, the weights of a model file (version 3 or 5) in its dtype, and a tokenizer's
-    files, whose token `end_of_text` ends a text; returns the paths. Weights of more than `shard_bytes` are several files with an index.
+    files, whose token `end_of_text` ends a text; returns the paths. Weights of more than `shard_bytes` are several files
+    with an index.
 
     The folder must exist. All files get their names together, or on an error none.
     """
