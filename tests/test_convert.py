@@ -205,7 +205,7 @@ def test_the_tokenizer_of_the_source_goes_along(whole, tmp_path):
     }
 
 
-@pytest.mark.parametrize("target", ["a.bin", "a.pt", "folder"])
+@pytest.mark.parametrize("target", ["a.bin", pytest.param("a.pt", marks=pytest.mark.torch), "folder"])
 def test_a_source_that_is_damaged_leaves_nothing(tmp_path, tiny_params, target):
     folder = write_folder(tmp_path / "source", TINY, state_dict(TINY, tiny_params))
     content = (folder / "model.safetensors").read_bytes()

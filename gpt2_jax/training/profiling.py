@@ -30,12 +30,17 @@ def profile(run: Run) -> None:
     """After the step before the first to trace: begin. After the last: end, and write the page."""
     assert run.profiled is not None
     if run.step == run.profiled[0] - 1:
-        jax.block_until_ready(run.state.params)
-        jax.profiler.start_trace(str(run.folder / "profile"))
-        run.profiling_since = time.perf_counter()
-        run.display.line(f"tracing steps {run.profiled[0]} to {run.profiled[1]} ...")
+        run.attempt(lambda: _begin(run))
     else:
         end_profile(run)
+
+
+def _begin(run: Run) -> None:
+    jax.block_until_ready(run.state.params)
+    jax.profiler.start_trace(str(run.folder / "profile"))
+    run.profiling_since = time.perf_counter()
+    first, last = run.profiled or (0, 0)
+    run.display.line(f"tracing steps {first} to {last} ...")
 
 
 def is_time_to_profile(run: Run) -> bool:
@@ -50,9 +55,9 @@ def end_profile(run: Run) -> None:
     """End a trace that goes on, and write the page of the steps so far."""
     if run.profiling_since is None or run.profiled is None:
         return
-    jax.block_until_ready(run.state.params)
+    run.attempt(lambda: jax.block_until_ready(run.state.params))  # this may be called as the run fails
     seconds, run.profiling_since = time.perf_counter() - run.profiling_since, None
-    jax.profiler.stop_trace()
+    run.attempt(jax.profiler.stop_trace)
     first, last = run.profiled[0], run.step
     if last < first:
         return
@@ -70,6 +75,7 @@ def end_profile(run: Run) -> None:
             trace=trace.relative_to(run.folder),
             seconds=seconds / steps,
         )
-        run.display.line(f"profile: {path}")
+        without = "" if parts else ", without parts: this backend's trace names no operations"
+        run.display.line(f"profile: {path}{without}")
 
     run.attempt(write)

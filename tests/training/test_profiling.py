@@ -90,6 +90,17 @@ def test_other_steps_are_refused(text):
     assert steps_to_profile("2:101") == (2, 101)
 
 
+def test_a_profiler_that_fails_does_not_end_the_run(config, capsys, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("Only one profile may be run at a time")
+
+    monkeypatch.setattr("jax.profiler.start_trace", fail)
+    folder = train(change(config, run={"profile": "3:4", "steps": 6}), "tiny", CPU)
+    assert "Only one profile may be run at a time\nthe run goes on without it" in capsys.readouterr().out
+    assert (folder / "DONE_00000006").exists()
+    assert not (folder / "profile.html").exists()
+
+
 def test_a_run_leaves_the_trace_and_the_table_of_its_parts(config, capsys):
     folder = train(change(config, run={"profile": "3:4", "steps": 6}), "tiny", CPU)
     page = (folder / "profile.html").read_text()
