@@ -159,6 +159,9 @@ class ComputeSettings:
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """Of float32 products: default lets NVIDIA GPUs, and MLX on an M5, use TF32, and amx multiply integers of three
     bytes, weights' gradients as high: three bfloat16 products, error 1e-5; highest is full float32 (for comparing)."""
+    deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The same bits in every run on the same machine. The CPU's always are; on NVIDIA GPUs it costs some speed, which the
+    start table tells."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make every announced fallback an error: a library that was not built, a jax that lacks what is needed."""
 

@@ -45,7 +45,7 @@ FLAGS = {
     *("--dry-run", "--strict"),
     *("--steps", "--seed", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
     *("--max-minutes", "--checkpoint-minutes", "--keep-best", "--verbose", "--track", "--profile"),
-    *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute"),
+    *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute", "--deterministic"),
 }
 
 

@@ -159,6 +159,36 @@ def test_check_gradients_prints_every_tensor_and_its_status_can_be_trusted(tiny_
     assert "FAILED: loss" in ended.stdout
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_follows_pytorchs_losses(tiny_shards, tmp_path, dtype):
+    """With what differs between steps: accumulation, a schedule, decay, clipping. A loss of the log that is off is found."""
+    data = ["--train", tiny_shards[0], "--validation", tiny_shards[1], "--total-batch-size", 64, "--validate-every", 0]
+    rates = ["--learning-rate", 1e-2, "--warmup-steps", 3, "--weight-decay", 0.5, "--gradient-clip", 0.5]
+    folder = tmp_path / "run"
+    run("train.py", *TINY_FLAGS, *data, *rates, "--dtype", dtype, "--steps", 8, "--out-dir", folder)
+    # Roundings of a step grow in eight by some factor; bfloat16's, 2**-8, in losses of means over 64 tokens by none.
+    tolerance = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]
+    words = [folder, "--tolerance", tolerance, "--plot", tmp_path / "curves.png"]
+    output, _ = run("check_curve.py", *words)
+    assert re.search(r"^ok: of 8 steps, step [1-8] differs most: ", output, re.MULTILINE)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    log = folder / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if line["event"] == "train" and line["step"] == 5:
+            line["loss"] *= 1 + 2 * tolerance
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    output, _ = run("check_curve.py", *words, status=1)
+    assert "FAILED: of 8 steps, step 5 differs most" in output
+
+
+def test_only_a_run_has_a_curve(tmp_path):
+    _, error = run("check_curve.py", tmp_path, status=2)
+    assert error.startswith(f"error: {tmp_path}: expected a run with losses, found none")
+
+
 def test_a_damaged_file_is_one_clear_error(tmp_path):
     path = tmp_path / "damaged.bin"
     path.write_bytes(b"\0" * 2000)

@@ -9,11 +9,8 @@
 #include <vector>
 
 #include "custom_calls.h"
+#include "dynamic_library.h"
 #include "xla/ffi/api/ffi.h"
-
-#if !defined(_WIN32)
-#include <dlfcn.h>
-#endif
 
 namespace gpt2_jax {
 namespace {
@@ -40,30 +37,15 @@ struct Driver {
 constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr unsigned kDefaultSharedBytes = 48 * 1024;
 
-template <typename Function>
-void find(void* library, const char* name, Function& function, std::string& missing) {
-#if !defined(_WIN32)
-  function = reinterpret_cast<Function>(dlsym(library, name));
-#endif
-  if (function == nullptr && missing.empty()) missing = std::string(name) + " is not in the driver";
-}
-
 Driver open_driver(const char* path) {
   Driver driver;
-#if defined(_WIN32)
-  driver.missing = "there is no CUDA driver for this system";
-#else
-  void* const library = dlopen(path, RTLD_NOW);
-  if (library == nullptr) {
-    driver.missing = dlerror();
-    return driver;
-  }
-  find(library, "cuLibraryLoadData", driver.library_load_data, driver.missing);
-  find(library, "cuLibraryGetKernel", driver.library_get_kernel, driver.missing);
-  find(library, "cuKernelSetAttribute", driver.kernel_set_attribute, driver.missing);
-  find(library, "cuCtxGetDevice", driver.context_get_device, driver.missing);
-  find(library, "cuLaunchKernel", driver.launch_kernel, driver.missing);
-#endif
+  DynamicLibrary library(path);
+  library.find("cuLibraryLoadData", driver.library_load_data);
+  library.find("cuLibraryGetKernel", driver.library_get_kernel);
+  library.find("cuKernelSetAttribute", driver.kernel_set_attribute);
+  library.find("cuCtxGetDevice", driver.context_get_device);
+  library.find("cuLaunchKernel", driver.launch_kernel);
+  driver.missing = library.problem();
   return driver;
 }
 

@@ -143,6 +143,20 @@ GPT2_JAX_EXPORT void gpt2_jax_use_openblas(const char* path);
 // The text lives as long as the library; the caller must not free it.
 GPT2_JAX_EXPORT const char* gpt2_jax_custom_calls_describe();
 
+// The cotangent of x in y = gelu(x) w^T, with GELU's tanh approximation: (dy w) * gelu'(x), by one
+// product of cuBLASLt's (platform CUDA). All are bf16 matrices but the workspace.
+//
+//   arguments   dy (M, O), w (O, I), x (M, I)
+//   results     dx (M, I); workspace u8, of which cuBLASLt uses what it likes
+//   attributes  tune                      int64: not 0 to time cuBLASLt's algorithms when a shape
+//                                         comes first (outside of a CUDA graph's recording), and to
+//                                         take the fastest; 0 for cuBLASLt's own favourite
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_cublas_gelu_backward(XLA_FFI_CallFrame* call_frame);
+
+// Opens cuBLASLt: `driver` is the file name of CUDA's driver, `path` that of cuBLASLt. The reason when
+// it fails, valid until the thread's next call; else null.
+GPT2_JAX_EXPORT const char* gpt2_jax_cublas_load(const char* driver, const char* path);
+
 // Launches a kernel of CUDA's on XLA's stream (platform CUDA). The kernel takes the addresses of all
 // arguments, then those of all results, on the device.
 //

@@ -3,7 +3,7 @@
 python -m gpt2_jax.benchmark.peak REQUEST    REQUEST: the JSON object of a `Request`
 
 Prints one JSON object last: {"gflops": the median, "of": who reached it, "rounds", "spread", "doubtful": whether it is the
-extrapolation of a single round, "totals": bench_matmul.py's}.
+extrapolation of a single round, "totals": bench_matmul.py's, "copy": GB/s, of an accelerator}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.families.gpt2 import GPT2Config
 
 _ACCELERATOR_SIZE = 8192  # of a square product that fills an accelerator
-_ACCELERATOR_PRODUCTS = 20
+_ACCELERATOR_PRODUCTS = 600  # about a second on the fastest cards, so that they are as warm as in training
+_COPIED_BYTES = 2 << 30
+_COPIES = 100
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def measure_peak(request: Request) -> dict[str, Any]:
             "spread": spread(rounds),
             "doubtful": False,
             "totals": [],
+            "copy": _copy_rate(),
         }
     import jax
 
@@ -70,6 +73,7 @@ def measure_peak(request: Request) -> dict[str, Any]:
         "spread": best["spread"],
         "doubtful": is_doubtful(best),
         "totals": measured,
+        "copy": None,
     }
 
 
@@ -78,7 +82,8 @@ def _square_product_seconds(size: int, rounds: int) -> list[float]:
     import jax
     import jax.numpy as jnp
 
-    a = jnp.full((size, size), 1.0 / size, jnp.bfloat16)
+    # Random, as equal numbers need less power; its powers keep their size.
+    a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(jnp.bfloat16)
 
     @jax.jit
     def products(a: jax.Array) -> jax.Array:
@@ -91,6 +96,22 @@ def _square_product_seconds(size: int, rounds: int) -> list[float]:
         products(a).block_until_ready()
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _copy_rate() -> float:
+    """Gigabytes a second that a copy reads and writes together."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.zeros(_COPIED_BYTES // 4, jnp.float32)
+    copy = jax.jit(lambda a: a + 1.0, donate_argnums=())
+    a.block_until_ready()
+    copy(a).block_until_ready()
+    started = time.perf_counter()
+    for _ in range(_COPIES):
+        b = copy(a)
+    b.block_until_ready()
+    return 2 * _COPIED_BYTES * _COPIES / (time.perf_counter() - started) / 1e9
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """GPT-2 in PyTorch as one trains it: fused attention, tied classifier. The peer that bench_train.py calls pytorch.
 
-It computes what this project computes, but for the padding of the vocabulary, which is part of the softmax here.
+It computes what this project computes, but for the padding of the vocabulary, which is part of the softmax here unless
+the true vocabulary is asked for.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ class _Block(nn.Module):  # type: ignore[misc]
 
 
 class GPT2(nn.Module):  # type: ignore[misc]
-    """(x, y) -> mean cross-entropy; float32 parameters."""
+    """(x, y) -> mean cross-entropy; float32 parameters. With `true_vocabulary` the padding takes no part in the softmax,
+    which is slower; with `low_residual` the residual stream is bfloat16."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, *, true_vocabulary: bool = False, low_residual: bool = False):
         super().__init__()
+        self.low_residual = low_residual
+        self.classes = config.vocab_size if true_vocabulary else config.padded_vocab_size
         self.wte = nn.Embedding(config.padded_vocab_size, config.channels)
         self.wpe = nn.Embedding(config.max_sequence_length, config.channels)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
@@ -47,15 +51,17 @@ class GPT2(nn.Module):  # type: ignore[misc]
 
     def forward(self, x_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
         h_BTC = self.wte(x_BT) + self.wpe(torch.arange(x_BT.shape[1], device=x_BT.device))
+        if self.low_residual:
+            h_BTC = h_BTC.to(torch.bfloat16)
         for block in self.blocks:
             h_BTC = block(h_BTC)
-        logits_BTV = functional.linear(self.lnf(h_BTC), self.wte.weight)
+        logits_BTV = functional.linear(self.lnf(h_BTC), self.wte.weight[: self.classes])
         return functional.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten())
 
 
-def model_from_buffer(params_N: np.ndarray, config: GPT2Config) -> GPT2:
-    """A model with the flat buffer's values; its weights are (outputs, inputs) too."""
-    model = GPT2(config)
+def model_from_buffer(params_N: np.ndarray, config: GPT2Config, **options: bool) -> GPT2:
+    """A model with the flat buffer's values and GPT2's options; its weights are (outputs, inputs) too."""
+    model = GPT2(config, **options)
     tensors = config.layout.views(params_N)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -42,13 +42,16 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
     known = [
         System(name, implementation, dtype, setting)
         for name in SYSTEMS
+        if backend == "cuda" or patterns or name not in ("pytorch_best", "pytorch_tuned", "llmc")
         for implementation in (("auto", *matmul.IMPLEMENTATIONS) if name == "gpt2_jax" else ("",))
         for dtype in DTYPES
-        for setting in (("", "high", "highest") if dtype == "float32" and _splits_float32(implementation) else ("",))
+        for setting in _settings(name, implementation, dtype, backend)
     ]
     if not patterns and quick:
         return [s for s in known if s.matmul == "auto" or s.name == "pytorch" or (s.name, s.dtype) == ("jax_plain", "float32")]
+    known = [s for s in known if s.dtype == "bfloat16" or s.name not in ("pytorch_best", "pytorch_tuned", "llmc")]
     if not patterns:
+        known = [s for s in known if s.name != "pytorch_tuned"]  # its search takes minutes
         # 'auto' is one of the others on the CPU, and the only one elsewhere.
         return [s for s in known if s.matmul == "" or (s.matmul == "auto") == (backend != "cpu")]
     chosen = []
@@ -67,6 +70,15 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
             )
         chosen += named
     return [s for s in known if s in chosen]
+
+
+def _settings(name: str, implementation: str, dtype: str, backend: str) -> tuple[str, ...]:
+    """The values of --matmul-precision with which a system computes in a way of its own."""
+    if dtype == "float32" and _splits_float32(implementation):
+        return ("", "high", "highest")
+    # By default NVIDIA GPUs multiply float32 in TF32.
+    compared = implementation == "auto" or name in ("pytorch", "pytorch_compiled")
+    return ("", "highest") if dtype == "float32" and backend == "cuda" and compared else ("",)
 
 
 def _splits_float32(implementation: str) -> bool:

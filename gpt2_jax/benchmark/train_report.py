@@ -6,7 +6,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpt2_jax.benchmark.chart import Bar, draw_bars
+from gpt2_jax.benchmark.gpu import Sample
 from gpt2_jax.benchmark.machine import percent, ratio, spread
 from gpt2_jax.benchmark.train_system import Result
 from gpt2_jax.buffer.layout import ParameterLayout
@@ -38,10 +41,13 @@ class Workload:
     batch_size: int
     sequence_length: int
     backend: str  # cpu, cuda or metal
+    micro_batches: int = 1
+    llmc_program: str = ""
 
     @property
     def tokens(self) -> int:
-        return self.batch_size * self.sequence_length
+        """Of a step."""
+        return self.micro_batches * self.batch_size * self.sequence_length
 
     @property
     def layout(self) -> ParameterLayout:
@@ -63,6 +69,7 @@ class Measured:
     result: Result | None
     reason: str = ""
     failed: bool = False
+    gpu: Sample | None = None  # medians while it had its turns
 
     @property
     def seconds_per_step(self) -> float:
@@ -88,7 +95,8 @@ def _name(one: Measured) -> str:
 
 def title(work: Workload) -> str:
     sizes = f"{work.model_name} ({work.layout.num_parameters / 1e6:.1f}M parameters)"
-    return f"GPT-2 {sizes}, B={work.batch_size}, T={work.sequence_length}: {work.tokens:,} tokens a training step"
+    batches = f"{work.micro_batches} x " if work.micro_batches > 1 else ""
+    return f"GPT-2 {sizes}, {batches}B={work.batch_size}, T={work.sequence_length}: {work.tokens:,} tokens a training step"
 
 
 def record(
@@ -105,11 +113,13 @@ def record(
         "model": work.model_name,
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
+        "micro_batches": work.micro_batches,
         "systems": [_system_record(one, work) for one in measured if one.result is not None],
         "refused": [{**one.system._asdict(), "reason": anonymous(one.reason)} for one in measured if one.result is None],
         "matmul_peak_gflops": peak["gflops"],
         "matmul_peak_rounds": peak["rounds"],
         "matmul_peak_spread": peak["spread"],
+        "copy_gbytes_per_second": peak["copy"],
         "scaling": [
             {
                 "batch_size": grown.batch_size,
@@ -137,6 +147,8 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
         "seconds_per_step": one.seconds_per_step,
         "steps": len(one.result.seconds),
         "spread": spread(one.result.seconds),
+        "seconds_p10_p90": percentiles(one.result.seconds),
+        "gpu": None if one.gpu is None else one.gpu._asdict(),
         "tokens_per_second": work.tokens / one.seconds_per_step,
         "gflops": _gflops(one, work),
         "peak_memory_bytes": one.result.peak_memory_bytes,
@@ -180,7 +192,7 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
             f"{one.result.compile_seconds:>9.1f}{loss:>12}"
         )
     lines += [f"not {one.system}: {one.reason}" for one in measured if one.result is None]
-    lines += ["", *_memory_lines(measured), *_scaling_lines(by_tokens), *_notes(measured, peak)]
+    lines += ["", *_gpu_lines(measured), *_memory_lines(measured), *_scaling_lines(by_tokens), *_notes(measured, peak)]
     return "\n".join(lines)
 
 
@@ -205,6 +217,21 @@ def _utilization(one: Measured, gflops: float, peak: dict[str, Any]) -> str:
     if _made_one_step(one):
         return "one step"
     return "one round" if peak["doubtful"] else f"{gflops / peak['gflops']:.1%}"
+
+
+def _gpu_lines(measured: list[Measured]) -> list[str]:
+    lines = []
+    for one in measured:
+        if one.gpu is not None and one.result is not None:
+            p10, p90 = (1000 * seconds for seconds in percentiles(one.result.seconds))
+            at = f"{one.gpu.clock:.0f} MHz, {one.gpu.power:.0f} W, {one.gpu.temperature:.0f} degrees Celsius"
+            lines.append(f"{_name(one)}: {1000 * one.seconds_per_step:.2f} ms (p10 {p10:.2f}, p90 {p90:.2f}) at {at}")
+    return lines
+
+
+def percentiles(seconds: list[float]) -> tuple[float, float]:
+    """The 10th and the 90th percentile."""
+    return float(np.percentile(seconds, 10)), float(np.percentile(seconds, 90))
 
 
 def _memory_lines(measured: list[Measured]) -> list[str]:
@@ -248,8 +275,9 @@ def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
     steps = " to ".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
     return [
         f"time: medians of {steps} step(s) after the first (one alone may be the first), forward, backward, clipping, AdamW;",
-        "  each system in a process of its own, with the same random weights and tokens; on the CPU in turn, a third of the",
-        "  steps at a time (all, if they are few) after one that is not timed, as many systems as memory holds.",
+        "  each system in a process of its own, with the same random weights and tokens; in turn, a third of the steps at a",
+        "  time (all, if they are few) after one that is not timed, as many systems as memory holds. On an accelerator the",
+        "  time of a step is the mean of up to five in a row.",
         "steps differ by: the longest less the shortest, of the median. one step: no ratio is told of a single step, which may",
         "  be the first. one round: nor of a peak that a single round of a part of the products was extrapolated to.",
         "~: the steps of the two overlap, so either may be the faster one.",
@@ -258,6 +286,7 @@ def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
         "  positions.",
         f"MFU: llm.c's count over the best rate of matrix products alone in this run, {peak['gflops']:,.1f} GFLOP/s by",
         f"  {peak['of']} in {peak['rounds']} round(s), which differ by {percent(peak['spread'])}.",
+        *([] if peak["copy"] is None else [f"copy: {peak['copy']:,.0f} GB/s of the device's memory read and written."]),
         "memory: on the CPU the process's largest resident set, libraries included; on a GPU its allocator's peak.",
         "loss: PyTorch and plain JAX have the vocabulary's padding in their softmax, which adds about 0.001.",
     ]

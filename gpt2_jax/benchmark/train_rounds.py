@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gpt2_jax.benchmark import gpu
 from gpt2_jax.benchmark.machine import free_memory, seconds_running
 from gpt2_jax.benchmark.train_report import Measured, System, Workload, progress
 from gpt2_jax.benchmark.train_system import TURN, Request, Result
@@ -29,6 +30,7 @@ _LONGEST = 1800.0  # seconds to get ready or to make a step in, after which a sy
 _ENDING = 10.0  # seconds that a process may need to end
 _TURNS = 3  # of every system, of a third of its steps each
 _FEWEST = 5  # steps that are one turn
+_GPU_ROOM = 1.15
 _PAUSE = 0.05  # seconds between turns: a library's threads may spin for a while after their work
 
 
@@ -55,11 +57,10 @@ class TurnLimits:
 def measure_in_turn(
     systems: Sequence[System], work: Workload, steps: int, limits: TurnLimits, say: Callable[[str], None]
 ) -> list[Measured]:
-    """Time `steps` of every system: as many systems at a time as memory holds, but one at a time on an accelerator, of
-    which a process may take all memory."""
+    """Time `steps` of every system: as many systems at a time as memory holds."""
     measured: list[Measured] = []
     waiting = list(systems)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, gpu.Watch() if work.backend == "cuda" else contextlib.nullcontext() as watch:
         while waiting:
             together: list[_Process] = []
             if limits.is_over:
@@ -73,7 +74,7 @@ def measure_in_turn(
                 together.append(process)
             _take_turns(together, steps, limits, say)
             for process in together:
-                measured.append(process.measured())
+                measured.append(process.measured(watch))
                 say(progress(measured[-1], work))
     return measured
 
@@ -93,9 +94,14 @@ def _take_turns(together: Sequence[_Process], steps: int, limits: TurnLimits, sa
 
 
 def _another_fits(together: Sequence[_Process], work: Workload) -> bool:
-    """Whether another system fits: twice the memory of the largest so far must be free, since it may need more."""
-    free = free_memory()
-    return work.backend == "cpu" and free is not None and free > 2 * max(process.peak_bytes for process in together)
+    """Whether another system fits: more than the memory of the largest so far must be free, since it may need more. On the
+    CPU twice as much, since without memory all would swap; a GPU without memory ends the one that asks for it."""
+    largest = max(process.peak_bytes for process in together)
+    if work.backend == "cpu":
+        free = free_memory()
+        return free is not None and free > 2 * largest
+    sample = gpu.look()
+    return sample is not None and sample.free_bytes > _GPU_ROOM * largest
 
 
 class _Process:
@@ -113,8 +119,12 @@ class _Process:
             batch_size=work.batch_size,
             sequence_length=work.sequence_length,
             steps=steps,
+            micro_batches=work.micro_batches,
+            model_name=work.model_name,
+            llmc_program=work.llmc_program,
         )
         self.system = system
+        self.spans: list[tuple[float, float]] = []  # of its turns: beginnings and ends, by time.monotonic()
         self.seconds = 0.0  # that it has had
         self.ready_seconds = 0.0  # of them until its first turn
         self.peak_bytes = 0
@@ -128,6 +138,8 @@ class _Process:
             stderr=self._errors,
             text=True,
             start_new_session=True,  # to be killed with the processes that it starts, which have its output open
+            # On a GPU jax takes most of the memory at its start, unless it is told not to.
+            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
 
     def __enter__(self) -> _Process:
@@ -158,7 +170,9 @@ class _Process:
         with contextlib.suppress(BrokenPipeError):  # it has ended: await_turn finds out why
             self._process.stdin.write(f"{steps} {seconds}\n")
             self._process.stdin.flush()
+        started = time.monotonic()
         self.await_turn(timeout)
+        self.spans.append((started, time.monotonic()))
 
     def end(self) -> None:
         """Tell the system that it gets no more turns."""
@@ -199,10 +213,10 @@ class _Process:
             except ValueError:
                 self.answer = {"failed": f"expected a JSON object in its last line, found {last_line!r}"}
 
-    def measured(self) -> Measured:
+    def measured(self, watch: gpu.Watch | None = None) -> Measured:
         assert self.answer is not None
         if "failed" in self.answer:
             return Measured(self.system, None, f"it failed: {self.answer['failed']}", failed=True)
         if "refused" in self.answer:
             return Measured(self.system, None, self.answer["refused"])
-        return Measured(self.system, Result(**self.answer))
+        return Measured(self.system, Result(**self.answer), gpu=None if watch is None else watch.during(self.spans))

@@ -9,30 +9,43 @@ of a `Result`, or {"refused": the reason}.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt2_jax.benchmark import gpu
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.backend import open_device, select_backend
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.llmc.token_shard import write_token_shard
 from gpt2_jax.machine import keep_freed_memory, process_peak
 from gpt2_jax.ops.cpu import library as custom_calls
 
-SYSTEMS = ("gpt2_jax", "jax_plain", "pytorch", "pytorch_compiled")
+# On a GPU "pytorch_compiled" is what nanoGPT does; "pytorch_best" has cuDNN's attention and a residual stream in bfloat16, and
+# "pytorch_tuned" that and torch.compile's longest search, with CUDA graphs.
+SYSTEMS = ("gpt2_jax", "pytorch_best", "pytorch_tuned", "llmc", "jax_plain", "pytorch", "pytorch_compiled")
+COMPILED = ("pytorch_compiled", "pytorch_best", "pytorch_tuned")
 DTYPES = ("float32", "bfloat16")
 TURN = "waits for its turn, having needed bytes: "
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-4, 0.1
+_STEPS_IN_A_ROW = 5  # on an accelerator, between two waits for the device, as training does not wait after each step
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,15 @@ class Request:
     batch_size: int
     sequence_length: int
     steps: int
+    micro_batches: int = 1  # of batch_size sequences each, in every step
+    model_name: str = ""  # its descriptor
+    llmc_program: str = ""  # the path of train_gpt2cu
 
 
 @dataclass(frozen=True)
 class Result:
     matmul: str
-    seconds: list[float]  # of each timed step
+    seconds: list[float]  # of each timed step; on an accelerator, of some in a row the mean
     compile_seconds: float
     peak_memory_bytes: int
     losses: list[float]  # of every step from the first
@@ -63,8 +79,10 @@ class Result:
     plan: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # who computes what, as the start table has it
 
 
-# A function that runs one step to its end and returns its loss, and what is known of the Result by then.
-_Prepared = tuple[Callable[[], float], dict[str, Any]]
+class Prepared(NamedTuple):
+    step: Callable[[], Any]  # starts one step and returns its loss, of which a float must wait
+    known: dict[str, Any]  # of the Result by then
+    rest: Callable[[], None] = lambda: None  # at the end of a turn
 
 
 class Turn(NamedTuple):
@@ -78,33 +96,39 @@ def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lam
     NotImplementedError with the reason for a system that cannot be had.
     """
     config = GPT2Config(**request.model)
-    shape = (2, request.batch_size, request.sequence_length)
-    x_BT, y_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
-    prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain}.get(request.name, _pytorch)
-    step, result = prepare(request, config, random_parameters(config.layout), x_BT, y_BT)
+    shape = (2, request.micro_batches, request.batch_size, request.sequence_length)
+    x_ABT, y_ABT = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
+    prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain, "llmc": prepare_llmc}.get(request.name, _pytorch)
+    step, result, rest = prepare(request, config, random_parameters(config.layout), x_ABT, y_ABT)
+    in_a_row = 1 if request.backend == "cpu" else _STEPS_IN_A_ROW
     losses: list[float] = []
 
-    def time_step() -> float:
+    def time_steps(count: int = 1) -> float:
+        """Seconds of one step, the mean of so many."""
         started = time.perf_counter()
-        losses.append(step())
-        return time.perf_counter() - started
+        losses.extend([float(loss) for loss in [step() for _ in range(count)]])
+        return (time.perf_counter() - started) / count
 
     # PyTorch compiles in the first.
-    first = [time_step() for _ in range(2 if request.name == "pytorch_compiled" else 1)]
+    first = [time_steps() for _ in range(2 if request.name in COMPILED else 1)]
     timed: list[float] = []
+    rest()
     while len(timed) < request.steps and (turn := await_turn()):
         # Not timed: a library may have to take memory anew that it gave back, and the caches hold another's.
-        spent = last = time_step()
-        for number in range(min(turn.steps, request.steps - len(timed))):
-            if number > 0 and spent + last > turn.seconds:
+        spent = last = time_steps()
+        left = min(turn.steps, request.steps - len(timed))
+        for number in range(0, left, in_a_row):
+            count = min(in_a_row, left - number)
+            if number > 0 and spent + count * last > turn.seconds:
                 break
-            last = time_step()
-            spent += last
-            timed.append(last)
+            last = time_steps(count)
+            spent += count * last
+            timed += [last] * count
+        rest()
     timed = timed or first[-1:]  # when there was no time for more
     precision = "BF16_BF16_F32" if request.dtype == "bfloat16" else "F32_F32_F32"
     result = {"precision": precision, "weight_gradient_precision": precision, **result}
-    if request.name == "pytorch_compiled":
+    if request.name in COMPILED:
         result["compile_seconds"] = first[0] - statistics.median(timed)
     return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": _peak(request), **result})
 
@@ -122,7 +146,7 @@ def random_parameters(layout: ParameterLayout) -> np.ndarray:
     return params
 
 
-def _gpt2_jax(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+def _gpt2_jax(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
     import jax
     import jax.numpy as jnp
 
@@ -142,38 +166,44 @@ def _gpt2_jax(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np
     except Gpt2JaxError as error:
         raise NotImplementedError(str(error).splitlines()[0]) from None
     settings = OptimizerSettings(schedule="constant", learning_rate=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    x_ABT, y_ABT = jnp.asarray(x_BT[None]), jnp.asarray(y_BT[None])
+    x, y = jnp.asarray(x_ABT), jnp.asarray(y_ABT)
     started = time.perf_counter()
-    compiled = compile_step(plan, settings, request.steps, x_ABT.shape)
+    compiled = compile_step(plan, settings, request.steps, x.shape)
     compile_seconds = time.perf_counter() - started
     state = create_state(plan, params)
 
-    def step() -> float:
+    def step() -> jax.Array:
         nonlocal state
-        state, metrics = jax.block_until_ready(compiled(state, x_ABT, y_ABT))
-        return float(metrics.loss)
+        state, metrics = compiled(state, x, y)
+        # The CPU's steps are waited for to their ends; on other devices the last loss of a row comes last.
+        return jax.block_until_ready((state, metrics.loss))[1] if backend.platform == "cpu" else metrics.loss
 
     precision = {}
     if plan.product_precision is not None:
         precision = {"precision": plan.product_precision, "weight_gradient_precision": plan.weight_gradient_precision}
     counted = memory.compiled_memory(plan, compiled)
-    return step, {
+    known = {
         **precision,
         "matmul": plan.linear.name,
         "plan": plan.rows(),
         "compile_seconds": compile_seconds,
         "device": device,
-        "estimated_bytes": memory.estimate(plan, request.batch_size, request.sequence_length).total,
+        "estimated_bytes": memory.estimate(
+            plan, request.batch_size, request.sequence_length, num_micro_batches=request.micro_batches
+        ).total,
         "compiled_bytes": None if counted is None else counted.total,
     }
+    return Prepared(step, known)
 
 
-def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
     import jax
     import jax.numpy as jnp
 
     from gpt2_jax.benchmark import plain_jax
 
+    if request.micro_batches > 1:
+        raise NotImplementedError("plain JAX has one micro-batch here")
     device = open_device(select_backend(request.backend))
     optimizer = plain_jax.make_optimizer(_LEARNING_RATE, _WEIGHT_DECAY)
     tree = plain_jax.parameters_from_buffer(params, config.layout)
@@ -186,20 +216,20 @@ def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_BT: n
         attention="cudnn" if cudnn else None,
         unroll=request.backend == "cuda",
     )
-    x, y = jnp.asarray(x_BT), jnp.asarray(y_BT)
+    x, y = jnp.asarray(x_ABT[0]), jnp.asarray(y_ABT[0])
     started = time.perf_counter()
     compiled = train_step.lower(tree, state, x, y).compile()
     compile_seconds = time.perf_counter() - started
 
-    def step() -> float:
+    def step() -> jax.Array:
         nonlocal tree, state
-        tree, state, loss = jax.block_until_ready(compiled(tree, state, x, y))
-        return float(loss)
+        tree, state, loss = compiled(tree, state, x, y)
+        return jax.block_until_ready((tree, state, loss))[2] if request.backend == "cpu" else loss
 
-    return step, {"matmul": "xla", "compile_seconds": compile_seconds, "device": device}
+    return Prepared(step, {"matmul": "xla", "compile_seconds": compile_seconds, "device": device})
 
 
-def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> _Prepared:
+def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
     try:
         import torch
     except ImportError:
@@ -210,33 +240,82 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_BT: np.
         raise NotImplementedError("PyTorch is compared with on the CPU and on NVIDIA GPUs")
     if request.backend == "cuda" and not torch.cuda.is_available():
         raise NotImplementedError("this PyTorch sees no NVIDIA GPU")
+    tuned = request.name in ("pytorch_best", "pytorch_tuned")
+    if tuned and (request.backend, request.dtype) != ("cuda", "bfloat16"):
+        raise NotImplementedError("cuDNN's attention is for NVIDIA GPUs, in bfloat16")
     device = torch.device(request.backend)
     torch.set_num_threads(custom_calls.num_threads())
     if request.backend == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default there
-    model = pytorch_model.model_from_buffer(params, config).to(device)
+        # By default TF32, which is XLA's default there too.
+        torch.set_float32_matmul_precision("highest" if request.matmul_precision == "highest" else "high")
+    model = pytorch_model.model_from_buffer(params, config, low_residual=tuned).to(device)
     optimizer = pytorch_model.make_optimizer(model, _LEARNING_RATE, _WEIGHT_DECAY)
-    forward = torch.compile(model) if request.name == "pytorch_compiled" else model
-    x, y = (torch.from_numpy(tokens).long().to(device) for tokens in (x_BT, y_BT))
+    forward = model
+    if request.name in COMPILED:
+        forward = torch.compile(model, mode="max-autotune" if request.name == "pytorch_tuned" else "default")
+    x, y = (torch.from_numpy(tokens).long().to(device) for tokens in (x_ABT, y_ABT))
+    cudnn = partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+    attention = cudnn if tuned else nullcontext
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=request.dtype == "bfloat16")
 
-    def step() -> float:
-        with autocast:
-            loss = forward(x, y)
-        loss.backward()
+    def step() -> torch.Tensor:
+        total = torch.zeros((), device=device)
+        for x_BT, y_BT in zip(x, y, strict=True):
+            with autocast, attention():
+                loss = forward(x_BT, y_BT) / request.micro_batches
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), pytorch_model.GRADIENT_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return float(loss.detach())
+        return total
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return step, {"matmul": "pytorch", "compile_seconds": 0.0, "device": name}
+    return Prepared(step, {"matmul": "pytorch", "compile_seconds": 0.0, "device": name})
+
+
+def prepare_llmc(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
+    """llm.c's own trainer on random tokens, from its own random weights. It prints a line for each step, and is stopped
+    between its turns."""
+    if not request.llmc_program:
+        raise NotImplementedError("llm.c's trainer is not given: --llmc-program PATH")
+    if (request.backend, request.dtype) != ("cuda", "bfloat16"):
+        raise NotImplementedError("llm.c's trainer is for NVIDIA GPUs, in bfloat16")
+    folder = tempfile.TemporaryDirectory()
+    shard = os.path.join(folder.name, "random_train.bin")
+    tokens = x_ABT.size
+    write_token_shard(shard, np.random.default_rng(0).integers(0, config.vocab_size, 4 * tokens + 1))
+    shape = f"-e {request.model_name} -b {request.batch_size} -t {request.sequence_length} -d {tokens}"
+    training = f"-x {10 * request.steps + 100} -l {_LEARNING_RATE} -c {_WEIGHT_DECAY} -v 0 -s 0 -h 0 -n 0 -m 1"
+    fastest = "-r 0 -ge 2"  # nothing computed anew, and GELU in the products
+    words = [os.path.abspath(request.llmc_program), "-i", shard, "-j", shard, *f"{shape} {training} {fastest}".split()]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.name)
+    last = ""
+
+    def end() -> None:
+        process.kill()
+        process.communicate()
+        folder.cleanup()
+
+    atexit.register(end)
+
+    def step() -> float:
+        nonlocal last
+        assert process.stdout is not None
+        process.send_signal(signal.SIGCONT)
+        for last in process.stdout:
+            if match := re.match(r"step +\d+/\d+ \| loss +([0-9.]+)", last):
+                return float(match[1])
+        raise RuntimeError(f"{request.llmc_program}: expected a line for each step, found at its end: {last.strip()}")
+
+    known = {"matmul": "llm.c", "compile_seconds": 0.0, "device": "of llm.c"}
+    return Prepared(step, known, lambda: process.send_signal(signal.SIGSTOP))
 
 
 def _peak(request: Request) -> int:
     """Bytes: of the device's allocator on an accelerator, else of the process, whose libraries are counted too."""
+    if request.name == "llmc":
+        return int(gpu.memory_of_processes())
     if not request.name.startswith("pytorch"):
         from gpt2_jax.compute.memory import measured_peak
 
@@ -246,8 +325,8 @@ def _peak(request: Request) -> int:
     return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else process_peak()
 
 
-def _await_turn() -> Turn | None:
-    print(f"{TURN}{process_peak()}", flush=True)
+def _await_turn(request: Request) -> Turn | None:
+    print(f"{TURN}{process_peak() if request.backend == 'cpu' else _peak(request)}", flush=True)
     line = sys.stdin.readline().split()
     return Turn(int(line[0]), float(line[1])) if line else None
 
@@ -256,7 +335,7 @@ def main() -> None:
     request = Request(**json.loads(sys.argv[1]))
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # compile times are measured
     try:
-        answer = dataclasses.asdict(measure_system(request, _await_turn))
+        answer = dataclasses.asdict(measure_system(request, partial(_await_turn, request)))
     except NotImplementedError as error:
         answer = {"refused": str(error)}
     print(json.dumps(answer))

@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "prepare": "make token shards for training",
     "check-gradients": "compare loss, logits, gradients and ten steps with PyTorch",
+    "check-curve": "train PyTorch as a run was trained, and compare the losses",
     "check-metal": "whether the plugins for the Apple GPU can take what a run compiles",
     "doctor": "what is installed here, what of it does harm, and what to do",
     "selfcheck": "train a small model on this machine's device and on the CPU: do they agree",

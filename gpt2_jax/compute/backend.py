@@ -40,6 +40,7 @@ class Backend:
     | barriers | the compiler takes them out, and merges what is computed anew with what is kept |
     | slice_updates | an update of a slice may copy the whole buffer |
     | cuda_libraries | cuBLAS and cuDNN |
+    | determinism | bits that are known to be the same in every run |
     """
 
     name: str
@@ -202,7 +203,7 @@ def _metal(plugin_name: str, full_float32: bool) -> Backend:
 def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = False) -> Backend:
     """The record of a plugin for the Apple GPU, wherever this runs."""
     environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
-    lacks = plugin.lacks | {"cuda_libraries", "slice_updates"}
+    lacks = plugin.lacks | {"cuda_libraries", "slice_updates", "determinism"}
     return Backend("metal", plugin.platform, reason, lacks, plugin.name, environment)
 
 

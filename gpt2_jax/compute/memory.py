@@ -14,6 +14,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.machine import gigabytes, process_peak
 from gpt2_jax.ops.attention import attention_of
 from gpt2_jax.ops.classifier import classifier_of
+from gpt2_jax.ops.norm import norms_of
 from gpt2_jax.ops.recompute import saves_memory
 
 
@@ -47,29 +48,29 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     k, v, the softmax of every head, the attention's output, and the MLP's 4 C before and 4 C after GELU (Korthikanti et
     al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's input and output, V the logits in float32 and
     their gradient. What is recomputed is there for one layer at a time. Attention that keeps no scores keeps one float32
-    for every row of the softmax; a classifier in chunks has the logits of one chunk, and in float32 their gradient in the
-    same memory.
+    for every row of the softmax; where LayerNorm is folded into the weight behind it, its input is not kept; a classifier in
+    chunks has the logits of one chunk, and may have their gradient in the same memory.
     """
     config, s = plan.config, plan.compute_dtype.itemsize
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
     buffer = 4 * plan.layout.num_parameters
     states = 1 if plan.backend.donates else 2
     softmax = s * H * T if attention_of(plan).keeps_scores else 4 * H
-    attention_and_mlp = 16 * s * C + softmax  # of one layer, bytes a token
+    kept = 16 if norms_of(plan).keeps_input else 14
+    attention_and_mlp = kept * s * C + softmax  # of one layer, bytes a token
     a_layer = {
         "none": attention_and_mlp,
         "gelu": attention_and_mlp - 4 * s * C,
-        "layernorm": attention_and_mlp - 6 * s * C,
+        "layernorm": 10 * s * C + softmax,
         "block": s * C,
     }[plan.recompute if saves_memory(plan) else "none"]
-    most_rows = classifier_of(plan).most_rows()
-    reuses_logits = most_rows < B * T or plan.classifier.name != "xla"
-    a_row = (4 if plan.dtype == "float32" and reuses_logits else 4 + s) * config.padded_vocab_size
+    classifier = classifier_of(plan)
+    a_row = classifier.bytes_of_logit(s) * config.padded_vocab_size
     return MemoryEstimate(
         parameters=buffer * states,
         gradients=buffer * (1 if plan.writes_in_place or num_micro_batches == 1 else 2),
         moments=2 * buffer * states,
-        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + int(min(B * T, most_rows)) * a_row,
+        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + classifier.most_rows(B * T) * a_row,
     )
 
 

@@ -23,6 +23,7 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
 from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.cuda.compiler_options import COMPILER_OPTIONS, DETERMINISTIC_COST, DETERMINISTIC_OPTIONS
 from gpt2_jax.ops.table import Choice, Implementation, check_switched_off, choose
 
 # In the order of choosing: `accepts` may ask for the choices before its own.
@@ -55,6 +56,7 @@ class Plan:
     dtype: str  # of products and activations: float32 or bfloat16
     recompute: str  # of ops.recompute.RECOMPUTED
     matmul_precision: str | None  # of float32 products, by jax's names; None is jax's default
+    deterministic: bool = False  # the same bits in every run
     linear: Choice = _UNDECIDED
     norm_linear: Choice = _UNDECIDED
     attention: Choice = _UNDECIDED
@@ -104,6 +106,9 @@ class Plan:
             ("compute", f"{self.dtype}, matmul precision {precision}, jax {jax.__version__}"),
             ("matmul", f"{self.linear.name} in {self.describe_precision()}: {self.linear.reason}"),
         ]
+        if self.deterministic:
+            cost = "" if "cuda_libraries" in self.backend.lacks else f"; {DETERMINISTIC_COST}"
+            rows.append(("deterministic", f"the same bits in every run on this machine{cost}"))
         others: dict[tuple[str, str], list[str]] = {}
         refused: dict[str, list[str]] = {}
         for seam, choice in self.choices():
@@ -131,9 +136,8 @@ class Plan:
         """XLA's options for this device; gpt2_jax/ops/cuda has the reason for each."""
         if "cuda_libraries" in self.backend.lacks:
             return {}
-        from gpt2_jax.ops.cuda.compiler_options import COMPILER_OPTIONS
-
-        return {name: value if isinstance(value, bool) else str(value) for name, value, _ in COMPILER_OPTIONS}
+        options = COMPILER_OPTIONS + (DETERMINISTIC_OPTIONS if self.deterministic else ())
+        return {name: value if isinstance(value, bool) else str(value) for name, value, _ in options}
 
 
 def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) -> Plan:
@@ -146,7 +150,11 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) 
     check_switched_off([f"{seam}:{row.name}" for seam, table in SEAMS.items() for row in table])
     if "custom_calls" not in backend.lacks:
         library.check_features()
-    plan = Plan(backend, config, compute.dtype, compute.recompute, _matmul_precision(compute))
+    if compute.deterministic and "determinism" in backend.lacks:
+        raise Gpt2JaxError(
+            f"--deterministic: expected a device whose bits are the same in every run, found {backend.name}", "--backend cpu"
+        )
+    plan = Plan(backend, config, compute.dtype, compute.recompute, _matmul_precision(compute), compute.deterministic)
     for seam, table in SEAMS.items():
         requested = compute.matmul if seam == "linear" else "auto"
         choice: dict[str, Any] = {seam: choose(seam, table, plan, requested)}

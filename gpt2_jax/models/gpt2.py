@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 
 from gpt2_jax.buffer.weights import Weights
+from gpt2_jax.ops.summed import Summed
 
 CLASSIFIER = "wte"  # the token table is the classifier's weight too
 
@@ -20,7 +21,7 @@ def hidden_states(w: Weights, x_BT: jax.Array) -> jax.Array:
     return w.norm("lnf", residual_BTC)
 
 
-def block(w: Weights, residual_BTC: jax.Array) -> jax.Array:
+def block(w: Weights, residual_BTC: Summed) -> Summed:
     """One pre-LN transformer block: residual + attention, then residual + MLP."""
     residual_BTC, *qkv = w.norm_linear("ln1", "qkv", residual_BTC, parts=w.attention_parts)
     residual_BTC = residual_BTC + w.linear("attproj", w.attention(*qkv))

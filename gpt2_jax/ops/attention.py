@@ -7,7 +7,7 @@ in their dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
+from gpt2_jax.ops.summed import column_sums
 from gpt2_jax.ops.table import Implementation, always
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 
 class Attention(NamedTuple):
-    compute: Callable[..., jax.Array]  # (plan, *qkv) -> (B, T, C)
+    compute: Callable[..., jax.Array]  # (plan, layer, *qkv) -> (B, T, C)
     parts: int  # arrays that hold q, k and v: 1 or 3
     keeps_scores: bool  # for the backward: B H T T elements
+    # (plan, ...) as SumsOf: the column sums of the cotangents of q, k and v, where they are known without adding
+    sums: Callable[[Plan, jax.Array, Sequence[jax.Array]], Sequence[jax.Array]] | None = None
 
 
 def attention_of(plan: Plan) -> Attention:
@@ -48,23 +51,33 @@ def _by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
     return x_BTC.reshape(*x_BTC.shape[:-1], H, x_BTC.shape[-1] // H)
 
 
-def _reference(plan: Plan, qkv: jax.Array) -> jax.Array:
+def _reference(plan: Plan, layer: int, qkv: jax.Array) -> jax.Array:
     out_BTHD = causal_attention(*(_by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
     return out_BTHD.reshape(*out_BTHD.shape[:-2], -1)
 
 
-def _cudnn(plan: Plan, q_BTC: jax.Array, k_BTC: jax.Array, v_BTC: jax.Array) -> jax.Array:
+def _cudnn(plan: Plan, layer: int, q_BTC: jax.Array, k_BTC: jax.Array, v_BTC: jax.Array) -> jax.Array:
     q, k, v = (_by_heads(plan, x) for x in (q_BTC, k_BTC, v_BTC))
+    # XLA forgets to make all but the first of several equal backward passes deterministic, and then fails
+    # (github.com/openxla/xla/pull/46500). A window of the whole sequence and more changes no result, and makes them differ.
+    window = (q_BTC.shape[1] + layer, 0) if plan.deterministic else None
     # As an attribute of jax.nn, so that a plugin which replaces it is heeded.
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(q_BTC.shape)
+    attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn", local_window_size=window)
+    return attend(q, k, v).reshape(q_BTC.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _custom_call(plan: Plan, qkv: jax.Array) -> jax.Array:
-    return _custom_call_forward(plan, qkv)[0]
+def _known_sums(plan: Plan, dout_sums_C: jax.Array, dqkv: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Every query's weights add up to 1. So a vector that is added to all keys changes no weight, and the cotangents of the
+    keys add up to zero; one that is added to all values is added to every result, and their cotangents have one sum."""
+    return column_sums(plan, dqkv[0]), jnp.zeros_like(dout_sums_C), dout_sums_C
 
 
-def _custom_call_forward(plan: Plan, qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _custom_call(plan: Plan, layer: int, qkv: jax.Array) -> jax.Array:
+    return _custom_call_forward(plan, layer, qkv)[0]
+
+
+def _custom_call_forward(plan: Plan, layer: int, qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     B, T, three_C = qkv.shape
     log_sums_BHT = jax.ShapeDtypeStruct((B, plan.config.num_heads, T), jnp.float32)
     results = (jax.ShapeDtypeStruct((B, T, three_C // 3), qkv.dtype), log_sums_BHT)
@@ -72,7 +85,7 @@ def _custom_call_forward(plan: Plan, qkv: jax.Array) -> tuple[jax.Array, tuple[j
     return out_BTC, (qkv, out_BTC, log_sums)
 
 
-def _custom_call_backward(plan: Plan, saved: tuple[jax.Array, ...], dout_BTC: jax.Array) -> tuple[jax.Array]:
+def _custom_call_backward(plan: Plan, layer: int, saved: tuple[jax.Array, ...], dout_BTC: jax.Array) -> tuple[jax.Array]:
     dqkv = jax.ShapeDtypeStruct(saved[0].shape, saved[0].dtype)
     return (library.call(library.ATTENTION_BACKWARD, dqkv, *saved, dout_BTC, **_attributes(plan)),)
 
@@ -97,7 +110,7 @@ def _refuses_cudnn(plan: Plan) -> str | None:
 
 
 _BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False)
-_BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False)
+_BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False, sums=_known_sums)
 _BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
 TABLE = (
     Implementation("custom_call", library.refusal, "keeps no scores", functions=_BY_CUSTOM_CALL),

@@ -6,7 +6,6 @@ embedding table (V, C), V padded. Rows R are tokens of all sequences.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -18,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax.ops.cpu import library
-from gpt2_jax.ops.cuda import kernels
+from gpt2_jax.ops.cuda import kernels, libraries
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_gradient
 from gpt2_jax.ops.recompute import barrier
 from gpt2_jax.ops.table import Implementation, always
@@ -30,7 +29,9 @@ if TYPE_CHECKING:
 
 # So many rows of the logits are made at once: at 8192 tokens all of them would be 1.6 GB, and their gradient as much again.
 CLASSIFIER_ROWS = 1024
-_LOW_ROWS = 1 << 15  # the same on GPUs, where few large products are faster: 3.3 GB of logits in bfloat16
+# The same on GPUs, where few large products are faster: half of the rows, so that only half of the logits are there while
+# all layers' activations are (0.2 of 31 ms at 16 x 1024 tokens for 0.6 of 7.9 GiB), within these limits.
+_LOW_ROWS = (1 << 13, 1 << 15)
 _FLOAT32 = jnp.dtype(jnp.float32)
 Gradient = tuple[jax.Array, jax.Array, jax.Array, Slots]
 
@@ -40,7 +41,8 @@ class Classifier(NamedTuple):
     token_losses: Callable[[Site, jax.Array, jax.Array, jax.Array], jax.Array]
     # (site, h_BTC, y_BT, flat_N, gradient_N, scale): scale * the mean loss, its cotangent of h, the gradient buffer, slots
     loss_and_gradient: Callable[[Site, jax.Array, jax.Array, jax.Array, jax.Array, float], Gradient]
-    most_rows: Callable[[], float]  # rows whose logits exist at a time
+    most_rows: Callable[[int], int]  # (rows R): those whose logits exist at a time
+    bytes_of_logit: Callable[[int], int]  # (bytes of an activation): of a logit and its cotangent together
 
 
 def classifier_of(plan: Plan) -> Classifier:
@@ -126,7 +128,7 @@ def _call_losses(site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Arra
     losses: list[jax.Array] = []
     for h_RC, y_R in _chunks(h_BTC, y_BT, CLASSIFIER_ROWS):
         if losses:
-            h_RC = barrier(site.plan, h_RC, losses[-1])
+            h_RC, losses[-1] = barrier(site.plan, h_RC, losses[-1])
         losses.append(_call_rows(site, h_RC, y_R, flat_N, 1.0)[0])
     return jnp.concatenate(losses).reshape(y_BT.shape)
 
@@ -139,7 +141,7 @@ def _call_gradient(
     slots: Slots = {}
     for h_RC, y_R in _chunks(h_BTC, y_BT, CLASSIFIER_ROWS):
         if dh:
-            h_RC = barrier(site.plan, h_RC, (dh[-1], gradient_N))
+            h_RC, (dh[-1], gradient_N) = barrier(site.plan, h_RC, (dh[-1], gradient_N))
             site = site._replace(added=site.names)
         losses_R, dlogits_RV = _call_rows(site, h_RC, y_R, flat_N, scale / y_BT.size)
         gradient_N, slots = _write(site, gradient_N, dlogits_RV, h_RC, slots.get(site.names[0]))
@@ -149,6 +151,11 @@ def _call_gradient(
 
 
 # On GPUs: logits in the dtype of products, and the gradient in as many passes over them as the loss.
+
+
+def _most_low_rows(R: int) -> int:
+    least, most = _LOW_ROWS
+    return min(R, most, max(least, -(-R // 2)))
 
 
 def _low_logits(site: Site, h_RC: jax.Array, flat_N: jax.Array) -> jax.Array:
@@ -194,9 +201,10 @@ def _low_gradient(
     losses: list[jax.Array] = []
     dh: list[jax.Array] = []
     dw: jax.Array | float = 0.0
-    for h_RC, y_R in _chunks(h_BTC, y_BT, _LOW_ROWS):
+    for h_RC, y_R in _chunks(h_BTC, y_BT, _most_low_rows(y_BT.size)):
         if dh:
-            h_RC = barrier(site.plan, h_RC, dh[-1])
+            # Both products have read the last rows' logits by then, whose memory these rows take.
+            h_RC, (dh[-1], dw) = barrier(site.plan, h_RC, (dh[-1], dw))
         losses_R, dlogits_RV = of_rows(site, _low_logits(site, h_RC, flat_N), y_R, scale / y_BT.size)
         losses.append(losses_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, name)))
@@ -236,7 +244,7 @@ def _kernel_rows(site: Site, logits_RV: jax.Array, y_R: jax.Array, scale: float)
 def _refuses_kernel(plan: Plan) -> str | None:
     if reason := kernels.refusal(plan):
         return reason
-    row, room = 2 * plan.config.padded_vocab_size, kernels.shared_bytes() - _KERNEL_STATIC_BYTES
+    row, room = 2 * plan.config.padded_vocab_size, libraries.device().shared_bytes - _KERNEL_STATIC_BYTES
     return None if row <= room else f"a row of logits has {row} bytes, of which {room} fit into shared memory"
 
 
@@ -244,10 +252,15 @@ def _refuses_low(plan: Plan) -> str | None:
     return ON_NVIDIA_ONLY if "cuda_libraries" in plan.backend.lacks else None
 
 
-_CUSTOM_CALL = Classifier(_call_losses, _call_gradient, lambda: CLASSIFIER_ROWS)
-_KERNEL = Classifier(_low_losses, partial(_low_gradient, _kernel_rows), lambda: _LOW_ROWS)
-_LOW_PRECISION = Classifier(_low_losses, partial(_low_gradient, _low_rows), lambda: _LOW_ROWS)
-_REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda: math.inf)
+_CUSTOM_CALL = Classifier(
+    _call_losses,
+    _call_gradient,
+    lambda R: min(R, CLASSIFIER_ROWS),
+    lambda s: 4 if s == 4 else 4 + s,  # in float32 one is written over the other
+)
+_KERNEL = Classifier(_low_losses, partial(_low_gradient, _kernel_rows), _most_low_rows, lambda s: s)
+_LOW_PRECISION = Classifier(_low_losses, partial(_low_gradient, _low_rows), _most_low_rows, lambda s: 2 * s)
+_REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda R: R, lambda s: 4 + s)
 TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
     Implementation("kernel", _refuses_kernel, "loss and gradient in one pass over the logits", functions=_KERNEL),

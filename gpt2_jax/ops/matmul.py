@@ -93,13 +93,6 @@ def product_dx(plan: Plan, dy: jax.Array, w_OI: WeightView) -> jax.Array:
     return dx_MI.reshape(*dy.shape[:-1], w_OI.shape[1])
 
 
-def column_sums(plan: Plan, dy_MO: jax.Array) -> jax.Array:
-    """Sums over rows (O,) float32: the gradient of a bias."""
-    if library.serves(plan):
-        return library.call(library.COLUMN_SUMS, jax.ShapeDtypeStruct(dy_MO.shape[1:], _FLOAT32), dy_MO)
-    return jnp.sum(dy_MO.astype(_FLOAT32), axis=0)
-
-
 def matmul(
     a: jax.Array,
     b: jax.Array | WeightView,

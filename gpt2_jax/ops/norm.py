@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from gpt2_jax.ops.cpu import library
-from gpt2_jax.ops.cuda import kernels
+from gpt2_jax.ops.cuda import kernels, libraries
 from gpt2_jax.ops.linear import linear
-from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, column_sums, weight_gradient
+from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, weight_gradient
 from gpt2_jax.ops.plain import plain
+from gpt2_jax.ops.summed import Summed, is_summed
 from gpt2_jax.ops.table import Implementation, always
 from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp, rounded, threaded
 from gpt2_jax.ops.writer import write_gradient
@@ -38,6 +39,7 @@ class Norms(NamedTuple):
 
     norm: ThreadedOp  # names: gain, shift; x (..., C) -> (x, its norm)
     norm_linear: ThreadedOp  # names: gain, shift, weight, bias; x (..., C) -> (x, the linear layer of its norm in parts)
+    keeps_input: bool = True  # for norm_linear's backward, beside the norm
 
 
 def norms_of(plan: Plan) -> Norms:
@@ -88,11 +90,20 @@ def _call_backward(
 
 
 def _followed_by_linear(
-    norm: ThreadedOp, site: Site, x: jax.Array, flat_N: jax.Array, slots: Slots
-) -> tuple[tuple[jax.Array, Parts], jax.Array]:
+    norm: ThreadedOp, site: Site, x: Any, flat_N: jax.Array, slots: Slots
+) -> tuple[tuple[Any, tuple[Any, ...]], jax.Array]:
     (x, h), flat_N = norm(site.over(*site.names[:2]), x, flat_N, {name: slots[name] for name in site.names[:2]})
     y, flat_N = linear(site.over(*site.names[2:]), h, flat_N, {name: slots[name] for name in site.names[2:]})
-    return (x, tuple(jnp.split(y, site.parts, axis=-1)) if site.parts > 1 else (y,)), flat_N
+    return (x, _split(y, site.parts)), flat_N
+
+
+def _split(y: Any, parts: int) -> tuple[Any, ...]:
+    """Equal parts by the last axis, of an array or a Summed."""
+    if parts == 1:
+        return (y,)
+    if is_summed(y):
+        return tuple(map(Summed, jnp.split(y.value, parts, axis=-1), jnp.split(y.sums, parts)))
+    return tuple(jnp.split(y, parts, axis=-1))
 
 
 # On GPUs: the linear layer of gain * n + shift is that of n with the weight times gain, and the bias plus the weight times
@@ -105,8 +116,9 @@ class _Passes(NamedTuple):
 
     # (x (..., C)) -> its norm in x's dtype, 1 / deviation (..., 1) float32
     normalize: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-    # (norm, 1 / deviation, parts of the norm's cotangent (M, C), cotangent that reaches x around the norm) -> that of x
-    dx: Callable[[jax.Array, jax.Array, list[jax.Array], jax.Array], jax.Array]
+    # (norm, 1 / deviation, parts of the norm's cotangent (M, C), cotangent that reaches x around the norm) -> that of x,
+    # with its column sums where the pass makes them
+    dx: Callable[[jax.Array, jax.Array, list[jax.Array], jax.Array], Summed | jax.Array]
 
 
 def _folded_forward(
@@ -129,9 +141,9 @@ def _folded_backward(
     site: Site,
     saved: tuple[jax.Array, jax.Array],
     flat_N: jax.Array,
-    dy: tuple[jax.Array, Parts],
+    dy: tuple[Summed, tuple[Summed, ...]],
     gradient_N: jax.Array,
-) -> tuple[jax.Array, jax.Array, Slots]:
+) -> tuple[Summed | jax.Array, jax.Array, Slots]:
     (normed, rstd), (dresidual, dparts) = saved, dy
     dtype, C = normed.dtype, normed.shape[-1]
     n_MC = normed.reshape(-1, C)
@@ -139,20 +151,19 @@ def _folded_backward(
     dgain_C, dshift_C = jnp.zeros((C,), _FLOAT32), jnp.zeros((C,), _FLOAT32)
     dns, dws, dbs = [], [], []
     for dpart, w_PC in zip(dparts, jnp.split(w_OC, site.parts), strict=True):
-        dpart_MP = dpart.reshape(-1, dpart.shape[-1])
+        dpart_MP = dpart.value.reshape(-1, dpart.value.shape[-1])
         dfolded_PC = weight_gradient(site.plan, dpart_MP, n_MC).astype(_FLOAT32)
-        db_P = column_sums(site.plan, dpart_MP)
-        dws.append(dfolded_PC * gain_C[None] + db_P[:, None] * shift_C[None])
-        dbs.append(db_P)
+        dws.append(dfolded_PC * gain_C[None] + dpart.sums[:, None] * shift_C[None])
+        dbs.append(dpart.sums)
         dgain_C += jnp.sum(dfolded_PC * w_PC, axis=0)
-        dshift_C += jnp.sum(db_P[:, None] * w_PC, axis=0)
+        dshift_C += jnp.sum(dpart.sums[:, None] * w_PC, axis=0)
         folded_PC = rounded(w_PC * gain_C[None], dtype)
         dns.append(lax.dot_general(dpart_MP, folded_PC, (((1,), (0,)), ((), ())), preferred_element_type=dtype))
     gradients = (dgain_C, dshift_C, jnp.concatenate(dws), jnp.concatenate(dbs))
     slots = {}
     for name, gradient in zip(site.names, gradients, strict=True):
         gradient_N, slots[name] = write_gradient(site, gradient_N, name, gradient)
-    return passes.dx(normed, rstd, dns, dresidual), gradient_N, slots
+    return passes.dx(normed, rstd, dns, dresidual.value), gradient_N, slots
 
 
 def _xla_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,6 +183,7 @@ def _xla_dx(normed: jax.Array, rstd: jax.Array, dns: list[jax.Array], dresidual:
 
 _KERNEL_PARTS = 3  # addresses that the kernel takes
 _MOST_CHANNELS = 2048  # of a row that a warp's registers hold
+_BLOCKS_OF_SUMS = 4  # a multiprocessor: few enough that their column sums are soon added up
 
 
 def _kernel_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -179,10 +191,13 @@ def _kernel_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return kernels.call("layer_norm", results, x, **_rows_of_warps(x))
 
 
-def _kernel_dx(normed: jax.Array, rstd: jax.Array, dns: list[jax.Array], dresidual: jax.Array) -> jax.Array:
+def _kernel_dx(normed: jax.Array, rstd: jax.Array, dns: list[jax.Array], dresidual: jax.Array) -> Summed:
     filled = [*dns, *dns[:1] * (_KERNEL_PARTS - len(dns))]
     launch = _rows_of_warps(normed, PARTS=len(dns))
-    return kernels.call("layer_norm_backward", _like(normed), normed, rstd, dresidual, *filled, **launch)
+    launch["blocks"] = min(launch["blocks"], _BLOCKS_OF_SUMS * libraries.device().multiprocessors)
+    results = (_like(normed), jax.ShapeDtypeStruct((launch["blocks"], normed.shape[-1]), _FLOAT32))
+    dx, sums = kernels.call("layer_norm_backward", results, normed, rstd, dresidual, *filled, **launch)
+    return Summed(dx, jnp.sum(sums, axis=0))
 
 
 def _rows_of_warps(x: jax.Array, **constants: int) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def _refuses_folded(plan: Plan) -> str | None:
 
 
 def _folded(passes: _Passes) -> ThreadedOp:
-    return threaded(partial(_folded_forward, passes), partial(_folded_backward, passes))
+    return threaded(partial(_folded_forward, passes), partial(_folded_backward, passes), knows_sums=True)
 
 
 _reference, _custom_call = plain(_residual_and_norm), threaded(_call_forward, _call_backward)
@@ -224,13 +239,13 @@ TABLE = (
         "folded_kernel",
         _refuses_kernel,
         "gain and shift become part of the weight, a norm is one pass",
-        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx))),
+        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx)), keeps_input=False),
     ),
     Implementation(
         "folded",
         _refuses_folded,
         "gain and shift become part of the weight",
-        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx))),
+        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx)), keeps_input=False),
     ),
     Implementation(
         "xla",

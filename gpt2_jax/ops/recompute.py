@@ -44,25 +44,37 @@ def _backward(op: ThreadedOp, site: Site, saved: Any, cotangents: tuple[Any, jax
     x, flat_N, slots = saved
     # Without a barrier XLA would find both computations equal, and keep the first one's values after all.
     # The gradient buffer is awaited too, where the ops before have written into it.
-    awaited = cotangents if site.plan.writes_in_place else cotangents[0]
-    x = barrier(site.plan, x, awaited)
+    dy, gradient_N = cotangents
+    if site.plan.writes_in_place:
+        x, (dy, gradient_N) = barrier(site.plan, x, (dy, gradient_N))
+    else:
+        x, dy = barrier(site.plan, x, dy)
     _, pull_back = jax.vjp(partial(op, site), x, flat_N, slots)
-    dx, gradient_N, dslots = pull_back(cotangents)
+    dx, gradient_N, dslots = pull_back((dy, gradient_N))
     # The cotangent waits for the gradients in slots, so that their inputs' memory can be reused.
-    return barrier(site.plan, dx, dslots), gradient_N, dslots
+    dx, dslots = barrier(site.plan, dx, dslots)
+    return dx, gradient_N, dslots
 
 
 _recomputed.defvjp(_forward, _backward)
 
 
-def barrier(plan: Plan, x: jax.Array, others: Any) -> jax.Array:
-    """Delay x until the other arrays (a pytree) exist, so that their inputs' memory can be reused."""
+def barrier(plan: Plan, x: Any, others: Any) -> tuple[Any, Any]:
+    """Delay the arrays of x (a pytree) until the others (a pytree) exist, so that their inputs' memory can be reused.
+
+    Go on with the others that are returned: XLA copies an array that goes through its barrier and is written in place
+    beside it.
+    """
+    if plan.barrier.name != "custom_call":
+        return lax.optimization_barrier((x, others))
+    library.load()
     leaves = jax.tree_util.tree_leaves(others)
-    if plan.barrier.name == "custom_call":
-        library.load()
-        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return jax_compat.ffi_call(library.BARRIER, result, x, *leaves, aliases={0: 0})
-    return lax.optimization_barrier((x, *leaves))[0]
+
+    def delayed(each: jax.Array) -> jax.Array:
+        result = jax.ShapeDtypeStruct(each.shape, each.dtype)
+        return jax_compat.ffi_call(library.BARRIER, result, each, *leaves, aliases={0: 0})
+
+    return jax.tree_util.tree_map(delayed, x), others
 
 
 def saves_memory(plan: Plan) -> bool:

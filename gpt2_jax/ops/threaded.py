@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from gpt2_jax.ops.summed import is_summed, summed, with_sums, without_sums
+
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
@@ -88,20 +90,34 @@ Backward = Callable[[Site, Any, jax.Array, Any, jax.Array], tuple[Any, jax.Array
 ThreadedOp = Callable[[Site, Any, jax.Array, Slots], tuple[Any, jax.Array]]
 
 
-def threaded(forward: Forward, backward: Backward) -> ThreadedOp:
-    """The threaded op of a forward and a backward function. x and y are pytrees of arrays."""
+def threaded(forward: Forward, backward: Backward, *, knows_sums: bool = False) -> ThreadedOp:
+    """The threaded op of a forward and a backward function. x and y are pytrees of arrays, or of `Summed`.
 
-    @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def op(site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, jax.Array]:
-        return forward(site, x, flat_N)[0], flat_N
+    Both functions are about bare arrays. With `knows_sums` the backward is given dy as a pytree of `Summed`, and may return
+    such for dx where it knows the sums; what it leaves out is added up here.
+    """
 
-    def op_forward(site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, Any]:
-        y, saved = forward(site, x, flat_N)
-        return (y, flat_N), (saved, flat_N)
+    @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+    def op(site: Site, hands_on: bool, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, jax.Array]:
+        y = forward(site, without_sums(x), flat_N)[0]
+        return (jax.tree_util.tree_map(summed, y) if hands_on else y), flat_N
 
-    def op_backward(site: Site, residuals: Any, cotangents: tuple[Any, jax.Array]) -> tuple[Any, jax.Array, Slots]:
+    def op_forward(site: Site, hands_on: bool, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, Any]:
+        y, saved = forward(site, without_sums(x), flat_N)
+        return ((jax.tree_util.tree_map(summed, y) if hands_on else y), flat_N), (saved, flat_N)
+
+    def op_backward(
+        site: Site, hands_on: bool, residuals: Any, cotangents: tuple[Any, jax.Array]
+    ) -> tuple[Any, jax.Array, Slots]:
         (saved, flat_N), (dy, gradient_N) = residuals, cotangents
-        return backward(site, saved, flat_N, dy, gradient_N)
+        dy = with_sums(site.plan, dy) if knows_sums else without_sums(dy)
+        dx, gradient_N, slots = backward(site, saved, flat_N, dy, gradient_N)
+        return (with_sums(site.plan, dx) if hands_on else without_sums(dx)), gradient_N, slots
 
     op.defvjp(op_forward, op_backward)
-    return op
+
+    def on_arrays_or_summed(site: Site, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, jax.Array]:
+        hands_on = any(map(is_summed, jax.tree_util.tree_leaves(x, is_leaf=is_summed)))
+        return op(site, hands_on, x, flat_N, slots)
+
+    return on_arrays_or_summed

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
+import time
 
 import jax
 import pytest
 
-from gpt2_jax.benchmark import machine, peak, train, train_report, train_rounds, train_system
+from gpt2_jax.benchmark import gpu, machine, peak, train, train_report, train_rounds, train_system
+from gpt2_jax.benchmark.records import recording
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
 from gpt2_jax.buffer import adamw as optimizer
@@ -65,6 +68,86 @@ def test_the_peers_optimizer_is_this_projects():
 
 
 @pytest.mark.torch
+@pytest.mark.torch
+def test_micro_batches_are_added_up(users_jax):
+    """Two of three sequences train as one of six would that has the same tokens."""
+    two, one = (request("gpt2_jax", batch_size=size, micro_batches=count) for size, count in ((3, 2), (6, 1)))
+    losses = measure_system(two).losses
+    assert losses == pytest.approx(measure_system(one).losses, abs=2e-6 * losses[0])
+    assert measure_system(dataclasses.replace(two, name="pytorch")).losses == pytest.approx(losses, abs=2e-6 * losses[0])
+
+
+TRAINER = """#!{python}
+import sys, time
+assert sys.argv[sys.argv.index("-d") + 1] == "96", sys.argv
+for step in range(1, 1000):
+    time.sleep(0.02)
+    print(f"step {{step:4d}}/1000 | loss {{9 - step / 100:f}} (+nanz)| norm 1.0 (+nanz)| lr 3.00e-04 | 20.00 ms", flush=True)
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    path = tmp_path / "train_gpt2cu"
+    path.write_text(TRAINER.format(python=sys.executable), encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_llmcs_trainer_waits_for_its_turns(trainer):
+    turns = iter([(0.0, Turn(3, 1e9)), (0.5, Turn(3, 1e9)), (0.0, None)])
+
+    def await_turn():
+        seconds, turn = next(turns)
+        time.sleep(seconds)
+        return turn
+
+    asked = request("llmc", "bfloat16", matmul="", backend="cuda", steps=6, micro_batches=2, llmc_program=trainer)
+    result = measure_system(asked, await_turn)
+    assert len(result.seconds) == 6
+    assert all(0.01 < seconds < 0.2 for seconds in result.seconds)
+    # It made no steps in the half second in which it waited: one by the time that it was stopped, perhaps.
+    assert result.losses == pytest.approx([9 - step / 100 for step in range(1, 10)], abs=0.011)
+    with pytest.raises(NotImplementedError, match=r"--llmc-program"):
+        measure_system(dataclasses.replace(asked, llmc_program=""))
+    with pytest.raises(NotImplementedError, match="in bfloat16"):
+        measure_system(dataclasses.replace(asked, backend="cpu"))
+
+
+def test_what_the_gpu_does_in_a_systems_turns(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1755, 693.50, 61, 54321'\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    started = time.monotonic()
+    with gpu.Watch() as watch:
+        while watch.during([(started, time.monotonic())]) is None:
+            time.sleep(0.01)
+    assert watch.during([(started, time.monotonic())]) == gpu.Sample(1755.0, 693.5, 61.0, 54321 * 2**20)
+    assert watch.during([(0.0, started - 1)]) is None
+    for text in ("echo '[N/A], 1, 2, 3'", "exit 9", "echo"):
+        program.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        assert gpu.look() is None
+
+
+def test_a_record_has_all_that_repeats_it(monkeypatch, capsys, tmp_path):
+    answers_by_name(monkeypatch, {"pytorch": answer("pytorch")})
+    folder = tmp_path / "records" / "first"
+    with recording(str(folder), ["--systems", "pytorch:float32"]) as picture:
+        train.bench_train(WORK, ["pytorch:float32"], plot=picture)
+    shown = capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"README.md", "figures.json", "log.txt", "steps.png"}
+    assert (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1] == shown.splitlines()[-1]
+    assert json.loads((folder / "figures.json").read_text(encoding="utf-8")) == json.loads(shown.splitlines()[-1])
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "--systems pytorch:float32`" in text
+    assert "- machine: " in text
+    assert "pytorch" in text.split("```")[1]
+    with pytest.raises(Gpt2JaxError, match="--record: expected to make the folder") as refused, recording(str(folder), []):
+        pass
+    assert refused.value.hint == f"--record {folder}-2"
+
+
 def test_no_step_begins_without_a_turn():
     turns = iter([Turn(3, 1e9), Turn(5, 0.0), Turn(2, 1e9), None])
     result = measure_system(request("pytorch", steps=50), lambda: next(turns))
@@ -111,7 +194,13 @@ def test_systems_by_default():
     ours[place:place] = ["gpt2_jax:amx:float32:high", "gpt2_jax:amx:float32:highest"]  # in three passes, and in six alone
     assert select() == ours + peers
     auto = ["gpt2_jax:auto:float32", "gpt2_jax:auto:bfloat16"]
-    assert select(backend="cuda") == auto + peers
+    assert select(backend="cuda") == [
+        *("gpt2_jax:auto:float32", "gpt2_jax:auto:float32:highest", "gpt2_jax:auto:bfloat16"),
+        *("pytorch_best:bfloat16", "llmc:bfloat16", "jax_plain:float32", "jax_plain:bfloat16"),
+        *("pytorch:float32", "pytorch:float32:highest", "pytorch:bfloat16"),
+        *("pytorch_compiled:float32", "pytorch_compiled:float32:highest", "pytorch_compiled:bfloat16"),
+    ]
+    assert select("pytorch_tuned", backend="cuda") == ["pytorch_tuned:bfloat16"]
     assert select(quick=True) == [*auto, "jax_plain:float32", "pytorch:float32", "pytorch:bfloat16"]
 
 
@@ -141,6 +230,7 @@ PEAK = {
     "spread": 0.1,
     "doubtful": False,
     "totals": [{"implementation": "naive", "precision": "F32_F32_F32", "seconds": 95.0}],
+    "copy": None,
 }
 
 
@@ -150,7 +240,7 @@ def answers(monkeypatch, answer_of, *, steps=0):
 
     class Process(train_rounds._Process):
         def __init__(self, system, work, steps_asked):
-            self.system, self.work, self.turns, self.peak_bytes = system, work, 0, 1000
+            self.system, self.work, self.turns, self.spans, self.peak_bytes = system, work, 0, [], 1000
             self.seconds = self.ready_seconds = 0.0
             self.answer = None
 
@@ -209,6 +299,8 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         "seconds_per_step": 2.0,
         "steps": 3,
         "spread": 1.5,
+        "seconds_p10_p90": [pytest.approx(1.2), pytest.approx(3.6)],
+        "gpu": None,
         "tokens_per_second": 24.0,
         "gflops": pytest.approx(flops / 2.0 / 1e9),
         "peak_memory_bytes": 3_000_000_000,

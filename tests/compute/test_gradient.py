@@ -142,7 +142,7 @@ def test_only_a_whole_block_makes_products_twice(kind, recompute):
 def test_the_classifier_in_chunks_of_rows(tiny_params, tiny_batch, kind, dtype, monkeypatch):
     """Of unequal size, whose gradients of the token table are added up."""
     monkeypatch.setattr(classifier, "CLASSIFIER_ROWS", 5)
-    monkeypatch.setattr(classifier, "_LOW_ROWS", 5)
+    monkeypatch.setattr(classifier, "_LOW_ROWS", (5, 5))
     plan = plan_of_kind(kind, dtype)
     halved = jax.jit(partial(_scaled, plan, accumulate=False))
     found = halved(jnp.asarray(tiny_params), jnp.full((N,), jnp.nan), *tiny_batch)

@@ -184,7 +184,11 @@ def test_a_bad_step_fails_the_script(tmp_path):
     )
     for patch, status, words in (
         ("ops.TABLE", 0, "0 violations"),
-        ("ops.TABLE = [dataclasses.replace(row, functions=jnp.sort) for row in ops.TABLE]", 1, "    stablehlo.sort at "),
+        (
+            "ops.TABLE = [dataclasses.replace(row, functions=ops.before_linear(jnp.sort)) for row in ops.TABLE]",
+            1,
+            "    stablehlo.sort at ",
+        ),
     ):
         command = [sys.executable, "-c", program.format(patch=patch), *script]
         ended = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)

@@ -29,7 +29,7 @@ def test_value_and_derivative(implementation, dtype, shape):
     plan = plan_with("activation", implementation, dtype)
     size = int(np.prod(shape))
     x, dy = (in_dtype(each.reshape(shape), dtype) for each in (np.linspace(-6, 5, size), np.linspace(-1, 2, size)))
-    y, pull_back = jax.vjp(jax.jit(activation_of(plan)), x)
+    y, pull_back = jax.vjp(jax.jit(activation_of(plan).function), x)
     (dx,) = pull_back(dy)
     assert y.dtype == dx.dtype == dtype
     x, dy = (np.asarray(each).astype(np.float64) for each in (x, dy))
@@ -48,7 +48,7 @@ def test_far_from_zero_it_is_the_identity_or_nothing(implementation, dtype):
     """An exponential or a cube that overflows would be nan."""
     plan = plan_with("activation", implementation, dtype)
     x = in_dtype(np.array([-1e6, -100.0, -30.0, 0.0, 30.0, 100.0, 1e6]), dtype)
-    y, pull_back = jax.vjp(activation_of(plan), x)
+    y, pull_back = jax.vjp(activation_of(plan).function, x)
     slope = pull_back(x * 0 + 1)[0]
     x = np.asarray(x).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(y).astype(np.float32), np.where(x > 0, x, 0))

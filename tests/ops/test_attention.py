@@ -60,7 +60,7 @@ def value_and_derivative(plan, qkv_BTC, dout_BTC):
     def run(qkv_BTC, dout_BTC):
         def compute(qkv_BTC):
             parts = jnp.split(qkv_BTC, 3, axis=-1) if attention.parts == 3 else [qkv_BTC]
-            return attention.compute(plan, *parts)
+            return attention.compute(plan, 0, *parts)
 
         with plan.precision():
             out, pull_back = jax.vjp(compute, qkv_BTC)

@@ -88,10 +88,10 @@ def test_losses_and_gradients(implementation, dtype, shape):
 def test_chunks_of_rows(implementation, dtype, rows, monkeypatch):
     """Ten rows in chunks of one, of unequal size, and in one."""
     monkeypatch.setattr(classifier, "CLASSIFIER_ROWS", rows)
-    monkeypatch.setattr(classifier, "_LOW_ROWS", rows)
+    monkeypatch.setattr(classifier, "_LOW_ROWS", (rows, rows))
     plan = plan_with("classifier", implementation, dtype, CONFIG, matmul_precision="highest")
     if plan.classifier.name != "xla":  # which has no chunks
-        assert classifier_of(plan).most_rows() == rows
+        assert classifier_of(plan).most_rows(10) == rows
         check(plan, dtype, (2, 5))
 
 

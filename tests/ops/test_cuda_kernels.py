@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.ops import classifier, norm
-from gpt2_jax.ops.cuda import kernels
+from gpt2_jax.ops import activation, classifier, norm
+from gpt2_jax.ops.cuda import cublas, kernels, libraries
 from gpt2_jax.ops.table import Fallback
 from gpt2_jax.ops.threaded import Site
 from tests.conftest import CPU, TINY, plan_of
 
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-ULP = 2.0**-8  # of bfloat16, relative: a rounding is off by half of it
+ULP = 2.0**-8  # what a rounding to bfloat16 may be off by, relative
 SIZES = {
     "CLASSIFIER": {"V": 50304, "TRUE_V": 50257, "SCALE": "0.5f", "THREADS": 1024},
     "LAYER_NORM": {"C": 768, "ROWS": 1000, "EPSILON": "1e-05f", "PARTS": 3, "THREADS": 256},
@@ -58,21 +59,31 @@ def test_what_does_not_compile_says_why():
 
 def test_they_are_refused_with_a_reason_where_they_cannot_run(monkeypatch):
     cuda = dataclasses.replace(CPU, name="cuda", platform="cuda", lacks=frozenset({"custom_calls"}))
-    assert kernels.refusal(plan_of(dtype="bfloat16")) == "on NVIDIA GPUs only"
     assert kernels.refusal(plan_of(backend=cuda)) == "in bfloat16 only"
 
-    def missing():
-        raise NotImplementedError("NVRTC is not installed")
+    def missing(*_):
+        raise NotImplementedError("it is not installed")
 
-    monkeypatch.setattr(kernels, "_nvrtc", missing)
-    reason = kernels.refusal(plan_of(backend=cuda, dtype="bfloat16"))
-    assert isinstance(reason, Fallback)
-    assert reason in ("NVRTC is not installed", "this jax cannot alias a custom call's argument and result")
+    for refusal in (kernels.refusal, cublas.refusal):
+        assert refusal(plan_of(dtype="bfloat16")) == "on NVIDIA GPUs only"
+        with monkeypatch.context() as patch:
+            patch.setattr(libraries, "device", missing)
+            reason = refusal(plan_of(backend=cuda, dtype="bfloat16"))
+            assert (reason, type(reason)) == ("it is not installed", Fallback)
+            patch.setattr(libraries, "device", lambda: libraries.Device((7, 5), 49152, 40))
+            assert refusal(plan_of(backend=cuda, dtype="bfloat16")) == "GPUs of compute capability 8.0 on"
+            patch.setattr(libraries, "device", lambda: libraries.Device((9, 0), 232448, 132))
+            patch.setattr(libraries, "find", missing)
+            kernels._nvrtc.cache_clear()
+            cublas._load.cache_clear()
+            reason = refusal(plan_of(backend=cuda, dtype="bfloat16"))
+            assert isinstance(reason, Fallback)
+            assert reason in ("it is not installed", "this jax cannot alias a custom call's argument and result")
 
 
 def test_a_row_that_shared_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "refusal", lambda plan: None)
-    monkeypatch.setattr(kernels, "shared_bytes", lambda: 101_376)
+    monkeypatch.setattr(libraries, "device", lambda: libraries.Device((8, 9), 101_376, 128))
     plan = plan_of(dtype="bfloat16")
     assert classifier._refuses_kernel(plan) is None
     large = dataclasses.replace(plan, config=dataclasses.replace(TINY, vocab_size=60_000))
@@ -107,15 +118,37 @@ def test_the_loss_and_its_gradient_are_their_twins(vocab_size, rows):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_norm_and_its_cotangent_are_their_twins(channels, parts):
     generator = np.random.default_rng(channels)
-    x, residual, *dns = (jnp.asarray(generator.normal(size=(3, 37, channels)) * 2 + 0.3, BFLOAT16) for _ in range(2 + parts))
+    x, residual, *dns = (jnp.asarray(generator.normal(size=(3, 1237, channels)) * 2 + 0.3, BFLOAT16) for _ in range(2 + parts))
     dns = [dn.reshape(-1, channels) for dn in dns]
     normed, rstd = jax.jit(norm._kernel_normalize)(x)
     twin, twin_rstd = norm._normed(x)
     np.testing.assert_allclose(rstd, twin_rstd, rtol=1e-5)
     np.testing.assert_allclose(normed.astype(FLOAT32), twin, rtol=ULP, atol=1e-6)
-    dx = jax.jit(norm._kernel_dx)(normed, rstd, dns, residual)
+    dx, sums = dataclasses.astuple(jax.jit(norm._kernel_dx)(normed, rstd, dns, residual))
     n, d = (np.asarray(array, np.float64) for array in (normed.astype(FLOAT32), sum(dn.astype(FLOAT32) for dn in dns)))
     d = d.reshape(n.shape)
     expected = (d - d.mean(-1, keepdims=True) - n * (d * n).mean(-1, keepdims=True)) * np.asarray(rstd, np.float64)
     expected += np.asarray(residual.astype(FLOAT32), np.float64)
     np.testing.assert_allclose(dx.astype(FLOAT32), expected, rtol=ULP, atol=1e-5 * np.abs(expected).max())
+    rows = np.asarray(dx.astype(FLOAT32), np.float64).reshape(-1, channels)
+    np.testing.assert_array_less(np.abs(sums - rows.sum(0)), len(rows) * 2.0**-24 * np.abs(rows).sum(0) + 1e-30)
+
+
+@on_gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1024, 768, 3072), (37, 8, 32), (300, 1600, 6400)])
+def test_the_product_with_gelus_derivative_is_its_twin(rows, outputs, inputs, deterministic):
+    """Against float64: a float32 sum of O products, times a slope, rounded to bfloat16 once or twice.
+
+    cuBLASLt takes the GPU's own tanh, which is off by 2**-11. The slope has x times 1 - tanh² times what tanh's argument
+    grows by, and does not shrink with 1 - tanh² where tanh itself is off.
+    """
+    generator = np.random.default_rng(rows)
+    dy, w, x = (jnp.asarray(generator.normal(size=s), BFLOAT16) for s in ((rows, outputs), (outputs, inputs), (rows, inputs)))
+    found = jax.jit(partial(cublas.gelu_backward, plan_of(dtype="bfloat16", deterministic=deterministic)))(dy, w, x)
+    dy, w, x = (np.asarray(each.astype(FLOAT32), np.float64) for each in (dy, w, x))
+    _, pull_back = jax.vjp(activation.gelu, jnp.asarray(x, FLOAT32))
+    slope = np.asarray(pull_back(jnp.ones_like(x, FLOAT32))[0], np.float64)
+    of_tanh = 2.0**-11 * (0.5 + np.abs(x) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x * x))
+    bound = (2 * ULP * np.abs(slope) + outputs * 2.0**-24 + of_tanh) * (np.abs(dy) @ np.abs(w))
+    np.testing.assert_array_less(np.abs(found.astype(FLOAT32) - (dy @ w) * slope), bound)

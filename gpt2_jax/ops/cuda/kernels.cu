@@ -178,47 +178,73 @@ layer_norm(const Eight* x, Eight* normed, float* reciprocals) {
 }
 
 // The cotangent of x from that of the normed rows n, plus the cotangent that reached x around the norm:
-// dx = dresidual + (d - mean(d) - n mean(d n)) / deviation. d is the sum of the first PARTS of the
-// three last arguments.
+// dx = dresidual + (d - mean(d) - n mean(d n)) / deviation. d is the sum of the first PARTS of three
+// arguments. Each block writes the column sums of its own rows of dx to its row of `sums`.
 extern "C" __global__ void __launch_bounds__(THREADS)
 layer_norm_backward(const Eight* normed, const float* reciprocals, const Eight* dresidual,
-                    const Eight* d0, const Eight* d1, const Eight* d2, Eight* dx) {
-  const int row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (row >= ROWS) return;
-  const size_t start = static_cast<size_t>(row) * (C / 8);
-  float n[kPerLane][8], d[kPerLane][8];
-  Eight residual[kPerLane];
-  float sum = 0, product = 0;
+                    const Eight* d0, const Eight* d1, const Eight* d2, Eight* dx, float* sums) {
+  constexpr int kWarpsOfBlock = THREADS / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float totals[kPerLane][8] = {};
+  for (int row = blockIdx.x * kWarpsOfBlock + warp; row < ROWS; row += gridDim.x * kWarpsOfBlock) {
+    const size_t start = static_cast<size_t>(row) * (C / 8);
+    float n[kPerLane][8], d[kPerLane][8];
+    Eight residual[kPerLane];
+    float sum = 0, product = 0;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int vector = lane + 32 * i;
-    if (vector < C / 8) {
-      unpack(load_once(normed + start + vector), n[i]);
-      unpack(load_once(d0 + start + vector), d[i]);
-      if (PARTS > 1) add(load_once(d1 + start + vector), d[i]);
-      if (PARTS > 2) add(load_once(d2 + start + vector), d[i]);
-      residual[i] = load_once(dresidual + start + vector);
+    for (int i = 0; i < kPerLane; ++i) {
+      const int vector = lane + 32 * i;
+      if (vector < C / 8) {
+        unpack(load_once(normed + start + vector), n[i]);
+        unpack(load_once(d0 + start + vector), d[i]);
+        if (PARTS > 1) add(load_once(d1 + start + vector), d[i]);
+        if (PARTS > 2) add(load_once(d2 + start + vector), d[i]);
+        residual[i] = load_once(dresidual + start + vector);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        sum += d[i][j];
-        product += d[i][j] * n[i][j];
+        for (int j = 0; j < 8; ++j) {
+          sum += d[i][j];
+          product += d[i][j] * n[i][j];
+        }
+      }
+    }
+    const float mean = warp_sum(sum) * (1.0f / C), correlation = warp_sum(product) * (1.0f / C);
+    const float reciprocal = reciprocals[row];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int vector = lane + 32 * i;
+      if (vector < C / 8) {
+        float values[8];
+        unpack(residual[i], values);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          values[j] += (d[i][j] - mean - n[i][j] * correlation) * reciprocal;
+        }
+        const Eight rounded = packed(values);
+        dx[start + vector] = rounded;
+        add(rounded, totals[i]);
       }
     }
   }
-  const float mean = warp_sum(sum) * (1.0f / C), correlation = warp_sum(product) * (1.0f / C);
-  const float reciprocal = reciprocals[row];
+  // The warps add in their order, so that the bits of a sum are the same in every run.
+  __shared__ float of_block[C];
+  for (int turn = 0; turn < kWarpsOfBlock; ++turn) {
+    if (warp == turn) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int vector = lane + 32 * i;
-    if (vector < C / 8) {
-      float values[8];
-      unpack(residual[i], values);
+      for (int i = 0; i < kPerLane; ++i) {
+        const int vector = lane + 32 * i;
+        if (vector < C / 8) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        values[j] += (d[i][j] - mean - n[i][j] * correlation) * reciprocal;
+          for (int j = 0; j < 8; ++j) {
+            float& total = of_block[8 * vector + j];
+            total = turn == 0 ? totals[i][j] : total + totals[i][j];
+          }
+        }
       }
-      dx[start + vector] = packed(values);
     }
+    __syncthreads();
+  }
+  for (int column = threadIdx.x; column < C; column += THREADS) {
+    sums[static_cast<size_t>(blockIdx.x) * C + column] = of_block[column];
   }
 }
 #endif

@@ -8,41 +8,34 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from gpt2_jax import jax_compat
 from gpt2_jax.ops.cpu import library
+from gpt2_jax.ops.cuda import libraries
 from gpt2_jax.ops.table import Fallback
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
 _SOURCE = Path(__file__).with_name("kernels.cu")
-_DRIVER = "libcuda.so.1"
 _TARGET = "gpt2_jax_cuda_launch"
-_OLDEST = (8, 0)  # for copies into shared memory that pass registers by
-_MAX_SHARED_BYTES_OF_A_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
 
 def refusal(plan: Plan) -> str | None:
     """Why the kernels cannot serve this plan; None when they can."""
-    if "cuda_libraries" in plan.backend.lacks:
-        return "on NVIDIA GPUs only"
-    if plan.dtype != "bfloat16":
-        return "in bfloat16 only"
-    if not jax_compat.ffi_call_can_alias():
-        return Fallback("this jax cannot alias a custom call's argument and result")
     try:
+        if reason := libraries.refusal(plan):
+            return reason
+        if not jax_compat.ffi_call_can_alias():
+            return Fallback("this jax cannot alias a custom call's argument and result")
         _nvrtc()
         _load_function()
-        if _device().capability < _OLDEST:
-            return f"GPUs of compute capability {_OLDEST[0]}.{_OLDEST[1]} on"
     except NotImplementedError as error:
         return Fallback(str(error))
     return None
@@ -65,38 +58,14 @@ def call(
     return jax_compat.ffi_call(_TARGET, result, *operands, aliases=aliases, kernel=name, **attributes)
 
 
-class _Device(NamedTuple):
-    capability: tuple[int, int]
-    shared_bytes: int  # that a block may have
-
-
-@cache
-def _device() -> _Device:
-    """The first GPU of the process, which the kernels are compiled for; NotImplementedError where there is none."""
-    try:
-        major, minor = map(int, jax.devices("gpu")[0].compute_capability.split("."))
-        driver, shared_bytes = ctypes.CDLL(_DRIVER), ctypes.c_int()
-        failure = driver.cuDeviceGetAttribute(ctypes.byref(shared_bytes), _MAX_SHARED_BYTES_OF_A_BLOCK, 0)
-    except (RuntimeError, OSError, AttributeError) as error:
-        raise NotImplementedError(f"no GPU of CUDA's was found: {str(error).splitlines()[0]}") from None
-    if failure:
-        raise NotImplementedError(f"CUDA's driver does not describe the GPU: its error {failure}")
-    return _Device((major, minor), shared_bytes.value)
-
-
-def shared_bytes() -> int:
-    """Bytes of shared memory that a block may have."""
-    return _device().shared_bytes
-
-
 @cache
 def _loaded(kernel: str, constants: tuple[tuple[str, str], ...]) -> str:
     """The name by which the library knows the compiled kernel: the same in every process, as compiled programs keep it."""
     source = _SOURCE.read_bytes()
-    architecture = "sm_{}{}".format(*_device().capability)
+    architecture = "sm_{}{}".format(*libraries.device().capability)
     name = f"{kernel}_{hashlib.sha256(repr((source, constants, architecture)).encode()).hexdigest()[:16]}"
     image = compile_kernels(source, dict(constants), architecture)
-    problem = _load_function()(_DRIVER.encode(), name.encode(), kernel.encode(), image)
+    problem = _load_function()(libraries.DRIVER.encode(), name.encode(), kernel.encode(), image)
     if problem is not None:
         raise RuntimeError(f"{kernel}: expected to load, found {problem.decode()}")
     return name
@@ -130,15 +99,7 @@ def _check(failure: int) -> None:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec is not None else None
-    installed = [str(path) for folder in folders or () for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
-    for path in [*installed, "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]:
-        try:
-            return ctypes.CDLL(path)
-        except OSError:
-            continue
-    raise NotImplementedError("NVRTC, CUDA's run-time compiler, is not installed: pip install nvidia-cuda-nvrtc")
+    return ctypes.CDLL(libraries.find("libnvrtc", "nvidia-cuda-nvrtc"))
 
 
 @cache
