@@ -31,8 +31,8 @@ class ModelSettings:
     init: FilePath = "d12"
     """Where the weights come from: a descriptor for random ones (d6 d12 d24 d36 d48 ..., gpt3:c768 ...), a llm.c model
     file (.bin), a run folder (its newest complete checkpoint), a Hugging Face GPT-2 folder (config.json, and
-    model.safetensors or pytorch_model.bin), or nanoGPT's ckpt.pt. Files mean fine-tuning: their weights, a fresh
-    optimizer."""
+    model.safetensors or pytorch_model.bin), a model of the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
+    OWNER/NAME), or nanoGPT's ckpt.pt. All but a descriptor mean fine-tuning: their weights, a fresh optimizer."""
     num_layers: int | None = None
     """Other than the descriptor's; like the next four only with a descriptor."""
     num_heads: int | None = None
@@ -133,6 +133,11 @@ class RunSettings:
     """Save also whenever so many minutes have passed without a checkpoint; of these only the newest is kept. 0: never."""
     keep_best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Keep the checkpoint of the lowest validation loss after the start: saved then, and deleted by no other setting."""
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    """Tell a tracker, too, what the log gets; each is an extra of the installation. trackio and tensorboard stay on this
+    machine, as does wandb with WANDB_MODE=offline."""
+    profile: str = ""
+    """START:STOP: trace these steps, both included, and write profile.html, a table of the step's parts; empty: none."""
     keep_checkpoints: int = 0
     """Checkpoints to keep, older ones are deleted; 0: all."""
     major_checkpoint_every: int = 0

@@ -45,6 +45,8 @@ def with_home(settings: _Settings) -> _Settings:
             changes[name] = value.expanduser()
         elif isinstance(value, str) and _is_path(kind):
             changes[name] = os.path.expanduser(value)
+        elif isinstance(value, tuple) and _is_path(kind):
+            changes[name] = tuple(os.path.expanduser(part) for part in value)
     return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
 
 
@@ -96,32 +98,46 @@ def read_text_blocks(
     `advance` is called with the number of bytes of each block that has been read.
     """
     file_size(path, what, hint)
+    try:
+        with open(path, "rb") as file:
+            yield from decoded_blocks(file, path, what, hint, errors=errors, advance=advance)
+    except OSError as error:
+        raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
+
+
+def decoded_blocks(
+    file: BinaryIO,
+    path: str | os.PathLike,
+    what: str,
+    hint: str | None = None,
+    *,
+    errors: str = "strict",
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Iterator[str]:
+    """The text of `read_text_blocks` from an open file, also from one without an end that is known; `path` names it."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     position = 0
     try:
-        with open(path, "rb") as file:
+        block = file.read(_BLOCK_BYTES)
+        if errors != "replace":
+            _refuse_other_encodings(path, what, block)
+        if block.startswith(codecs.BOM_UTF8):
+            position = len(codecs.BOM_UTF8)
+            block = block[position:]
+        while block:
+            advance(len(block))
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block ended within
+            position -= waiting
+            text = decoder.decode(block)
+            position += waiting
+            if errors == "strict" and b"\0" in block:
+                found, without = f"a zero byte at {position + block.index(0)}", _into(path, "tr -d '\\000' <", "text")
+                raise Gpt2JaxError(f"{path}: expected {what}, found {found}", f"{without}   (drops all of them)")
+            yield text
+            position += len(block)
             block = file.read(_BLOCK_BYTES)
-            if errors != "replace":
-                _refuse_other_encodings(path, what, block)
-            if block.startswith(codecs.BOM_UTF8):
-                position = len(codecs.BOM_UTF8)
-                block = block[position:]
-            while block:
-                advance(len(block))
-                waiting = len(decoder.getstate()[0])  # bytes of a character that the last block ended within
-                position -= waiting
-                text = decoder.decode(block)
-                position += waiting
-                if errors == "strict" and b"\0" in block:
-                    found, without = f"a zero byte at {position + block.index(0)}", _into(path, "tr -d '\\000' <", "text")
-                    raise Gpt2JaxError(f"{path}: expected {what}, found {found}", f"{without}   (drops all of them)")
-                yield text
-                position += len(block)
-                block = file.read(_BLOCK_BYTES)
-            position -= len(decoder.getstate()[0])
-            yield decoder.decode(b"", final=True)
-    except OSError as error:
-        raise Gpt2JaxError(f"{path}: expected {what}, found a file that cannot be read: {error.strerror}", hint) from None
+        position -= len(decoder.getstate()[0])
+        yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#x} at {position + error.start}"
         is_binary = re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", error.object) is not None

@@ -31,6 +31,11 @@ def system_name() -> str:
     return f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else f"{platform.system()} {platform.release()}"
 
 
+def available_cpus() -> int:
+    """How many of the CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def process_peak() -> int:
     """The most memory that this process has had resident, in bytes (its libraries included)."""
     if sys.platform == "win32":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 import typing
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gpt2_jax.commands import prepare
+from gpt2_jax.commands.command_line import parse as parse_arguments
 from gpt2_jax.commands.command_line import parse_command_line
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
 from gpt2_jax.config import (
@@ -19,8 +23,11 @@ from gpt2_jax.config import (
     load_config,
     saved_config_path,
 )
+from gpt2_jax.data.published import PUBLISHED_SHARDS
+from gpt2_jax.data.sources import DATASETS
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
+from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.models.weights import model_config_from_settings
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from tests.conftest import REPOSITORY, change
@@ -37,7 +44,7 @@ FLAGS = {
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
     *("--dry-run", "--strict"),
     *("--steps", "--seed", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
-    *("--max-minutes", "--checkpoint-minutes", "--keep-best", "--verbose"),
+    *("--max-minutes", "--checkpoint-minutes", "--keep-best", "--verbose", "--track", "--profile"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute", "--deterministic"),
 }
 
@@ -219,3 +226,21 @@ def test_every_prompt_comes_back_from_the_saved_settings(tmp_path_factory, promp
     config = change(RunConfig(), evaluation={"prompt": prompt})
     path.write_bytes(format_config(config).encode("utf-8", "surrogatepass"))
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (REPOSITORY / "configs").glob("*.toml")))
+def test_without_its_data_every_preset_names_the_command_that_brings_them(preset, tmp_path, monkeypatch):
+    """And that command writes what the preset reads."""
+    monkeypatch.chdir(tmp_path)
+    data = load_config(REPOSITORY / "configs" / f"{preset}.toml").data
+    for pattern in (data.train, data.validation):
+        with pytest.raises(Gpt2JaxError) as refused:
+            TokenLoader(pattern, 1, 8, vocab_size=50257)
+        words = shlex.split(refused.value.hint.partition("   ")[0])
+        assert words[:2] == ["python", "scripts/prepare_data.py"]
+        arguments = parse_arguments(prepare.Arguments, "", words[2:])
+        assert arguments.source in (*DATASETS, *PUBLISHED_SHARDS, "kjv")
+        folder, name = os.path.split(pattern)
+        assert folder == arguments.output_dir
+        written = arguments.source.removesuffix("-shards").removesuffix("-100B") + str(arguments.vocabulary or "")
+        assert name.startswith(f"{written}_")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,8 @@ from hypothesis import strategies as st
 
 from gpt2_jax.compute.forward import all_logits
 from gpt2_jax.data.chunks import CutRuns
-from gpt2_jax.data.corpus import text_file, write_corpus
+from gpt2_jax.data.prepare import Limits, prepare
+from gpt2_jax.data.sources import open_source
 from gpt2_jax.data.tokenizer import gpt2_tokenizer, num_sampled_ids
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
@@ -200,7 +199,7 @@ def test_a_prompt_has_the_tokens_of_a_corpus(tmp_path_factory, documents, last):
     path = tmp_path_factory.getbasetemp() / "book.txt"
     path.write_bytes(f"{text}<|endoftext|>{'more ' * 50}".encode())
     ids = prompt_tokens(text, gpt2_tokenizer())
-    train_path, _ = write_corpus(partial(text_file, path, cuts=CutRuns()), "book", path.parent)
+    train_path, _ = prepare(open_source(str(path), "text"), path.parent, Limits(0.1), cuts=CutRuns())
     assert open_token_shard(train_path)[: len(ids)].tolist() == ids
 
 

@@ -41,8 +41,9 @@ class Arguments:
     seed: int = 1337
     """The same seed gives the same text."""
     tokenizer: FilePath | None = None
-    """A llm.c tokenizer file; by default GPT-2's own vocabulary. Ids of the model beyond it are never chosen where they pad
-    the model's table to a multiple of 64 (50304); otherwise they are added tokens, shown as <|50257|>."""
+    """A llm.c tokenizer file; by default the tokenizer.bin beside the model file, else GPT-2's own vocabulary. Ids of the
+    model beyond it are never chosen where they pad the model's table to a multiple of 64 (50304); otherwise they are added
+    tokens, shown as <|50257|>."""
     backend: BackendName = "auto"
     """Where the forward pass is computed."""
 
@@ -65,14 +66,15 @@ def main(words: list[str]) -> None:
     from gpt2_jax.compute.backend import open_device
     from gpt2_jax.compute.plan import make_plan
     from gpt2_jax.config import ComputeSettings
-    from gpt2_jax.data.tokenizer import gpt2_tokenizer, tokenizer_from_file
+    from gpt2_jax.data.tokenizer import gpt2_tokenizer, tokenizer_beside, tokenizer_from_file
     from gpt2_jax.generate import complete
     from gpt2_jax.models.weights import load_weights, model_source
 
     source = model_source(arguments.checkpoint, arguments.step)
     if source != arguments.checkpoint:
         print(f"reading {source}", file=sys.stderr, flush=True)  # not among the text, which may go into a file
-    tokenizer = gpt2_tokenizer() if arguments.tokenizer is None else tokenizer_from_file(arguments.tokenizer)
+    tokenizer_path = arguments.tokenizer or tokenizer_beside(source)
+    tokenizer = gpt2_tokenizer() if tokenizer_path is None else tokenizer_from_file(tokenizer_path)
     config, params = load_weights(ModelSettings(init=source))
     open_device(backend)
     plan = make_plan(ComputeSettings(), backend, config)

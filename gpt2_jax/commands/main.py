@@ -17,6 +17,8 @@ COMMANDS = {
     "check-metal": "whether the plugins for the Apple GPU can take what a run compiles",
     "doctor": "what is installed here, what of it does harm, and what to do",
     "selfcheck": "train a small model on this machine's device and on the CPU: do they agree",
+    "convert": "a model from or to a Hugging Face folder, llm.c or nanoGPT",
+    "report": "runs in one HTML page: curves, settings that differ, samples, machines",
     "reshard": "a checkpoint for another number of processes of llm.c",
     "starter-pack": "the four files that llm.c's programs test and train with",
     "bench-matmul": "time the matrix products of a training step",

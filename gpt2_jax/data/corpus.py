@@ -1,4 +1,4 @@
-"""Text to token shards: the built-in text, llm.c's tinyshakespeare, a file of the user's own, or nanoGPT's tokens.
+"""Corpora that are made in one go: the built-in text, llm.c's tinyshakespeare, nanoGPT's tokens.
 
 Every document begins with the end-of-text token, as in llm.c's shards. What makes a corpus writes both splits as streams, so
 that memory does not limit how large it is.
@@ -7,22 +7,21 @@ that memory does not limit how large it is.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
 import shlex
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.data.chunks import Chunk, CutRuns, chunks, documents
+from gpt2_jax.data.chunks import chunks
+from gpt2_jax.data.download import WITHOUT_NETWORK, download
 from gpt2_jax.data.kjv import kjv_chapters
-from gpt2_jax.data.tokenizer import END_OF_TEXT, encode_chunks, gpt2_tokenizer
+from gpt2_jax.data.tokenizer import encode_chunks, gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import file_size, read_text_blocks, remove_abandoned_temporaries, write_together
+from gpt2_jax.files import file_size, remove_abandoned_temporaries, write_together
 from gpt2_jax.llmc.header import kind_of_file, read_array
-from gpt2_jax.llmc.token_shard import MAX_TOKENS, TokenShardWriter, takeover_command, token_shard_writer
+from gpt2_jax.llmc.token_shard import MAX_TOKENS, TokenShardWriter, token_shard_writer
 
 # Writes a corpus's tokens: to the training shard and to the validation shard.
 Recipe = Callable[[TokenShardWriter, TokenShardWriter], None]
@@ -31,8 +30,8 @@ _KJV_VALIDATION_EVERY = 20  # every 20th chapter is for validation, so that both
 _TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _TINYSHAKESPEARE_VALIDATION_TOKENS = 32768
-_BUILT_IN = "python scripts/prepare_data.py   (the built-in text, no network needed)"
-_FILE_VALIDATION_FRACTION = 0.1
+_TINYSHAKESPEARE_MAX_BYTES = 10_000_000
+VALIDATION_FRACTION = 0.1
 _TOKENS_AT_ONCE = 2**20
 NANOGPT_HINT = "--source openwebtext/train.bin   (or shakespeare/train.bin, which have GPT-2's tokens)"
 
@@ -49,51 +48,15 @@ def tinyshakespeare(train: TokenShardWriter, validation: TokenShardWriter) -> No
 
     Downloaded; Gpt2JaxError when there is no network or the file is another.
     """
-    try:
-        with urllib.request.urlopen(_TINYSHAKESPEARE_URL, timeout=30) as response:
-            content = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise Gpt2JaxError(
-            f"tinyshakespeare: expected to download {_TINYSHAKESPEARE_URL}, found no way to it: {error}",
-            _BUILT_IN,
-        ) from None
+    content = download(_TINYSHAKESPEARE_URL, "tinyshakespeare", _TINYSHAKESPEARE_MAX_BYTES)
     digest = hashlib.sha256(content).hexdigest()
     if digest != _TINYSHAKESPEARE_SHA256:
-        raise Gpt2JaxError(f"tinyshakespeare: expected sha256 {_TINYSHAKESPEARE_SHA256}, found {digest}", _BUILT_IN)
+        raise Gpt2JaxError(f"tinyshakespeare: expected sha256 {_TINYSHAKESPEARE_SHA256}, found {digest}", WITHOUT_NETWORK)
     # The blank line stays with the part before it.
     parts = content.decode("utf-8").split("\n\n")
     tokens = encode_documents([*(part + "\n\n" for part in parts[:-1]), parts[-1]])
     train.append(tokens[_TINYSHAKESPEARE_VALIDATION_TOKENS:])
     validation.append(tokens[:_TINYSHAKESPEARE_VALIDATION_TOKENS])
-
-
-def text_file(
-    path: str | os.PathLike,
-    train: TokenShardWriter,
-    validation: TokenShardWriter,
-    *,
-    cuts: CutRuns,
-    advance: Callable[[int], None] = lambda num_bytes: None,
-) -> None:
-    """A UTF-8 text file of any size; '<|endoftext|>' in it begins a new document. The last tenth of the tokens is for
-    validation.
-
-    A document of white space alone is left out. `advance` is called with the number of bytes of each block that was read.
-    """
-    what = "a text file"
-    file_size(path, what, None)
-    _refuse_llmc_file(path, what)
-    hint = f"{takeover_command(path)}   (if it holds nanoGPT's tokens)" if Path(path).suffix == ".bin" else None
-    blocks = read_text_blocks(path, what, hint, advance=advance)
-    document_start, is_blank = 0, True
-    for chunk, tokens in _encode(documents(blocks, END_OF_TEXT), cuts):
-        train.append(tokens)
-        is_blank = is_blank and not chunk.text.strip()
-        if chunk.ends_document:
-            if is_blank:
-                train.truncate(document_start)
-            document_start, is_blank = train.num_tokens, True
-    _move_last_tenth(path, train, validation)
 
 
 def nanogpt(
@@ -164,7 +127,7 @@ def _refuse_llmc_file(path: str | os.PathLike, what: str) -> None:
 
 def _move_last_tenth(path: str | os.PathLike, train: TokenShardWriter, validation: TokenShardWriter) -> None:
     """Move the last tenth of the training tokens to the validation split; Gpt2JaxError if that is less than two."""
-    count = int(train.num_tokens * _FILE_VALIDATION_FRACTION)
+    count = int(train.num_tokens * VALIDATION_FRACTION)
     if count < 2:
         raise Gpt2JaxError(
             f"{path}: expected enough text for two splits, found {train.num_tokens} tokens", "a file of at least 20 tokens"
@@ -174,15 +137,8 @@ def _move_last_tenth(path: str | os.PathLike, train: TokenShardWriter, validatio
 
 def encode_documents(texts: Sequence[str]) -> np.ndarray:
     """All documents' GPT-2 tokens in a row, uint16, each document after an end-of-text token."""
-    return np.concatenate([tokens for _, tokens in _encode(((text, True) for text in texts), CutRuns())])
-
-
-def _encode(parts: Iterable[tuple[str, bool]], cuts: CutRuns) -> Iterator[tuple[Chunk, np.ndarray]]:
-    """The chunks of documents with their tokens uint16, the first of a document's after an end-of-text token."""
-    tokenizer, begins = gpt2_tokenizer(), True
-    for chunk, tokens in encode_chunks(tokenizer, cuts.watch(chunks(parts))):
-        yield chunk, np.array([tokenizer.eot_token, *tokens] if begins else tokens, dtype=np.uint16)
-        begins = chunk.ends_document
+    parts = chunks((text, True) for text in texts)
+    return np.concatenate([encoded.tokens for encoded in encode_chunks(gpt2_tokenizer(), parts)])
 
 
 def write_corpus(recipe: Recipe, name: str, output_dir: str | os.PathLike) -> dict[Path, int]:

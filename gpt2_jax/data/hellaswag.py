@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.data.corpus import output_folder
+from gpt2_jax.data.download import download
 from gpt2_jax.data.tokenizer import encode, gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import json_lines, read_text_file
+from gpt2_jax.files import atomic_write, json_lines, read_text_file
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice, write_eval_file
+
+_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+_MAX_BYTES = 100_000_000
 
 
 def read_hellaswag(path: str | os.PathLike) -> list[MultipleChoice]:
@@ -45,6 +49,19 @@ def write_hellaswag(examples: Sequence[MultipleChoice], name: str, output_dir: s
     path = output_folder(output_dir) / f"{name}.bin"
     write_eval_file(path, examples)
     return path
+
+
+def download_hellaswag(output_dir: str | os.PathLike) -> tuple[Path, int]:
+    """Download hellaswag_val.jsonl and write hellaswag_val.bin; its path and the number of questions. Gpt2JaxError when there
+    is no network, and for another file in its place."""
+    folder = output_folder(output_dir)
+    path = folder / "hellaswag_val.jsonl"
+    if not path.exists():
+        content = download(_URL, "HellaSwag's questions", _MAX_BYTES)
+        with atomic_write(path) as file:
+            file.write(content)
+    examples = read_hellaswag(path)
+    return write_hellaswag(examples, path.stem, output_dir), len(examples)
 
 
 def _label(value: Any) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.files import read_text_file
 from gpt2_jax.interop.huggingface_config import read_huggingface_config
 from gpt2_jax.interop.state_dict import parameters_from
-from gpt2_jax.interop.stored_tensors import open_tensors
+from gpt2_jax.interop.stored_tensors import StoredTensor, open_tensors
 
 _MAX_VOCABULARY_BYTES = 100_000_000
 # GPT-2's tokens but the last, the end of text, in the order of their ids and as vocab.json writes them, one a line.
@@ -33,6 +34,15 @@ def read_huggingface_folder(
     config.json, a tensor too many or too few, a wrong shape. Settings that no GPT-2 has are ignored, as by
     transformers, and listed to `say`; as is a tokenizer in the folder that is not GPT-2's.
     """
+    with open_huggingface_folder(folder, say=say) as (config, tensors):
+        return config, parameters_from(config, tensors, linear_as="conv1d")
+
+
+@contextmanager
+def open_huggingface_folder(
+    folder: str | os.PathLike, *, say: Callable[[str], None] = announce
+) -> Iterator[tuple[GPT2Config, dict[str, StoredTensor]]]:
+    """The sizes, and the tensors by name, not read; `say` and errors as `read_huggingface_folder`."""
     folder = Path(folder)
     config_path = folder / "config.json"
     config, unknown = read_huggingface_config(config_path)
@@ -42,13 +52,12 @@ def read_huggingface_folder(
             "model.merge_and_unload().save_pretrained(FOLDER)   (in Python, with peft)",
         )
     with open_tensors(folder) as tensors:
-        params = parameters_from(config, tensors, linear_as="conv1d")
+        yield config, tensors
     if unknown:
         listed = ", ".join(f"{name} = {value!r:.40}" for name, value in unknown.items())
         say(f"{config_path}: ignored settings, which transformers' GPT-2 does not have either: {listed}")
     if (tokenizer := _other_tokenizer(folder)) is not None:
         say(f"{tokenizer}: these are not GPT-2's tokens, in which this project prepares data, reads prompts and writes text")
-    return config, params
 
 
 def _other_tokenizer(folder: Path) -> Path | None:

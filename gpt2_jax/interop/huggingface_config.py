@@ -106,6 +106,12 @@ def read_huggingface_config(path: str | os.PathLike) -> HuggingfaceConfig:
     return HuggingfaceConfig(config, {name: value for name, value in settings.items() if name not in known})
 
 
+def read_end_of_text(path: str | os.PathLike) -> int | None:
+    """The id of a config.json's token that ends a text; None where it names none, or several."""
+    found = _read_object(path).get("eos_token_id")
+    return found if type(found) is int else None
+
+
 def _read_object(path: str | os.PathLike) -> dict[str, Any]:
     text = read_text_file(path, "a GPT-2 config", HINT, max_bytes=_MAX_BYTES)
     try:

@@ -1,9 +1,11 @@
-"""nanoGPT's checkpoints, ckpt.pt: its model's weights to the flat buffer; the optimizer's state stays where it is."""
+"""nanoGPT's checkpoints, ckpt.pt: its model's weights to the flat buffer and back; the optimizer's state stays where it is."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.interop.state_dict import parameters_from
-from gpt2_jax.interop.stored_tensors import tensors_of_state
-from gpt2_jax.interop.torch_file import read_torch_file
+from gpt2_jax.files import atomic_write
+from gpt2_jax.interop.state_dict import parameters_from, state_dict_names
+from gpt2_jax.interop.stored_tensors import StoredTensor, tensors_of_state
+from gpt2_jax.interop.torch_file import read_torch_file, require_torch
+from gpt2_jax.llmc.header import HEADER_BYTES
+from gpt2_jax.llmc.model_file import read_model_config, read_model_dtype
 
 _WHAT = "a nanoGPT checkpoint"
 _HINT = "--init out/ckpt.pt   (the file that nanoGPT's train.py writes)"
@@ -47,13 +52,22 @@ def read_nanogpt_checkpoint(path: str | os.PathLike, *, say: Callable[[str], Non
     file that holds more than tensors and plain containers, for arguments that nanoGPT's own model does not have, and for
     other tensors than such a model's.
     """
+    with open_nanogpt_checkpoint(path, say=say) as (config, tensors, biases):
+        return config, parameters_from(config, tensors, linear_as="linear", biases=biases)
+
+
+@contextmanager
+def open_nanogpt_checkpoint(
+    path: str | os.PathLike, *, say: Callable[[str], None] = announce
+) -> Iterator[tuple[GPT2Config, dict[str, StoredTensor], bool]]:
+    """The sizes, the tensors by name, not read, and whether the model has biases; `say` and errors as
+    `read_nanogpt_checkpoint`."""
     path = Path(path)
     config, biases, state = _read(path)
-    params = parameters_from(config, tensors_of_state(state, path, _HINT), linear_as="linear", biases=biases)
+    yield config, tensors_of_state(state, path, _HINT), biases
     say(f"{path}: nanoGPT computes GELU exactly; this project uses GPT-2's approximation, which differs by at most 0.0005")
     if not biases:
         say(f"{path}: the model has no biases; this project adds biases of zero, which training will change")
-    return config, params
 
 
 def _read(path: str | os.PathLike) -> tuple[GPT2Config, bool, Any]:
@@ -82,3 +96,37 @@ def _read(path: str | os.PathLike) -> tuple[GPT2Config, bool, Any]:
     except Gpt2JaxError as error:
         raise Gpt2JaxError(f"{path}: {error}", _HINT) from None
     return config, sizes["bias"], checkpoint["model"]
+
+
+def write_nanogpt_checkpoint(path: str | os.PathLike, model_file: str | os.PathLike) -> None:
+    """Write the weights of a llm.c model file (version 3 or 5) in its dtype as nanoGPT's ckpt.pt, without an optimizer's state:
+    nanoGPT's sample.py takes it with --out_dir, its train.py begins anew from such weights alone.
+
+    Gpt2JaxError without torch 2.6 or newer. The file is mapped, not read into memory.
+    """
+    require_torch(Path(path), f"to write {_WHAT}")
+    import torch
+
+    config, dtype = read_model_config(model_file), read_model_dtype(model_file)
+    # PyTorch takes bfloat16 from NumPy only as what has its size.
+    words = np.memmap(model_file, dtype="<f4" if dtype == "float32" else "<i2", mode="c", offset=HEADER_BYTES)
+    state: dict[str, Any] = {}
+    for name, layer, theirs in state_dict_names(config.layout):
+        tensor = config.layout[name]
+        size = math.prod(tensor.shape)
+        start = tensor.offset + layer * size
+        values = torch.from_numpy(words[start : start + size].reshape(tensor.shape)[: tensor.valid_rows])
+        state[f"transformer.{theirs}"] = values if dtype == "float32" else values.view(torch.bfloat16)
+    state["lm_head.weight"] = state["transformer.wte.weight"]  # one tensor: torch.save writes it once
+    arguments = {
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_embd": config.channels,
+        "block_size": config.max_sequence_length,
+        "bias": True,
+        "vocab_size": config.vocab_size,
+        "dropout": 0.0,
+    }
+    checkpoint = {"model": state, "model_args": arguments, "iter_num": 0, "best_val_loss": 1e9, "config": dict(arguments)}
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)

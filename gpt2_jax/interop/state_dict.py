@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -17,6 +20,7 @@ _BODY = "transformer."  # before all but the classifier; the published gpt2 fold
 _CLASSIFIER = "lm_head.weight"
 _MASK = re.compile(r"h\.(?P<layer>\d{1,9})\.attn\.(?:masked_)?bias")
 _FLOATS = ("float32", "float16", "bfloat16")
+_ROWS_AT_ONCE = 4096
 # -10000 as bfloat16 has it; after such a score softmax is 0.
 _LARGEST_MASKED_SCORE = -9984.0
 
@@ -33,44 +37,66 @@ def parameters_from(
 ) -> np.ndarray:
     """The flat buffer (num_parameters,) float32 of a state dict, not an empty one; float16 and bfloat16 are widened.
 
+    `linear_as` and `biases` as for `parameter_parts`, which this joins.
+    """
+    parts = parameter_parts(config, stored, linear_as=linear_as, biases=biases)
+    # The first part comes when all has been checked that needs no buffer, whose size may be a damaged config's.
+    first = next(parts)
+    params = np.zeros(config.layout.num_parameters, dtype=np.float32)
+    offset = 0
+    for part in itertools.chain([first], parts):
+        params[offset : offset + part.size] = part.reshape(-1)
+        offset += part.size
+    return params
+
+
+def parameter_parts(
+    config: GPT2Config, stored: Mapping[str, StoredTensor], *, linear_as: str, biases: bool = True
+) -> Iterator[np.ndarray]:
+    """The flat buffer of a state dict in parts, in its order: of each tensor one layer after another, as the file has them
+    (float32, float16 or bfloat16), and zeros for padding rows. Only one part need be held at a time.
+
     `linear_as` says how linear layers hold their weights: 'conv1d' (in, out), as transformers' GPT-2, or 'linear'
     (out, in), as torch.nn.Linear. Without `biases` the model has none, and zeros stand for them.
 
-    Names may have the prefixes of torch.compile, DataParallel and FSDP. Gpt2JaxError, naming the tensor, for one that
-    is missing, doubled, of another shape or dtype, or of no GPT-2, for a classifier that is not the token table, and for
-    a mask that is not causal.
+    Names may have the prefixes of torch.compile, DataParallel and FSDP. Gpt2JaxError before the first part, naming the
+    tensor, for one that is missing, doubled, of another shape or dtype, or of no GPT-2; with the last part for a
+    classifier that is not the token table, and for a mask that is not causal.
     """
     others, layout = _by_plain_name(stored), config.layout
-    places: list[tuple[str, int, bool, StoredTensor]] = []
-    # All of this without a buffer, whose size may be a damaged config's.
-    for name, layer, theirs in state_dict_names(layout):
+    parts: list[StoredTensor | tuple[int, ...]] = []  # a shape stands for a tensor of zeros
+    for name, _, theirs in state_dict_names(layout):
+        declared = layout[name]
         if not biases and theirs.endswith(".bias"):
+            parts.append(declared.shape)
             continue
         if theirs not in others:
             raise next(iter(stored.values())).refused(f"the tensor {theirs}", "none")
-        tensor, declared = others.pop(theirs), layout[name]
-        transposed = declared.huggingface_transposed and linear_as == "conv1d"
+        tensor = others.pop(theirs)
         shape = (declared.valid_rows or declared.shape[0], *declared.shape[1:])
+        transposed = declared.huggingface_transposed and linear_as == "conv1d"
         _check(tensor, theirs, shape[::-1] if transposed else shape, _FLOATS)
-        places.append((name, layer, transposed, tensor))
+        parts.append(dataclasses.replace(tensor, read=partial(_transposed, tensor)) if transposed else tensor)
+        if shape[0] < declared.shape[0]:
+            parts.append((declared.shape[0] - shape[0], *shape[1:]))
     for theirs, tensor in others.items():
         mask = _MASK.fullmatch(theirs)
         if theirs != _CLASSIFIER and not (mask and int(mask["layer"]) < config.num_layers):
             kind = f"a GPT-2 of {config.num_layers} layers{'' if biases else ' without biases'}"
             raise tensor.refused(f"only tensors of {kind}", theirs)
-
-    params = np.zeros(layout.num_parameters, dtype=np.float32)
-    views = layout.views(params)
-    for name, layer, transposed, tensor in places:
-        out = views[name][layer] if layout[name].stacked else views[name]
-        value = tensor.read()
-        out[: layout[name].valid_rows] = value.T if transposed else value
+    table = parts[0]
+    assert isinstance(table, StoredTensor)
+    for part in parts:
+        yield np.zeros(part, np.float32) if isinstance(part, tuple) else part.read()
     for theirs, tensor in others.items():
         if theirs == _CLASSIFIER:
-            _check_classifier(tensor, views["wte"][: config.vocab_size])
+            _check_classifier(tensor, table.read())
         else:
             _check_mask(tensor, theirs, config.max_sequence_length)
-    return params
+
+
+def _transposed(tensor: StoredTensor) -> np.ndarray:
+    return tensor.read().T
 
 
 def _by_plain_name(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -94,12 +120,14 @@ def _check(tensor: StoredTensor, name: str, shape: tuple[int, ...], dtypes: tupl
 def _check_classifier(tensor: StoredTensor, wte_VC: np.ndarray) -> None:
     """A GPT-2's classifier is its token table, which a file may hold twice."""
     _check(tensor, _CLASSIFIER, wte_VC.shape, _FLOATS)
-    value_VC = tensor.read().astype(np.float32, order="C")
-    equal_VC = value_VC.view(np.uint32) == wte_VC.view(np.uint32)  # bits, since NaN is not equal to itself
-    if not equal_VC.all():
-        place = tuple(map(int, np.unravel_index(np.argmin(equal_VC), equal_VC.shape)))
-        found = f"{value_VC[place]:g} for {wte_VC[place]:g} at {place}"
-        raise tensor.refused(f"{_CLASSIFIER} to be the token table wte.weight", found)
+    value_VC = tensor.read()
+    for start in range(0, len(wte_VC), _ROWS_AT_ONCE):  # each widened to float32
+        mine, theirs = (rows[start : start + _ROWS_AT_ONCE].astype(np.float32, order="C") for rows in (wte_VC, value_VC))
+        equal = theirs.view(np.uint32) == mine.view(np.uint32)  # bits, since NaN is not equal to itself
+        if not equal.all():
+            row, column = map(int, np.unravel_index(np.argmin(equal), equal.shape))
+            found = f"{theirs[row, column]:g} for {mine[row, column]:g} at {(start + row, column)}"
+            raise tensor.refused(f"{_CLASSIFIER} to be the token table wte.weight", found)
 
 
 def _check_mask(tensor: StoredTensor, name: str, max_sequence_length: int) -> None:

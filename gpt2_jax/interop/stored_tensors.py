@@ -153,9 +153,11 @@ def tensors_of_state(state: object, path: Path, hint: str) -> dict[str, StoredTe
         raise Gpt2JaxError(f"{path}: expected a state dict, tensors by name, found {found}", hint)
 
     def stored(name: str, value: torch.Tensor) -> StoredTensor:
-        # NumPy has no bfloat16; every other dtype is passed on as it is.
+        # PyTorch gives NumPy no bfloat16 but its bits; every other dtype is passed on as it is. Nothing is copied.
         def read() -> np.ndarray:
-            return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+            if value.dtype == torch.bfloat16:
+                return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return value.numpy()
 
         return StoredTensor(path, hint, tuple(value.shape), str(value.dtype).removeprefix("torch."), read)
 

@@ -27,19 +27,24 @@ def read_torch_file(path: str | os.PathLike, what: str, hint: str, *, without_to
     """
     path = Path(path)
     file_size(path, what, hint)
-    version = installed_version("torch")
-    if version is None or version < _FIRST_SAFE_TORCH:
-        found = (
-            "none" if version is None else f"{'.'.join(map(str, version))}, in which a file can run programs (CVE-2025-32434)"
-        )
-        install = _INSTALL if without_torch is None else f"{_INSTALL}   (or {without_torch})"
-        raise Gpt2JaxError(f"{path}: expected torch 2.6 or newer, to read {what}, found {found}", install)
+    require_torch(path, f"to read {what}", without_torch=without_torch)
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch documents none, and damaged files lead to a dozen kinds
         raise Gpt2JaxError(f"{path}: expected {what}, found {_found(error)}", hint) from None
+
+
+def require_torch(path: Path, purpose: str, *, without_torch: str | None = None) -> None:
+    """Gpt2JaxError unless there is a torch that reads such files without running what is in them."""
+    version = installed_version("torch")
+    if version is None or version < _FIRST_SAFE_TORCH:
+        found = (
+            "none" if version is None else f"{'.'.join(map(str, version))}, in which a file can run programs (CVE-2025-32434)"
+        )
+        install = _INSTALL if without_torch is None else f"{_INSTALL}   (or {without_torch})"
+        raise Gpt2JaxError(f"{path}: expected torch 2.6 or newer, {purpose}, found {found}", install)
 
 
 def _found(error: Exception) -> str:

@@ -7,9 +7,11 @@ order changed within one day and cannot be told from the file.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import ml_dtypes
@@ -64,6 +66,11 @@ def read_model_dtype(path: str | os.PathLike) -> str:
     return "float32" if _read_checked_header(path)[1] in (1, 3) else "bfloat16"
 
 
+def read_model_version(path: str | os.PathLike) -> int:
+    """The version of a model file; checked as by `read_model_config`."""
+    return _read_checked_header(path)[1]
+
+
 def read_model_file(path: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
     """The sizes and the parameters (num_parameters,) float32 of a model file, in one read for version 3.
 
@@ -102,7 +109,38 @@ def write_model_file(
         raise Gpt2JaxError(
             f"{path}: expected parameters of shape ({layout.num_parameters},) float32, found {params.shape} {params.dtype}"
         )
-    header = header_words(
+    body = params if dtype == "float32" else params.astype(ml_dtypes.bfloat16)
+    with write(path) as file:
+        file.write(_header(config, dtype))
+        file.write(np.ascontiguousarray(body).view(np.uint8).data)  # no copy: the whole buffer in one write
+
+
+def write_model_parts(
+    path: str | os.PathLike, config: GPT2Config, parts: Iterable[np.ndarray], dtype: str, *, write: Writer = atomic_write
+) -> None:
+    """Write the same file of the parameters in parts, in the buffer's order, of which one is held at a time."""
+    count = 0
+    with write(path) as file:
+        file.write(_header(config, dtype))
+        for part in parts:
+            body = np.ascontiguousarray(part, dtype=np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
+            file.write(body.reshape(-1).view(np.uint8).data)
+            count += body.size
+        if count != config.layout.num_parameters:
+            raise Gpt2JaxError(f"{path}: expected {config.layout.num_parameters} parameters, found {count}")
+
+
+def read_layer(path: str | os.PathLike, layout: ParameterLayout, name: str, layer: int, dtype: str) -> np.ndarray:
+    """One layer of a tensor of a file of version 3 or 5, without padding rows, in the file's dtype; the rest is not read."""
+    tensor = layout[name]
+    size = math.prod(tensor.shape)
+    kind = np.dtype("<f4" if dtype == "float32" else ml_dtypes.bfloat16)
+    offset = HEADER_BYTES + kind.itemsize * (tensor.offset + layer * size)
+    return read_array(path, kind, size, offset).reshape(tensor.shape)[: tensor.valid_rows]
+
+
+def _header(config: GPT2Config, dtype: str) -> bytes:
+    return header_words(
         {
             0: MAGIC_MODEL,
             1: _VERSION_OF_DTYPE[dtype],
@@ -113,11 +151,7 @@ def write_model_file(
             6: config.channels,
             7: config.padded_vocab_size,
         }
-    )
-    body = params if dtype == "float32" else params.astype(ml_dtypes.bfloat16)
-    with write(path) as file:
-        file.write(header.tobytes())
-        file.write(np.ascontiguousarray(body).view(np.uint8).data)  # no copy: the whole buffer in one write
+    ).tobytes()
 
 
 def _read_checked_header(path: str | os.PathLike) -> tuple[GPT2Config, int]:

@@ -25,10 +25,12 @@ from gpt2_jax.llmc.header import (
 from gpt2_jax.names import nearest_path
 
 _PREPARE = "python scripts/prepare_data.py"
-# llm.c's published shards, of 100M tokens each; shard 0 is the validation data.
-_PUBLISHED = {
-    "edu_fineweb": "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/",
-    "fineweb": "https://huggingface.co/datasets/chrisdryden/FineWebTokenizedGPT2/resolve/main/",
+# What brings the shards whose names begin so, and how many of its tokens.
+_DATASETS = {
+    "edu_fineweb": ("edu_fineweb-shards", "1B"),
+    "fineweb": ("fineweb", "10B"),
+    "openwebtext": ("openwebtext", "1B"),
+    "tinystories": ("tinystories", "1B"),
 }
 MAX_TOKENS = 2**31 - 1  # the count is an int32, in llm.c's reader too
 _TOKENS_AT_ONCE = 2**20  # checked, converted and written
@@ -46,15 +48,19 @@ def hint_for(pattern: str | os.PathLike) -> str:
     folder, name = os.path.split(pattern)
     if (meant := _meant_by(os.fspath(pattern))) is not None:
         return f"{shlex.quote(meant)}   (the nearest name of token shards)"
-    for kind, url in _PUBLISHED.items():
-        if name.startswith(kind):
-            files = f"{kind}_{{val_000000,train_000001,train_000002}}.bin"
-            output = shlex.quote(f"{os.path.join(folder, kind)}_#1.bin")
-            return f"curl -fL --create-dirs -o {output} '{url}{files}'   (100M tokens a shard; up to train_001000)"
+    for prefix, (source, tokens) in _DATASETS.items():
+        if name.startswith(prefix):
+            of_100b = prefix == "fineweb" and "100B" in folder
+            source, tokens = ("fineweb-100B", "100B") if of_100b else (source, tokens)
+            return (
+                f"{_PREPARE} --source {source} --tokens {tokens} --output-dir {shlex.quote(folder or '.')}   (needs a network)"
+            )
     if "tiny" in name and "shakespeare" in name:
         return f"{_PREPARE} --source tinyshakespeare   (data/tinyshakespeare_train.bin)"
     if name.startswith("kjv_"):
         return _PREPARE
+    if own := re.match(r"kjv(\d{3,5})_", name):
+        return f"{_PREPARE} --vocabulary {own[1]}"
     return f"{_PREPARE} --source TEXT_FILE   (makes shards of a text; without --source of the built-in one)"
 
 

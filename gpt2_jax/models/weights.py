@@ -13,6 +13,7 @@ from gpt2_jax.config import ModelSettings, newest_run, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.families.family import FAMILIES, family_of_descriptor, is_descriptor
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.interop.hub import is_named_by_id, model_folder, model_id
 from gpt2_jax.interop.huggingface import read_huggingface_folder
 from gpt2_jax.interop.huggingface_config import read_huggingface_config
 from gpt2_jax.interop.nanogpt import is_nanogpt_checkpoint, read_nanogpt_checkpoint, read_nanogpt_sizes
@@ -24,10 +25,11 @@ from gpt2_jax.names import near, nearest, nearest_path
 
 
 def model_source(init: str, step: int | None = None) -> str:
-    """`init` itself, or of a run folder its model file: that of the newest complete checkpoint, or that of `step`.
+    """`init` itself, of a run folder its model file (that of the newest complete checkpoint, or that of `step`), and of a
+    model of the Hugging Face hub the folder in the hub's cache, downloaded if it is not there.
 
-    Gpt2JaxError for what is neither a descriptor nor there, for a folder that is neither a run's nor Hugging Face's, and
-    for a step with anything but a run folder.
+    Gpt2JaxError for what is neither a descriptor nor there, for a folder that is neither a run's nor Hugging Face's, for a
+    step with anything but a run folder, and for a model that the hub does not have or that cannot be asked for.
     """
     if is_descriptor(init) and step is None:
         return init
@@ -38,6 +40,8 @@ def model_source(init: str, step: int | None = None) -> str:
         return str(set_paths(folder, step_of(folder, step))[0])
     if step is not None:
         raise Gpt2JaxError(f"--step: expected a run folder, found {init}", "a folder such as runs/NAME, or leave --step out")
+    if _is_of_the_hub(init):
+        return str(model_folder(init))
     if not os.path.exists(init):
         found = f"a link to {os.readlink(init)}, which is not there" if os.path.islink(init) else f"no such name{near(init)}"
         raise Gpt2JaxError(
@@ -50,6 +54,16 @@ def model_source(init: str, step: int | None = None) -> str:
             _instead_of(init),
         )
     return init
+
+
+def _is_of_the_hub(init: str) -> bool:
+    """Whether a name means a model of the hub: gpt2, gpt2-xl, hf:OWNER/NAME, or OWNER/NAME where no folder OWNER is here.
+    What is here comes first."""
+    if os.path.lexists(init) or model_id(init) is None:
+        return False
+    owner = init.partition("/")[0]
+    is_here = os.path.lexists(owner) or owner in ("runs", "data", ".", "..", "~") or nearest_path(init) is not None
+    return is_named_by_id(init) or not is_here
 
 
 def is_run_folder(path: str) -> bool:

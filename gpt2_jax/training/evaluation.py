@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from gpt2_jax.data.tokenizer import gpt2_tokenizer, num_sampled_ids, text_of
+import tiktoken
+
+from gpt2_jax.data.tokenizer import gpt2_tokenizer, num_sampled_ids, text_of, tokenizer_beside, tokenizer_from_file
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import num_batches_of, num_right_answers, validation_loss
 from gpt2_jax.generate import generate, prompt_tokens
@@ -42,8 +44,9 @@ def answer_questions(run: Run) -> None:
 
 def sample(run: Run) -> None:
     """A text that the model continues, chosen as llm.c does."""
-    tokenizer, vocab_size, prompt = gpt2_tokenizer(), run.plan.config.vocab_size, run.config.evaluation.prompt
-    start, choices = start_of_samples(prompt, vocab_size), num_sampled_ids(tokenizer, vocab_size)
+    vocab_size, prompt = run.plan.config.vocab_size, run.config.evaluation.prompt
+    tokenizer = tokenizer_of_run(run.config.data.train, vocab_size)
+    start, choices = start_of_samples(prompt, vocab_size, tokenizer), num_sampled_ids(tokenizer, vocab_size)
     tokens, number = [], run.config.evaluation.sample_tokens
     with _counted(run, "sampling: token", number) as before_token:
         for token in generate(run.plan, run.state.params, start, number, num_choices=choices):
@@ -70,13 +73,27 @@ def _counted(run: Run, what: str, total: int) -> Iterator[Callable[[], None]]:
         yield before_part
 
 
-def start_of_samples(prompt: str, vocab_size: int) -> list[int]:
+def tokenizer_of_run(train: str, vocab_size: int) -> tiktoken.Encoding:
+    """The tokenizer of a run on these shards: that of the file beside them, which must have the model's number of tokens, else
+    GPT-2's."""
+    path = tokenizer_beside(train)
+    if path is None:
+        return gpt2_tokenizer()
+    tokenizer = tokenizer_from_file(path)
+    if tokenizer.n_vocab != vocab_size:
+        raise Gpt2JaxError(
+            f"--vocab-size: expected {tokenizer.n_vocab}, the tokens of {path}, found {vocab_size}",
+            f"--vocab-size {tokenizer.n_vocab}",
+        )
+    return tokenizer
+
+
+def start_of_samples(prompt: str, vocab_size: int, tokenizer: tiktoken.Encoding) -> list[int]:
     """The ids that samples continue; without a prompt llm.c's, the end-of-text token.
 
-    A model of fewer tokens than GPT-2's has another vocabulary, whose last id is taken for that token; Gpt2JaxError for
-    a prompt to it.
+    A model of fewer tokens than the tokenizer's has another vocabulary, whose last id is taken for that token; Gpt2JaxError
+    for a prompt to it.
     """
-    tokenizer = gpt2_tokenizer()
     if vocab_size >= tokenizer.n_vocab:
         return prompt_tokens(prompt, tokenizer)
     if prompt:

@@ -1,4 +1,4 @@
-"""The events between steps, in their order: saving, validating, answering questions, sampling."""
+"""The events between steps, in their order: saving, validating, answering questions, sampling, profiling."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.training.evaluation import answer_questions, sample, validate
 from gpt2_jax.training.interrupts import StoppedError
+from gpt2_jax.training.profiling import is_time_to_profile, profile
 from gpt2_jax.training.run_state import Run
 from gpt2_jax.training.saving import is_time_to_save, save, save_by_time
 
@@ -43,6 +44,7 @@ def events_of(run: Run) -> list[Event]:
         events.append(Event("answer questions", evaluation.validate_every, answer_questions, logged_as="hellaswag"))
     if evaluation.sample_every:
         events.append(Event("sample", evaluation.sample_every, sample, at_start=True, logged_as="sample"))
+    events.append(Event("profile", 0, profile, at_end=False, is_time=partial(is_time_to_profile, run)))
     return events
 
 

@@ -60,7 +60,7 @@ def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
             _set_aside(folder, say)
         with atomic_write(saved_config_path(folder)) as file:
             settled = dataclasses.replace(
-                config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False, verbose=False)
+                config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False, verbose=False, profile="")
             )
             file.write(format_config(settled).encode("utf-8", "surrogatepass"))
         _link_latest(folder, say)

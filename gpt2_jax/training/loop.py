@@ -14,6 +14,7 @@ from gpt2_jax.errors import Gpt2JaxError, as_typed
 from gpt2_jax.jax_compat import is_ready
 from gpt2_jax.training.events import before_first_step, events_of, happen
 from gpt2_jax.training.interrupts import StopRequest
+from gpt2_jax.training.profiling import end_profile
 from gpt2_jax.training.reporting import StepInFlight, show_step
 from gpt2_jax.training.run_state import Run
 from gpt2_jax.training.saving import save
@@ -27,6 +28,7 @@ def train_loop(run: Run, request: StopRequest) -> None:
     try:
         _train(run)
     finally:
+        end_profile(run)
         draw(run)
 
 

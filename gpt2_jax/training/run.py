@@ -24,22 +24,26 @@ from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import compile_step, create_state
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData, open_data
-from gpt2_jax.data.tokenizer import gpt2_tokenizer, other_ids
+from gpt2_jax.data.tokenizer import other_ids, tokenizer_beside
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import unigram_cross_entropy
 from gpt2_jax.families.family import is_descriptor
+from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.checkpoint_set import newest_step, set_paths
 from gpt2_jax.llmc.model_file import read_model_config
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, model_source, read_sizes
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
+from gpt2_jax.report.trackers import check_tracker, open_tracker
 from gpt2_jax.training import checkpoint, resume
 from gpt2_jax.training.dry_run import dry_run, estimate, time_step
-from gpt2_jax.training.evaluation import start_of_samples
+from gpt2_jax.training.evaluation import start_of_samples, tokenizer_of_run
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import StopRequest, stop_requests
 from gpt2_jax.training.loop import train_loop
+from gpt2_jax.training.origin import origin
+from gpt2_jax.training.profiling import steps_to_profile
 from gpt2_jax.training.run_lock import locked
 from gpt2_jax.training.run_record import Averages
 from gpt2_jax.training.run_state import Run, StepClock
@@ -99,6 +103,8 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
     """Open and check everything that a run needs but its weights; Gpt2JaxError for settings that cannot be met. `say` is
     given a line about the folder's old lock."""
     config.validate()
+    check_tracker(config.run.track)
+    steps_to_profile(config.run.profile)
     device = open_device(backend)
     newest = None
     if config.run.resume:
@@ -115,7 +121,8 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=init))
         model = read_sizes(config.model)
     if config.evaluation.sample_every:
-        start_of_samples(config.evaluation.prompt, model.vocab_size)
+        tokenizer = tokenizer_of_run(config.data.train, model.vocab_size)
+        start_of_samples(config.evaluation.prompt, model.vocab_size, tokenizer)
     plan = make_plan(config.compute, backend, model)
     data = open_data(config, model)
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
@@ -157,9 +164,15 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
     if resumed is not None:
         state = resume.resumed_state(state, config, resumed, data.train, display, computed_by=computed_by)
     record = None if resumed is None else resumed.record
-    if config.evaluation.sample_every and (remark := other_ids(gpt2_tokenizer(), plan.config.vocab_size)):
+    if config.evaluation.sample_every and (
+        remark := other_ids(tokenizer_of_run(config.data.train, plan.config.vocab_size), plan.config.vocab_size)
+    ):
         display.line(remark)
     stack.enter_context(open_folder(folder, config, display.line))
+    if (path := tokenizer_beside(config.data.train)) is not None:
+        # With the model, so that it can be talked to wherever the folder goes.
+        with atomic_write(folder / "tokenizer.bin") as file:
+            file.write(path.read_bytes())
     run = Run(
         config=config,
         plan=plan,
@@ -167,7 +180,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         steps=prepared.steps,
         folder=folder,
         display=display,
-        log=RunLog(folder / "log.jsonl"),
+        log=RunLog(folder / "log.jsonl", config.tokens_per_step),
         computed_by=computed_by,
         peak_flops=peak_flops(jax.devices()[0].device_kind, plan.dtype, plan.matmul_precision or "default"),
         compiled=compiled,
@@ -178,7 +191,16 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         rounding=RoundingStream(num_tensors=len(plan.layout.tensors)) if resumed is None else resumed.rounding,
         clock=StepClock(config.tokens_per_step, Averages() if record is None else record.averages),
         best=None if record is None else record.best,
+        profiled=steps_to_profile(config.run.profile),
     )
+    if run.profiled is not None and 0 < run.step >= run.profiled[0] - 1:
+        display.line(f"--profile {config.run.profile}: nothing is traced, as the run goes on after step {run.step}")
+    if config.run.track != "none":
+        flat = {f"{group}.{key}": value for group, table in dataclasses.asdict(config).items() for key, value in table.items()}
+        run.log.tracker = open_tracker(config.run.track, folder, flat, resumes=resumed is not None)
+        stack.callback(run.attempt, run.log.tracker.close)
+        display.line(f"tracked by {run.log.tracker.where}")
+    run.log_event("start", **origin(prepared.device))
     if data.validation is not None:
         run.baseline = unigram_cross_entropy(data.train.paths, data.validation.paths, plan.config.vocab_size)
         display.line(f"unigram cross-entropy of the validation tokens: {run.baseline:.6f} (knowing only word frequencies)")

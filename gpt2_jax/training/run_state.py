@@ -52,6 +52,8 @@ class Run:
     drawn_at: float = -math.inf
     drawing_seconds: float = 0.0
     failures: set[str] = field(default_factory=set)
+    profiled: tuple[int, int] | None = None  # the first and the last step to trace
+    profiling_since: float | None = None  # perf_counter's seconds; None: no trace goes on
 
     @property
     def is_stopping(self) -> bool:
@@ -72,7 +74,7 @@ class Run:
         steps = complete_steps(self.folder)
         return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
-    def log_event(self, event: str, **values: float | int | str) -> None:
+    def log_event(self, event: str, **values: float | int | str | dict[str, str]) -> None:
         """Append an event of the run's step to the log."""
         self.attempt(lambda: self.log.write(event, self.step, **values))
 

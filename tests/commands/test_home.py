@@ -15,7 +15,7 @@ from gpt2_jax.config import RunConfig, format_config, load_config
 from gpt2_jax.files import _is_path, with_home
 
 # Every text among the settings and arguments that is no path.
-NO_PATHS = {"prompt", "size", "model", "systems", "implementations", "llmc"}
+NO_PATHS = {"prompt", "size", "model", "systems", "implementations", "llmc", "text_field", "shard_tokens", "profile"}
 OTHER_COMMANDS = [command for command in COMMANDS if command not in ("train", "doctor")]
 PATHS = ["~/x", "~/data/*_train_*.bin", "~"]
 
@@ -101,7 +101,10 @@ def test_arguments_of_other_commands(home, command):
         positional = "Positional" in str(hints[name]) or "positional" in str(hints[name])
         words.append("~/x" if positional else f"--{name.replace('_', '-')}=~/x")
     found = parse(arguments, "", words)
-    assert {name: str(getattr(found, name)) for name in paths} == dict.fromkeys(paths, str(home / "x"))
+    values = {name: getattr(found, name) for name in paths}
+    assert {name: str(*value) if isinstance(value, tuple) else str(value) for name, value in values.items()} == dict.fromkeys(
+        paths, str(home / "x")
+    )
     assert found == with_home(found)
 
 

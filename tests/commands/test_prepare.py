@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -91,9 +89,9 @@ def test_a_process_that_is_killed_leaves_the_old_shards(tmp_path, number):
     subprocess.run(command, check=True, capture_output=True)
     old = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(old) == ["mine_train.bin", "mine_val.bin"]
-    source.write_text("new text " * 3_000_000, encoding="utf-8")
+    source.write_text("new text " * 10_000_000, encoding="utf-8")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not any(path.stat().st_size > 100_000 for path in out.glob(".mine_train.bin.*.tmp")):
+    while not any(path.stat().st_size > 100_000 for path in out.glob(".mine.partial/train_000001.bin")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
@@ -105,13 +103,7 @@ def test_a_process_that_is_killed_leaves_the_old_shards(tmp_path, number):
         [str(out / "mine_val.bin")],
     ]
     assert {name: (out / name).read_bytes() for name in old} == old
-    # The next one removes what is left, but not what others are writing.
-    foreign = [
-        out / f".mine_train.bin.{host}.{process}.tmp"
-        for host, process in (("elsewhere", 1), (socket.gethostname(), os.getpid()))
-    ]
-    for path in foreign:
-        path.touch()
+    # The next one removes what is left.
     source.write_text("new text " * 100, encoding="utf-8")
     subprocess.run(command, check=True, capture_output=True)
-    assert {path.name for path in out.iterdir()} == {*old, *(path.name for path in foreign)}
+    assert {path.name for path in out.iterdir()} == {*old}

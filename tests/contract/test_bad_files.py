@@ -10,7 +10,6 @@ import tempfile
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,9 @@ from hypothesis import strategies as st
 
 from gpt2_jax.config import RunConfig, format_config, load_config
 from gpt2_jax.data.chunks import CutRuns
-from gpt2_jax.data.corpus import text_file, write_corpus
 from gpt2_jax.data.hellaswag import read_hellaswag
+from gpt2_jax.data.prepare import Limits, prepare
+from gpt2_jax.data.sources import open_source
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.interop.huggingface_config import read_huggingface_config
@@ -55,7 +55,7 @@ def read_all_batches(path: str) -> None:
 
 def read_all_text(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_corpus(partial(text_file, path, cuts=CutRuns()), "out", folder)
+        prepare(open_source(path, "text"), folder, Limits(0.1), cuts=CutRuns())
 
 
 READERS: dict[str, Callable[[str], object]] = {

@@ -34,9 +34,10 @@ def blocks_of(text: str, lengths: list[int]) -> list[str]:
 def tokens_of(found) -> list[list[int]]:
     """The ids of each document."""
     rows: list[list[int]] = [[]]
-    for chunk, tokens in encode_chunks(gpt2_tokenizer(), found):
-        rows[-1] += tokens
-        if chunk.ends_document:
+    for one in encode_chunks(gpt2_tokenizer(), found):
+        assert (one.tokens[:1].tolist() == [gpt2_tokenizer().eot_token]) == one.begins_document
+        rows[-1] += one.tokens[int(one.begins_document) :].tolist()
+        if one.chunk.ends_document:
             rows.append([])
     assert rows.pop() == []
     return rows

@@ -7,9 +7,9 @@ import hashlib
 import http.client
 import io
 import os
-import re
 import socket
 import urllib.error
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import pytest
 
 from gpt2_jax.commands import prepare
 from gpt2_jax.data import corpus, kjv
-from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
@@ -67,60 +66,12 @@ def made(recipe: corpus.Recipe, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(open_token_shard(paths[0])), np.asarray(open_token_shard(paths[1]))
 
 
-def text_of(path: Path) -> corpus.Recipe:
-    return partial(corpus.text_file, path, cuts=CutRuns())
-
-
-@pytest.fixture
-def book(tmp_path):
-    return tmp_path / "book.txt"
-
-
-def test_a_text_file_splits_into_documents_and_a_last_tenth(book, tmp_path):
-    book.write_text("Hello world " * 50 + "<|endoftext|>" + "Hello " * 50, encoding="utf-8")
-    train, validation = made(text_of(book), tmp_path / "new" / "folder")
-    tokens = np.concatenate([train, validation])
-    assert validation.size == tokens.size // 10
-    assert tokens.tolist() == corpus.encode_documents(["Hello world " * 50, "Hello " * 50]).tolist()
-
-
-@pytest.mark.parametrize("blank", ["", " ", "\n \u3000\n", " " * 100_000])
-@pytest.mark.parametrize("texts", [("{}", "words " * 40), ("words " * 40, "{}"), ("one " * 20, "{}", "{}", "two " * 20)])
-def test_documents_of_white_space_alone_are_left_out(book, tmp_path, texts, blank):
-    book.write_text("<|endoftext|>".join(texts).replace("{}", blank), encoding="utf-8")
-    tokens = np.concatenate(made(text_of(book), tmp_path))
-    assert tokens.tolist() == corpus.encode_documents([text for text in texts if text != "{}"]).tolist()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"abc \xff", "expected a text file in UTF-8, found byte 0xff at 4"),
-        ("Grüße".encode("latin-1"), "found byte 0xfc at 2\n---> HINT: iconv -f LATIN1 -t UTF-8 "),
-        ("word ".encode("utf-16"), "found UTF-16\n---> HINT: iconv -f UTF-16 -t UTF-8 "),
-        (b"Hi", "enough text for two splits, found 2 tokens\n---> HINT: "),
-        (b" \n" * 100_000, "enough text for two splits, found 0 tokens\n---> HINT: "),
-        (b"", "enough text for two splits, found 0 tokens\n---> HINT: "),
-    ],
-)
-def test_unusable_text_files_are_refused(book, tmp_path, content, message):
-    book.write_bytes(content)
-    with pytest.raises(Gpt2JaxError, match=message):
-        made(text_of(book), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_missing_text_file_is_refused(tmp_path):
-    with pytest.raises(Gpt2JaxError, match="expected a text file"):
-        made(text_of(tmp_path / "none.txt"), tmp_path)
-
-
 @pytest.mark.parametrize("error", [urllib.error.URLError("no network"), http.client.IncompleteRead(b"no network")])
 def test_tinyshakespeare_without_a_network_is_an_honest_error(monkeypatch, tmp_path, error):
     def refuse(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(corpus.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(Gpt2JaxError, match=r"found no way to it(.|\n)*python scripts/prepare_data.py"):
         made(corpus.tinyshakespeare, tmp_path)
 
@@ -128,7 +79,7 @@ def test_tinyshakespeare_without_a_network_is_an_honest_error(monkeypatch, tmp_p
 @pytest.fixture
 def download(monkeypatch):
     """A function that sets what a download gives."""
-    return lambda content: monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
+    return lambda content: monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
 
 
 def test_another_file_in_tinyshakespeares_place_is_refused(download, tmp_path):
@@ -213,17 +164,3 @@ def test_what_is_no_file_of_nanogpts_is_refused(dataset, tmp_path, damage, found
     with pytest.raises(Gpt2JaxError, match=found):
         made(partial(corpus.nanogpt, path), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_tokens_given_as_text_are_refused_with_the_command_that_takes_them(dataset, tmp_path):
-    folder = dataset(train=[50256, 0xD8FF] * 100)
-    command = f"python scripts/prepare_data.py --source {folder / 'train.bin'} --source-format nanogpt"
-    with pytest.raises(Gpt2JaxError, match=f"expected a text file in UTF-8, found .*\n---> HINT: {re.escape(command)}"):
-        made(text_of(folder / "train.bin"), tmp_path)
-    with pytest.raises(Gpt2JaxError, match=f"expected a token shard .*\n---> HINT: {re.escape(command)}"):
-        open_token_shard(folder / "train.bin")
-    write_token_shard(folder / "train.bin", np.arange(100))
-    with pytest.raises(
-        Gpt2JaxError, match=r"expected a text file, found a token shard of llm.c's format\n---> HINT: .*--train "
-    ):
-        made(text_of(folder / "train.bin"), tmp_path)

@@ -335,8 +335,12 @@ def test_last_place_is_where_the_batch_was_read(tmp_path, shuffle):
     [
         ("mine_trian.bin", "; there is mine_train.bin in", "python scripts/prepare_data.py --source TEXT_FILE"),
         ("dta/mine_train.bin", "; there is data in", "python scripts/prepare_data.py --source TEXT_FILE"),
-        ("data/fineweb10B/fineweb_train_*.bin", "", "curl -fL --create-dirs -o "),
-        ("data/edu_fineweb100B/edu_fineweb_val_*.bin", "", "curl -fL --create-dirs -o "),
+        (
+            "data/fineweb10B/fineweb_train_*.bin",
+            "",
+            "python scripts/prepare_data.py --source fineweb --tokens 10B --output-dir ",
+        ),
+        ("data/edu_fineweb100B/edu_fineweb_val_*.bin", "", "python scripts/prepare_data.py --source edu_fineweb-shards "),
         ("data/kjv_train.bin", "", "python scripts/prepare_data.py"),
         ("dev/data/tinyshakespeare/tiny_shakespeare_train.bin", "", "python scripts/prepare_data.py --source tinyshakespeare"),
     ],
@@ -348,7 +352,7 @@ def test_missing_shards_say_what_there_is_and_how_to_get_them(tmp_path, pattern,
         TokenLoader(str(tmp_path / pattern), 1, 4, vocab_size=50)
     assert f"found no file of that name or pattern{found}" in raised.value.problem
     assert raised.value.hint.startswith(hint)
-    assert ("fineweb-edu" in raised.value.hint) == ("edu" in pattern)
+    assert ("edu_fineweb-shards" in raised.value.hint) == ("edu" in pattern)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,6 @@ def runs(tmp_path, monkeypatch):
         ("d12x", "no such name", "d12   (random weights of this size)"),
         ("D24", "no such name", "d24   (random"),
         ("gpt3:768", "no such name", "gpt3:c768   (random"),
-        ("gpt2", "no such name", "curl -fL --create-dirs -o 'gpt2/#1'"),
         ("gpt2_124M.bin", "no such name", "curl -fL -o gpt2_124M.bin https://"),
         ("elsewhere.bin", "no such name", "curl -fL --create-dirs -o 'gpt2/#1'"),
     ],

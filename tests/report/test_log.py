@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -36,11 +37,15 @@ def test_main_log_has_llmcs_lines(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
-    log = RunLog(tmp_path / "log.jsonl")
+    log = RunLog(tmp_path / "log.jsonl", tokens_per_step=64)
+    before = time.time()
     log.write("train", 1, loss=float("nan"), lr=0.1, norm=float("inf"), loss_z=1.0)
-    assert json.loads(log.path.read_text(), parse_constant=pytest.fail) == {
+    record = json.loads(log.path.read_text(), parse_constant=pytest.fail)
+    assert before - 0.001 <= record.pop("time") <= time.time() + 0.001
+    assert record == {
         "event": "train",
         "step": 1,
+        "tokens": 64,
         "loss": None,
         "lr": 0.1,
         "norm": None,

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from gpt2_jax.report import progress
-from gpt2_jax.report.progress import bytes_progress
+from gpt2_jax.report.progress import bytes_progress, tokens_progress
 
 
 class Terminal(io.StringIO):
@@ -67,3 +67,21 @@ def test_a_terminal_gets_a_line_that_changes_and_vanishes(clock, fails, monkeypa
 def test_what_is_only_called_a_terminal_gets_lines(clock, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert shown(clock, [5]) == "reading a text: 1 of 10 MB, about 45 s left\n"
+
+
+@pytest.mark.parametrize(
+    ("totals", "line"),
+    [
+        ((40_000_000, None), "10 of 40 MB, 5.0 M tokens, 0.80 M tokens/s, about 19 s left"),
+        ((None, 10_000_000), "5 of 10 M tokens, 0.80 M tokens/s, about 6 s left"),
+        ((None, None), "10 MB, 5.0 M tokens, 0.80 M tokens/s, no end known"),
+    ],
+)
+def test_the_rate_and_the_time_left_are_of_this_process(clock, totals, line):
+    """Of 5 M tokens an earlier process made 1 M; the others took 5 seconds."""
+    file = io.StringIO()
+    with tokens_progress("tokenizing", *totals, Console(file=file, width=200)) as advance:
+        advance(2_000_000, 1_000_000, earlier=True)
+        clock[0] += 5
+        advance(8_000_000, 4_000_000)
+    assert file.getvalue() == f"tokenizing: {line}\n"

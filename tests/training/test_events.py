@@ -64,10 +64,10 @@ def test_a_prompt_to_a_smaller_vocabulary_is_refused_before_anything_is_written(
     with pytest.raises(Gpt2JaxError, match=r"--prompt: expected none for a model of 203 tokens, .* found 'Hello'"):
         train(change(config, evaluation={"prompt": "Hello"}), "tiny", CPU)
     assert not (tmp_path / "run").exists()
-    assert start_of_samples("", 203) == [202]
+    assert start_of_samples("", 203, gpt2_tokenizer()) == [202]
 
 
 def test_prompts_of_runs_and_of_generate_are_read_alike():
     for prompt in ("", "Hello", "a<|endoftext|>b", "<|endoftext|>"):
-        assert start_of_samples(prompt, 50257) == prompt_tokens(prompt, gpt2_tokenizer())
-    assert np.max(start_of_samples("a<|endoftext|>b", 50304)) == 50256
+        assert start_of_samples(prompt, 50257, gpt2_tokenizer()) == prompt_tokens(prompt, gpt2_tokenizer())
+    assert np.max(start_of_samples("a<|endoftext|>b", 50304, gpt2_tokenizer())) == 50256

@@ -74,7 +74,7 @@ def fake_run(config, tiny_params, tmp_path):
             steps=changed.run.steps,
             folder=folder,
             display=Recorder(happened),
-            log=RunLog(folder / "log.jsonl"),
+            log=RunLog(folder / "log.jsonl", changed.tokens_per_step),
             computed_by="a test",
             peak_flops=None,
             compiled=FakeStep(happened, losses or {}, ready, calls=at),
@@ -321,10 +321,23 @@ def test_an_update_that_is_skipped_is_said_and_the_run_goes_on(fake_run):
 
 # Scripts read these: a key may be added, but not be renamed or taken away.
 LOG_KEYS = {
-    "train": ["event", "step", "loss", "norm", "lr", "loss_z", "norm_z", "applied", "seconds", "tokens_per_second"],
-    "validation": ["event", "step", "loss"],
-    "hellaswag": ["event", "step", "right", "total", "accuracy"],
-    "sample": ["event", "step", "text"],
+    "train": [
+        "event",
+        "step",
+        "time",
+        "tokens",
+        "loss",
+        "norm",
+        "lr",
+        "loss_z",
+        "norm_z",
+        "applied",
+        "seconds",
+        "tokens_per_second",
+    ],
+    "validation": ["event", "step", "time", "tokens", "loss"],
+    "hellaswag": ["event", "step", "time", "tokens", "right", "total", "accuracy"],
+    "sample": ["event", "step", "time", "tokens", "text"],
 }
 
 
