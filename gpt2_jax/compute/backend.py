@@ -40,6 +40,7 @@ class Backend:
     | barriers | the compiler takes them out, and merges what is computed anew with what is kept |
     | slice_updates | an update of a slice may copy the whole buffer |
     | cuda_libraries | cuBLAS and cuDNN |
+    | reduce_scatter | sums scattered over devices: wrong in some jaxlibs (jax issue 40830), so ranks exchange and add |
     """
 
     name: str
@@ -123,7 +124,9 @@ def _cpu(reason: str = "asked for with --backend cpu", *, fallback: str = "") ->
 
 def cpu_backend(reason: str, *, environment: tuple[tuple[str, str], ...] = (), fallback: str = "") -> Backend:
     """The record of the CPU."""
-    lacks = {"cuda_libraries", "slice_updates"} | (set() if jax_compat.cpu_compiler_keeps_barriers() else {"barriers"})
+    lacks = {"cuda_libraries", "slice_updates", "reduce_scatter"} | (
+        set() if jax_compat.cpu_compiler_keeps_barriers() else {"barriers"}
+    )
     return Backend("cpu", "cpu", reason, frozenset(lacks), environment=environment, fallback=fallback)
 
 
