@@ -38,7 +38,8 @@ class MemoryEstimate:
 
 
 def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_batches: int = 1) -> MemoryEstimate:
-    """The bytes that a step over micro-batches of B x T tokens has to keep, for activations of s bytes an element.
+    """The bytes that a step over micro-batches of B x T tokens has to keep on each device, for activations of s bytes an
+    element.
 
     Parameters, gradients and each of the two moments are 4 N bytes; where the gradients of several micro-batches are
     not added up in place, two buffers of them are needed. A backend that cannot reuse the memory of the state it is given
@@ -51,6 +52,7 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     same memory.
     """
     config, s = plan.config, plan.compute_dtype.itemsize
+    kept = plan.devices if plan.zero else 1  # a device keeps one part of so many
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
     buffer = 4 * plan.layout.num_parameters
     states = 1 if plan.backend.donates else 2
@@ -66,9 +68,9 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     reuses_logits = most_rows < B * T or plan.classifier.name != "xla"
     a_row = (4 if plan.dtype == "float32" and reuses_logits else 4 + s) * config.padded_vocab_size
     return MemoryEstimate(
-        parameters=buffer * states,
+        parameters=buffer * states // kept + (buffer if plan.zero else 0),  # its part, and the gathered ones
         gradients=buffer * (1 if plan.writes_in_place or num_micro_batches == 1 else 2),
-        moments=2 * buffer * states,
+        moments=2 * buffer * states // kept,
         activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + int(min(B * T, most_rows)) * a_row,
     )
 
@@ -87,9 +89,10 @@ def compiled_memory(plan: Plan, compiled: jax.stages.Compiled) -> MemoryEstimate
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     total = int(analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes)
     buffer = 4 * plan.layout.num_parameters
-    states = 1 if analysis.alias_size_in_bytes >= buffer else 2
-    rest = total - 3 * buffer * states - buffer
-    return MemoryEstimate(buffer * states, buffer, 2 * buffer * states, rest)
+    kept = buffer // plan.devices if plan.zero else buffer
+    states = 1 if analysis.alias_size_in_bytes >= kept else 2
+    rest = total - 3 * kept * states - buffer
+    return MemoryEstimate(kept * states, buffer, 2 * kept * states, rest)
 
 
 def device_limit() -> int | None:

@@ -14,7 +14,7 @@ On one device every function here gives back what it is given.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -69,6 +69,30 @@ def place(plan: Plan, tree: Any, specs: Any) -> Any:
 
 def _is_spec(value: Any) -> bool:
     return isinstance(value, P)
+
+
+def describe(plan: Plan) -> str:
+    """For people: the stage, and the bytes that each of several devices sends in a step."""
+    N, D = plan.layout.num_parameters, plan.devices
+    width = plan.compute_dtype.itemsize
+    sent = (4 + width if plan.zero else 8) * N * (D - 1) // D
+    what = "parameters and moments are divided" if plan.zero else "every device keeps all parameters and moments"
+    return f"ZeRO stage {plan.zero}: {what}; {sent / 1e6:.1f} MB travel from each in a step"
+
+
+def zeros(plan: Plan, shapes: Any, specs: Any) -> Any:
+    """Arrays of zeros of these shapes on the devices as the specs say."""
+    numpy = jnp if plan.devices == 1 else np
+    return place(plan, jax.tree_util.tree_map(lambda shape: numpy.zeros(shape.shape, shape.dtype), shapes), specs)
+
+
+def parts_of(buffer: jax.Array) -> list[jax.Array]:
+    """What each device has of a buffer, by rank, each on its device: a row (N/D,), or the whole (N,)."""
+    if len(buffer.sharding.device_set) == 1:
+        return [buffer]
+    shards = {shard.device: shard.data for shard in buffer.addressable_shards}
+    rank_order = sorted(shards, key=lambda device: device.id)
+    return [shards[device].reshape(-1) if shards[device].ndim > 1 else shards[device] for device in rank_order]
 
 
 # Inside of `on_every_device`.
@@ -176,6 +200,7 @@ def _joined(layout: ParameterLayout, rows: jax.Array) -> jax.Array:
     return lax.concatenate(pieces, 0)
 
 
+@cache
 def make_whole_buffer(plan: Plan) -> Callable[[jax.Array], jax.Array]:
     """The compiled function that makes the whole buffer (N,), on every device, of what the state keeps."""
     if not plan.zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -63,6 +64,19 @@ def _fresh_state(plan: Plan, params: Any, numpy: Any = jnp) -> TrainState:
     shape = (plan.layout.num_parameters,) if plan.devices == 1 else (plan.devices, plan.layout.num_parameters)
     grads = numpy.zeros(shape, numpy.float32) if plan.writes_in_place else None
     return TrainState(params=params, optimizer=moments, windows=numpy.array(empty_windows()), grads=grads)
+
+
+def resumed_state(
+    plan: Plan, fresh: TrainState, step: int, m_N: np.ndarray, v_N: np.ndarray, windows: np.ndarray
+) -> TrainState:
+    """A fresh state with these moments, updates done, and windows, which are on the host and copied."""
+    if plan.devices == 1:
+        moments = AdamWState(jnp.array(step, jnp.int32), jnp.array(m_N), jnp.array(v_N))
+        return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
+    specs = state_specs(plan)
+    on_host = (np.array(step, np.int32), rows_of(plan, m_N), rows_of(plan, v_N)), windows
+    placed = parallel.place(plan, on_host, (tuple(specs.optimizer), specs.windows))
+    return dataclasses.replace(fresh, optimizer=AdamWState(*placed[0]), windows=placed[1])
 
 
 def rows_of(plan: Plan, buffer_N: np.ndarray) -> np.ndarray:

@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 
 from gpt2_jax.compute import memory
-from gpt2_jax.compute.backend import Backend, open_device
+from gpt2_jax.compute.backend import Backend, num_devices, open_device
 from gpt2_jax.compute.flops import peak_flops
 from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import compile_step, create_state
-from gpt2_jax.config import RunConfig
+from gpt2_jax.config import RunConfig, load_saved_config
 from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.data.tokenizer import gpt2_tokenizer, other_ids
 from gpt2_jax.errors import Gpt2JaxError
@@ -30,7 +30,7 @@ from gpt2_jax.evaluate import unigram_cross_entropy
 from gpt2_jax.families.family import is_descriptor
 from gpt2_jax.llmc.checkpoint_set import newest_step, set_paths
 from gpt2_jax.llmc.model_file import read_model_config
-from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
+from gpt2_jax.llmc.rounding import rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, model_source, read_sizes
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
@@ -73,7 +73,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
             display.line(f"nothing to do: {prepared.folder} is at step {done} of {steps}; a larger --steps goes on")
             return prepared.folder
         less = memory.needing_less(plan, config.data.batch_size, config.tokens_per_step)
-        estimated = memory.estimate(plan, *config.batch_shape[1:], num_micro_batches=config.num_micro_batches)
+        batch = config.data.batch_size, config.data.sequence_length
+        estimated = memory.estimate(plan, *batch, num_micro_batches=config.num_micro_batches)
         with (
             memory.out_of_memory_explained(estimated, less),
             # A dry run has nothing to save: a signal ends it.
@@ -99,7 +100,7 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
     """Open and check everything that a run needs but its weights; Gpt2JaxError for settings that cannot be met. `say` is
     given a line about the folder's old lock."""
     config.validate()
-    device = open_device(backend)
+    device = open_device(backend, config.compute.devices)
     newest = None
     if config.run.resume:
         resume.check_settings(config)
@@ -116,7 +117,8 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
         model = read_sizes(config.model)
     if config.evaluation.sample_every:
         start_of_samples(config.evaluation.prompt, model.vocab_size)
-    plan = make_plan(config.compute, backend, model)
+    config = _with_devices(config, num_devices(backend, config.compute.devices))
+    plan = make_plan(config.compute, backend, model, devices=config.num_devices, zero=config.compute.zero)
     data = open_data(config, model)
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
     if steps < 1:
@@ -125,6 +127,30 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
             "a smaller --total-batch-size, or --steps to train on the data more than once",
         )
     return Prepared(config, plan, device, data, steps, folder_of(config, name), newest)
+
+
+def _with_devices(config: RunConfig, devices: int) -> RunConfig:
+    """The settings with the number of devices that was found. A resumed run keeps its tokens of a step; Gpt2JaxError where
+    the devices cannot share them."""
+    tokens, saved = config.data.total_batch_size, load_saved_config(config.run.out_dir) if config.run.resume else None
+    if saved is not None:
+        tokens = saved.tokens_per_step
+    if devices == 1 and (saved is None or saved.num_devices == 1):
+        return config
+    one = config.data.batch_size * config.data.sequence_length
+    if saved is not None and tokens % (one * devices):
+        fitting = [number for number in range(1, devices + 1) if tokens % (one * number) == 0]
+        raise Gpt2JaxError(
+            f"--resume: expected devices that share the run's {tokens} tokens of a step in batches of {one}, found {devices}",
+            f"--devices {fitting[-1]}" if fitting else "--devices 1",
+        )
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, total_batch_size=tokens or one * devices),
+        compute=dataclasses.replace(config.compute, devices=devices),
+    )
+    config.validate()
+    return config
 
 
 def _compile(prepared: Prepared, display: Display) -> jax.stages.Compiled:
@@ -155,11 +181,13 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
     state = create_state(plan, params)
     if resumed is not None:
-        state = resume.resumed_state(state, config, resumed, data.train, display, computed_by=computed_by)
+        state = resume.resumed_state(plan, state, config, resumed, data.train, display, computed_by=computed_by)
+    streams = resume.roundings(plan, resumed)
     record = None if resumed is None else resumed.record
     if config.evaluation.sample_every and (remark := other_ids(gpt2_tokenizer(), plan.config.vocab_size)):
         display.line(remark)
     stack.enter_context(open_folder(folder, config, display.line))
+    peak = peak_flops(jax.devices()[0].device_kind, plan.dtype, plan.matmul_precision or "default")
     run = Run(
         config=config,
         plan=plan,
@@ -169,13 +197,14 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         display=display,
         log=RunLog(folder / "log.jsonl"),
         computed_by=computed_by,
-        peak_flops=peak_flops(jax.devices()[0].device_kind, plan.dtype, plan.matmul_precision or "default"),
+        peak_flops=None if peak is None else peak * plan.devices,
         compiled=compiled,
         loss_function=make_loss_function(plan),
         token_loss_function=make_token_loss_function(plan),
         state=state,
         step=0 if resumed is None else resumed.step,
-        rounding=RoundingStream(num_tensors=len(plan.layout.tensors)) if resumed is None else resumed.rounding,
+        rounding=streams[0],
+        other_roundings=tuple(streams[1:]),
         clock=StepClock(config.tokens_per_step, Averages() if record is None else record.averages),
         best=None if record is None else record.best,
     )

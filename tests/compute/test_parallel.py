@@ -49,7 +49,7 @@ def whole(plan: Plan, buffer: jax.Array) -> np.ndarray:
     return np.asarray(parallel.make_whole_buffer(plan)(buffer))
 
 
-@pytest.mark.parametrize("devices, zero", [(2, 0), (2, 1), (4, 1)])
+@pytest.mark.parametrize(("devices", "zero"), [(2, 0), (2, 1), (4, 1)])
 @pytest.mark.parametrize("matmul", available(["xla", "threaded"]))
 def test_devices_train_like_one_with_as_many_micro_batches(tiny_params, matmul, zero, devices):
     """float32 sums in another order: the issue's 1e-5 of losses."""
