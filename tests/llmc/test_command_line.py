@@ -158,12 +158,12 @@ def test_hellaswag_is_where_llmc_looks_for_it(tmp_path, monkeypatch):
 
 
 def test_the_translation_is_printed_as_comments_and_other_flags_go_over_it(capsys):
-    config = settings("./train_gpt2cu -i 'my data_*.bin' -b 8 -b 64 -z 1", "--batch-size", "2", "--dtype", "float32")
+    config = settings("./train_gpt2cu -i 'my data_*.bin' -b 8 -b 64 -lg 10", "--batch-size", "2", "--dtype", "float32")
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("# ") for line in lines)
     assert lines[1].startswith("# is here: python scripts/train.py --train 'my data_*.bin' ")
     assert " --batch-size 64 " in lines[1]
-    assert "# -z 1 has no effect: one device has nothing to shard" in lines
+    assert "# -lg 10 has no effect: no telemetry is printed" in lines
     assert (config.data.batch_size, config.compute.dtype) == (2, "float32")
 
 
