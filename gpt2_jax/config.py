@@ -57,7 +57,8 @@ class DataSettings:
     sequence_length: int = 1024
     """Tokens of a sequence, T; at most the model's."""
     total_batch_size: int = 0
-    """Tokens of one optimizer step, a multiple of B * T: more than B * T accumulates gradients; 0 means B * T."""
+    """Tokens of one optimizer step, a multiple of B * T, of several devices of B * T * devices: more than that accumulates
+    gradients; 0 means as many."""
     shuffle: bool = True
     """Permute shards and samples in llm.c's order (seed 42); off: one after another."""
     overfit_one_batch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -162,6 +163,10 @@ class ComputeSettings:
     deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """The same bits in every run on the same machine. The CPU's always are; on NVIDIA GPUs it costs some speed, which the
     start table tells."""
+    devices: int = 0
+    """Devices of this machine that train together, each on its own --batch-size; 0: all accelerators, or the one CPU."""
+    zero: Literal[0, 1] = 1
+    """What several devices divide (ZeRO's stages): 0 nothing, 1 parameters and moments, of which each keeps its part."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make every announced fallback an error: a library that was not built, a jax that lacks what is needed."""
 
@@ -188,6 +193,7 @@ class RunConfig:
             (self.evaluation, "validation_batches", -1),
             (self.evaluation, "sample_every", 0),
             (self.evaluation, "sample_tokens", 1),
+            (self.compute, "devices", 0),
             (self.run, "steps", 0),
             (self.run, "seed", 0),
             (self.run, "checkpoint_every", 0),
@@ -216,11 +222,13 @@ class RunConfig:
             raise Gpt2JaxError("--epsilon: expected a number above 0, found 0.0")
         if self.run.seed >= 2**32:
             raise Gpt2JaxError(f"--seed: expected less than 2^32, found {self.run.seed}")
-        micro_batch = self.data.batch_size * self.data.sequence_length
-        if self.data.total_batch_size % micro_batch:
+        micro_batch = self.data.batch_size * self.data.sequence_length * self.num_devices
+        # A resumed run keeps the tokens of a step; what then does not fit is the number of devices.
+        if not self.run.resume and self.data.total_batch_size % micro_batch:
             below = self.data.total_batch_size // micro_batch * micro_batch
             raise Gpt2JaxError(
-                f"--total-batch-size: expected a multiple of batch size x sequence length = {micro_batch} tokens, "
+                f"--total-batch-size: expected a multiple of batch size x sequence length"
+                f"{f' x {self.num_devices} devices' if self.num_devices > 1 else ''} = {micro_batch} tokens, "
                 f"found {self.data.total_batch_size}",
                 f"--total-batch-size {max(below, micro_batch)}",
             )
@@ -230,17 +238,23 @@ class RunConfig:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches whose gradients one step sums."""
-        return max(1, self.data.total_batch_size // (self.data.batch_size * self.data.sequence_length))
+        """Micro-batches of each device whose gradients one step sums."""
+        micro_batch = self.data.batch_size * self.data.sequence_length * self.num_devices
+        return max(1, self.data.total_batch_size // micro_batch)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that train together; 1 until a run that leaves their number open has looked for them."""
+        return max(1, self.compute.devices)
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
-        """(A, B, T): the micro-batches of one step, their sequences, and the tokens of each."""
-        return self.num_micro_batches, self.data.batch_size, self.data.sequence_length
+        """(A, D * B, T): the micro-batches of one step, their sequences on all devices, and the tokens of each."""
+        return self.num_micro_batches, self.num_devices * self.data.batch_size, self.data.sequence_length
 
     @property
     def tokens_per_step(self) -> int:
-        return self.num_micro_batches * self.data.batch_size * self.data.sequence_length
+        return self.num_micro_batches * self.num_devices * self.data.batch_size * self.data.sequence_length
 
     @property
     def rounds_parameters(self) -> bool:

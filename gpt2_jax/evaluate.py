@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
-from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard
 
 LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -18,10 +18,18 @@ _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for sh
 _COUNTED_AT_ONCE = 1_000_000  # np.bincount makes a copy of 8 bytes a token
 
 
+class Batches(Protocol):
+    """What a loader of one rank or of several has."""
+
+    def reset(self) -> None: ...
+
+    def next_batch(self) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 def validation_loss(
     loss_function: LossFunction,
     params_N: jax.Array,
-    loader: TokenLoader,
+    loader: Batches,
     num_batches: int,
     *,
     before_batch: Callable[[], None] = lambda: None,
@@ -61,9 +69,9 @@ def unigram_cross_entropy(train_paths: Sequence[str], validation_paths: Sequence
     return float(-(validation * log_probability).sum() / validation.sum())
 
 
-def num_batches_of(num_questions: int, batch_size: int) -> int:
+def num_batches_of(num_questions: int, batch_size: int, num_devices: int = 1) -> int:
     """How many batches `num_right_answers` scores so many questions in."""
-    return -(-num_questions // max(1, batch_size // NUM_COMPLETIONS))
+    return -(-num_questions // (num_devices * max(1, batch_size // NUM_COMPLETIONS)))
 
 
 def num_right_answers(
@@ -72,15 +80,16 @@ def num_right_answers(
     examples: Sequence[MultipleChoice],
     batch_size: int,
     *,
+    num_devices: int = 1,
     before_batch: Callable[[], None] = lambda: None,
 ) -> int:
     """How many questions the model answers rightly, by llm.c's rule: of the four endings it takes the one whose tokens
     have the lowest mean loss after the context, in float32, the first of equals.
 
-    As many questions as fit into `batch_size` rows, four each, but at least one, are scored at a time; `before_batch` as
-    in `validation_loss`.
+    As many questions as fit into `batch_size` rows, four each, but at least one, are scored by each device at a time;
+    `before_batch` as in `validation_loss`.
     """
-    at_a_time = max(1, batch_size // NUM_COMPLETIONS)
+    at_a_time = num_devices * max(1, batch_size // NUM_COMPLETIONS)
     # Attention is causal, so padding behind a row's end changes nothing: rows are as long as the longest question.
     width = max(example.longest for example in examples) - 1
     right = 0

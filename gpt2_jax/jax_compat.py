@@ -139,3 +139,15 @@ def ffi_call(target: str, result: Any, *args: Any, aliases: dict[int, int] | Non
     if jax.__version_info__ >= (0, 4, 35):
         return ffi_module().ffi_call(target, result, vmap_method="sequential", **options)(*args, **attributes)
     return ffi_module().ffi_call(target, result, *args, **attributes)
+
+
+def shard_map(function: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
+    """`function` run by every device of the mesh on its own part. Which results are equal on all devices is not checked:
+    custom calls and custom gradients have no rule for it."""
+    import jax
+
+    if jax.__version_info__ >= (0, 6, 1):
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    from jax.experimental.shard_map import shard_map as experimental
+
+    return experimental(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False)

@@ -20,8 +20,8 @@ for name in ("SIGINT", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("GPT2_JAX_TEST_PLATFORMS", "cpu")
-# Two virtual devices: code that takes the first device for the only one shows.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+# Four virtual devices: code that takes the first device for the only one shows.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 # Tests, and the programs that they run, compile the same few functions again and again; pytest-xdist's workers share them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-test-cache-")

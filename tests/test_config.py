@@ -42,7 +42,7 @@ FLAGS = {
     *("--beta1", "--beta2", "--epsilon", "--gradient-clip"),
     *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
-    *("--dry-run", "--strict"),
+    *("--dry-run", "--strict", "--devices", "--zero"),
     *("--steps", "--seed", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
     *("--max-minutes", "--checkpoint-minutes", "--keep-best", "--verbose", "--track", "--profile"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute", "--deterministic"),

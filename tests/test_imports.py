@@ -161,15 +161,15 @@ def test_before_the_backend_is_chosen_jax_is_not_imported():
 COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "all_gather", "psum_scatter", "all_to_all", "ppermute", "pshuffle", "shard_map"}
 
 
-def test_nothing_speaks_to_other_devices():
-    """One file will; until then a plan is of one device."""
+def test_one_file_speaks_to_other_devices():
+    """compute/parallel.py; jax_compat knows in which versions shard_map is where."""
     found = []
     for module, tree in sources().items():
         for node in ast.walk(tree):
             name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
             imported = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
             found += [f"{module}: {one}" for one in (name, *imported) if one in COLLECTIVES]
-    assert found == []
+    assert {line.partition(":")[0] for line in found} == {"gpt2_jax.compute.parallel", "gpt2_jax.jax_compat"}
 
 
 def test_the_reader_of_imports_sees_what_runs_and_only_that():

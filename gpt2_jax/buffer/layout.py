@@ -141,6 +141,15 @@ class ParameterLayout:
             raise Gpt2JaxError(f"flat buffer: expected shape ({self.num_parameters},), found {buffer.shape}")
         return {tensor.name: buffer[tensor.offset : tensor.stop].reshape(tensor.full_shape) for tensor in self.tensors}
 
+    def rows(self, buffer: np.ndarray, num_parts: int) -> np.ndarray:
+        """The parts of a buffer (num_parameters,), by rank: a copy (num_parts, num_parameters / num_parts)."""
+        parts = self.part(num_parts).tensors  # refuses a number that does not divide every layer
+        rows = np.empty((num_parts, self.num_parameters // num_parts), buffer.dtype)
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            piece = buffer[tensor.offset : tensor.stop].reshape(tensor.num_layers, num_parts, -1)
+            rows[:, part.offset : part.stop] = piece.swapaxes(0, 1).reshape(num_parts, -1)
+        return rows
+
     def part(self, num_parts: int) -> ParameterLayout:
         """The layout of one of `num_parts` equal parts of the buffer: llm.c's ZeRO-1 part.
 

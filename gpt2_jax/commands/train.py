@@ -12,7 +12,7 @@ The built-in text has to be prepared once: python scripts/prepare_data.py
 from __future__ import annotations
 
 from gpt2_jax.commands.command_line import parse_command_line
-from gpt2_jax.compute.backend import Backend, select_backend
+from gpt2_jax.compute.backend import Backend, select_backend, set_cpu_devices
 from gpt2_jax.config import ComputeSettings, format_config
 from gpt2_jax.errors import as_typed
 from gpt2_jax.machine import keep_freed_memory
@@ -39,6 +39,8 @@ def main(words: list[str]) -> None:
 
     if backend.platform == "cpu":
         keep_freed_memory()
+        if command.settings.compute.devices > 1:
+            set_cpu_devices(command.settings.compute.devices)
 
     from gpt2_jax.training.run import train
 

@@ -21,6 +21,7 @@ from gpt2_jax.compute import metal_plugins
 from gpt2_jax.compute.metal_plugins import MetalPlugin
 from gpt2_jax.errors import Gpt2JaxError
 
+_CPU_DEVICES = "--xla_force_host_platform_device_count"
 _PROGRAM_FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _PROGRAM_FOLDER_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 _MAX_PROGRAM_BYTES = 2_000_000_000  # of all processors' folders together
@@ -41,6 +42,7 @@ class Backend:
     | slice_updates | an update of a slice may copy the whole buffer |
     | cuda_libraries | cuBLAS and cuDNN |
     | determinism | bits that are known to be the same in every run |
+    | reduce_scatter | sums scattered over devices: wrong in some jaxlibs (jax issue 40830), so ranks exchange and add |
     """
 
     name: str
@@ -96,8 +98,29 @@ def select_backend(requested: str, *, metal_plugin: str = "auto", full_float32: 
     return chosen
 
 
-def open_device(backend: Backend) -> str:
-    """Start jax on the backend, compute something, and return the device's name; Gpt2JaxError when it cannot."""
+def set_cpu_devices(number: int) -> None:
+    """Let jax show the CPU as so many devices, unless XLA_FLAGS says how many; call this before jax starts."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _CPU_DEVICES not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_CPU_DEVICES}={number}".strip()
+
+
+def num_devices(backend: Backend, requested: int) -> int:
+    """How many devices train: those that are `requested`, or for 0 all accelerators, or the one CPU; call this once jax has
+    started. Gpt2JaxError if there are fewer."""
+    import jax
+
+    found = jax.local_device_count()
+    if requested > found:
+        raise Gpt2JaxError(
+            f"--devices: expected at most the {found} that jax sees here, found {requested}", f"--devices {found}"
+        )
+    return requested or (1 if backend.platform == "cpu" else found)
+
+
+def open_device(backend: Backend, requested: int = 1) -> str:
+    """Start jax on the backend, compute something, and return the device's name and how many of it are used;
+    Gpt2JaxError when it cannot."""
     import jax
     import numpy as np
 
@@ -112,7 +135,7 @@ def open_device(backend: Backend) -> str:
         raise Gpt2JaxError(f"backend {backend.name}: expected a device, found: {first_line}", _ON_CPU) from None
     if device.platform == "cpu" and backend.name != "cpu":
         raise Gpt2JaxError(f"backend {backend.name}: expected its device, found that jax opened the CPU instead", _ON_CPU)
-    return f"{device.device_kind} ({jax.device_count()} device(s), using 1)"
+    return f"{device.device_kind} ({jax.device_count()} device(s), using {num_devices(backend, requested)})"
 
 
 _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
@@ -124,7 +147,9 @@ def _cpu(reason: str = "asked for with --backend cpu", *, fallback: str = "") ->
 
 def cpu_backend(reason: str, *, environment: tuple[tuple[str, str], ...] = (), fallback: str = "") -> Backend:
     """The record of the CPU."""
-    lacks = {"cuda_libraries", "slice_updates"} | (set() if jax_compat.cpu_compiler_keeps_barriers() else {"barriers"})
+    lacks = {"cuda_libraries", "slice_updates", "reduce_scatter"} | (
+        set() if jax_compat.cpu_compiler_keeps_barriers() else {"barriers"}
+    )
     return Backend("cpu", "cpu", reason, frozenset(lacks), environment=environment, fallback=fallback)
 
 

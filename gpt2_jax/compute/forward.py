@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from gpt2_jax.buffer.weights import Weights
+from gpt2_jax.compute import parallel
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops.classifier import classifier_of, logits
 from gpt2_jax.ops.threaded import Site
 from gpt2_jax.ops.writer import empty_slots
+
+_SPECS = (parallel.EVERYWHERE, parallel.BY_RANK, parallel.BY_RANK)  # whole parameters, x and y
 
 
 def token_losses(plan: Plan, params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
@@ -39,13 +42,17 @@ def all_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
 
 
 def make_loss_function(plan: Plan) -> jax.stages.Wrapped:
-    """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient."""
-    return jax.jit(lambda params_N, x_BT, y_BT: jnp.mean(token_losses(plan, params_N, x_BT, y_BT)))
+    """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient; of D devices x and y are (D * B, T)."""
+
+    def loss(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
+        return parallel.mean(plan, jnp.mean(token_losses(plan, params_N, x_BT, y_BT)))
+
+    return jax.jit(parallel.on_every_device(plan, loss, _SPECS, parallel.EVERYWHERE))
 
 
 def make_token_loss_function(plan: Plan) -> jax.stages.Wrapped:
-    """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target."""
-    return jax.jit(partial(token_losses, plan))
+    """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target; of D devices all are (D * B, T)."""
+    return jax.jit(parallel.on_every_device(plan, partial(token_losses, plan), _SPECS, parallel.BY_RANK))
 
 
 @partial(jax.jit, static_argnums=0)

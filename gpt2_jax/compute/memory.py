@@ -39,7 +39,8 @@ class MemoryEstimate:
 
 
 def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_batches: int = 1) -> MemoryEstimate:
-    """The bytes that a step over micro-batches of B x T tokens has to keep, for activations of s bytes an element.
+    """The bytes that a step over micro-batches of B x T tokens has to keep on each device, for activations of s bytes an
+    element.
 
     Parameters, gradients and each of the two moments are 4 N bytes; where the gradients of several micro-batches are
     not added up in place, two buffers of them are needed. A backend that cannot reuse the memory of the state it is given
@@ -52,6 +53,7 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     chunks has the logits of one chunk, and may have their gradient in the same memory.
     """
     config, s = plan.config, plan.compute_dtype.itemsize
+    shares = plan.devices if plan.zero else 1  # a device keeps one of so many parts
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
     buffer = 4 * plan.layout.num_parameters
     states = 1 if plan.backend.donates else 2
@@ -67,9 +69,9 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     classifier = classifier_of(plan)
     a_row = classifier.bytes_of_logit(s) * config.padded_vocab_size
     return MemoryEstimate(
-        parameters=buffer * states,
+        parameters=buffer * states // shares + (buffer if plan.zero else 0),  # its part, and the gathered ones
         gradients=buffer * (1 if plan.writes_in_place or num_micro_batches == 1 else 2),
-        moments=2 * buffer * states,
+        moments=2 * buffer * states // shares,
         activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + classifier.most_rows(B * T) * a_row,
     )
 
@@ -88,9 +90,10 @@ def compiled_memory(plan: Plan, compiled: jax.stages.Compiled) -> MemoryEstimate
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     total = int(analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes)
     buffer = 4 * plan.layout.num_parameters
-    states = 1 if analysis.alias_size_in_bytes >= buffer else 2
-    rest = total - 3 * buffer * states - buffer
-    return MemoryEstimate(buffer * states, buffer, 2 * buffer * states, rest)
+    kept = buffer // plan.devices if plan.zero else buffer
+    states = 1 if analysis.alias_size_in_bytes >= kept else 2
+    rest = total - 3 * kept * states - buffer
+    return MemoryEstimate(kept * states, buffer, 2 * kept * states, rest)
 
 
 def device_limit() -> int | None:

@@ -57,6 +57,8 @@ class Plan:
     recompute: str  # of ops.recompute.RECOMPUTED
     matmul_precision: str | None  # of float32 products, by jax's names; None is jax's default
     deterministic: bool = False  # the same bits in every run
+    devices: int = 1  # that train together
+    zero: int = 0  # 0: each keeps all parameters and moments; 1: each keeps a row of them (compute/parallel.py)
     linear: Choice = _UNDECIDED
     norm_linear: Choice = _UNDECIDED
     attention: Choice = _UNDECIDED
@@ -140,11 +142,12 @@ class Plan:
         return {name: value if isinstance(value, bool) else str(value) for name, value, _ in options}
 
 
-def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) -> Plan:
-    """Resolve how a model of these sizes is computed on this backend.
+def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig, *, devices: int = 1, zero: int = 0) -> Plan:
+    """Resolve how a model of these sizes is computed on so many devices of this backend.
 
-    Gpt2JaxError when an implementation that was named cannot serve, for an unknown name in GPT2_JAX_DISABLE, for a switch
-    of jax's that a run cannot heed, and with --strict for every fallback.
+    Gpt2JaxError for a number of devices that does not divide the model, when an implementation that was named cannot
+    serve, for an unknown name in GPT2_JAX_DISABLE, for a switch of jax's that a run cannot heed, and with --strict for
+    every fallback.
     """
     _check_switches()
     check_switched_off([f"{seam}:{row.name}" for seam, table in SEAMS.items() for row in table])
@@ -154,7 +157,19 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig) 
         raise Gpt2JaxError(
             f"--deterministic: expected a device whose bits are the same in every run, found {backend.name}", "--backend cpu"
         )
-    plan = Plan(backend, config, compute.dtype, compute.recompute, _matmul_precision(compute), compute.deterministic)
+    zero = zero if devices > 1 else 0
+    if zero:
+        _check_divides(config, devices)
+    plan = Plan(
+        backend,
+        config,
+        compute.dtype,
+        compute.recompute,
+        _matmul_precision(compute),
+        deterministic=compute.deterministic,
+        devices=devices,
+        zero=zero,
+    )
     for seam, table in SEAMS.items():
         requested = compute.matmul if seam == "linear" else "auto"
         choice: dict[str, Any] = {seam: choose(seam, table, plan, requested)}
@@ -181,6 +196,17 @@ def _precisions(plan: Plan) -> dict[str, Any]:
         "product_precision": matmul.custom_call_precision(name, dtype, setting),
         "weight_gradient_precision": matmul.custom_call_precision(name, dtype, setting, weight_gradient=True),
     }
+
+
+def _check_divides(config: FamilyConfig, devices: int) -> None:
+    if config.channels % devices:
+        which = [number for number in range(2, min(config.channels, 64) + 1) if config.channels % number == 0]
+        below = max((number for number in which if number < devices), default=1)
+        raise Gpt2JaxError(
+            f"--devices: expected a number that divides the model's {config.channels} channels "
+            f"({', '.join(map(str, which))} ...), found {devices}",
+            f"--devices {below}, or --zero 0",
+        )
 
 
 def _check_switches() -> None:

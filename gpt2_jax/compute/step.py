@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from gpt2_jax.buffer.adamw import AdamWState, adamw
 from gpt2_jax.buffer.rounding import stochastically_rounded
 from gpt2_jax.buffer.schedules import learning_rate_schedule
 from gpt2_jax.buffer.weights import Weights
+from gpt2_jax.compute import parallel
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.compute.stability import Verdict, empty_windows, judge
 from gpt2_jax.config import OptimizerSettings
@@ -27,12 +29,13 @@ from gpt2_jax.ops.writer import empty_slots, writer_of
 @struct.dataclass
 class TrainState:
     """Three flat float32 buffers of num_parameters each (parameters and both moments), the number of updates done (the
-    refused ones included), and the windows of the outlier detector."""
+    refused ones included), and the windows of the outlier detector. From --zero 1 on the three are rows (D, N/D)."""
 
     params: jax.Array
     optimizer: AdamWState
     windows: jax.Array  # (2, 128) float32, of stability.py
-    # Where gradients are written in place: the last step's, (num_parameters,), whose memory the next step overwrites.
+    # Where gradients are written in place: the last step's, (num_parameters,), whose memory the next step overwrites; of D
+    # devices each has its own, (D, num_parameters).
     grads: jax.Array | None = None
 
 
@@ -48,18 +51,51 @@ class Metrics:
 
 
 def create_state(plan: Plan, params_N: np.ndarray | jax.Array) -> TrainState:
-    """A fresh state on the default device from a buffer on the host, which is copied."""
-    params = jnp.array(params_N)
+    """A fresh state on the plan's devices from a buffer on the host, which is copied."""
+    if plan.devices == 1:
+        return _fresh_state(plan, jnp.array(params_N))
+    params = rows_of(plan, np.asarray(params_N))
+    return parallel.place(plan, _fresh_state(plan, params.copy(), np), state_specs(plan))
+
+
+def _fresh_state(plan: Plan, params: Any, numpy: Any = jnp) -> TrainState:
     # Two arrays, not one twice: the state's buffers are donated to the step.
-    moments = AdamWState(jnp.zeros((), jnp.int32), jnp.zeros_like(params), jnp.zeros_like(params))
-    grads = jnp.zeros_like(params) if plan.writes_in_place else None
-    return TrainState(params=params, optimizer=moments, windows=jnp.array(empty_windows()), grads=grads)
+    moments = AdamWState(numpy.zeros((), numpy.int32), numpy.zeros_like(params), numpy.zeros_like(params))
+    shape = (plan.layout.num_parameters,) if plan.devices == 1 else (plan.devices, plan.layout.num_parameters)
+    grads = numpy.zeros(shape, numpy.float32) if plan.writes_in_place else None
+    return TrainState(params=params, optimizer=moments, windows=numpy.array(empty_windows()), grads=grads)
+
+
+def resumed_state(
+    plan: Plan, fresh: TrainState, step: int, m_N: np.ndarray, v_N: np.ndarray, windows: np.ndarray
+) -> TrainState:
+    """A fresh state with these moments, updates done, and windows, which are on the host and copied."""
+    if plan.devices == 1:
+        moments = AdamWState(jnp.array(step, jnp.int32), jnp.array(m_N), jnp.array(v_N))
+        return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
+    specs = state_specs(plan)
+    on_host = (np.array(step, np.int32), rows_of(plan, m_N), rows_of(plan, v_N)), windows
+    placed = parallel.place(plan, on_host, (tuple(specs.optimizer), specs.windows))
+    return dataclasses.replace(fresh, optimizer=AdamWState(*placed[0]), windows=placed[1])
+
+
+def rows_of(plan: Plan, buffer_N: np.ndarray) -> np.ndarray:
+    """A whole buffer on the host as a state keeps it."""
+    return plan.layout.rows(buffer_N, plan.devices) if plan.zero else buffer_N
+
+
+def state_specs(plan: Plan) -> TrainState:
+    """How a state lies on the devices: parallel.py's specs in place of its arrays."""
+    buffers, everywhere = parallel.buffers_of(plan), parallel.EVERYWHERE
+    grads = parallel.BY_RANK if plan.writes_in_place else None
+    return TrainState(buffers, AdamWState(everywhere, buffers, buffers), everywhere, grads)  # type: ignore[arg-type]
 
 
 def state_shapes(plan: Plan) -> TrainState:
     """The shapes of a state, from which a step can be compiled before there are weights."""
-    params = jax.ShapeDtypeStruct((plan.layout.num_parameters,), jnp.float32)
-    return jax.eval_shape(lambda params_N: create_state(plan, params_N), params)
+    shape = (plan.devices, plan.layout.num_parameters // plan.devices) if plan.zero else (plan.layout.num_parameters,)
+    params = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda params: _fresh_state(plan, params), params)
 
 
 def accumulated_gradient(
@@ -69,9 +105,15 @@ def accumulated_gradient(
 
     Where the backend has no loops the function holds the micro-batches one after another.
     """
+    return with_squares(plan, *_sums_of_micro_batches(plan, params_N, grads_N, x_ABT, y_ABT))
+
+
+def _sums_of_micro_batches(
+    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_ABT: jax.Array, y_ABT: jax.Array
+) -> _Sums:
     num_micro_batches = x_ABT.shape[0]
     if num_micro_batches == 1:
-        return loss_and_gradient(plan, params_N, grads_N, x_ABT[0], y_ABT[0])
+        return micro_batch_gradient(plan, params_N, grads_N, (x_ABT[0], y_ABT[0]), 1.0, accumulate=False)
 
     def add(total: _Sums, batch: _Batch) -> tuple[_Sums, None]:
         loss, grads_N, known = micro_batch_gradient(plan, params_N, total[1], batch, 1.0 / num_micro_batches, accumulate=True)
@@ -85,7 +127,22 @@ def accumulated_gradient(
         add_once = jax.jit(add)  # traced once, called A times
         for index in range(num_micro_batches):
             total, _ = add_once(total, (x_ABT[index], y_ABT[index]))
-    return with_squares(plan, *total)
+    return total
+
+
+def _reduced_gradient(plan: Plan, state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[_Sums, jax.Array]:
+    """Inside of `on_every_device`: the mean loss of all devices, the gradient of what this device updates, each tensor's
+    sum of squares; and this device's own gradient, in whose memory the next is written."""
+    params, own = parallel.row_of(plan, state.params), None if state.grads is None else parallel.row_of(plan, state.grads)
+    if plan.devices == 1:
+        loss, grads, squares_S = accumulated_gradient(plan, params, own, x_ABT, y_ABT)
+        return (loss, grads, squares_S), grads
+    with jax.named_scope("gather"):
+        params_N = parallel.gathered_weights(plan, params)
+    loss, own, _ = _sums_of_micro_batches(plan, params_N, own, x_ABT, y_ABT)
+    with jax.named_scope("scatter"):
+        grads = parallel.mean_gradient(plan, own)
+        return (parallel.mean(plan, loss), grads, parallel.squares(plan, grads)), own
 
 
 def loss_and_gradient(
@@ -133,12 +190,13 @@ def micro_batch_gradient(
             return loss, *writer_of(plan).finish(plan, grads_N, slots, accumulate)
 
 
-def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages.Wrapped:
-    """The step to compile: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32, for a run of so many steps.
+def make_step(plan: Plan, settings: OptimizerSettings, steps: int, *, rounds: bool = False) -> jax.stages.Wrapped:
+    """The step to compile: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32, for a run of so many steps; of
+    D devices (A, D * B, T), rank r's rows being [r * B, (r + 1) * B).
 
     The old state is donated where the backend can. An update that is not finite, or an outlier by the settings' z-scores,
     leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
-    the new parameters to bfloat16's values.
+    the new parameters to bfloat16's values; several devices need `rounds` for it, and from --zero 1 on seeds (D, S).
     """
     warmup, end = settings.warmup_steps, settings.final_learning_rate_fraction
     schedule = learning_rate_schedule(
@@ -146,7 +204,7 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
     )
     optimizer = adamw(
         schedule,
-        plan.layout,
+        parallel.buffer_layout(plan),
         weight_decay=settings.weight_decay,
         beta1=settings.beta1,
         beta2=settings.beta2,
@@ -158,27 +216,43 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int) -> jax.stages
     def step(
         state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, tensor_seeds: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        loss, grads_N, squared_norms_S = accumulated_gradient(plan, state.params, state.grads, x_ABT, y_ABT)
+        (loss, grads_N, squared_norms_S), own = _reduced_gradient(plan, state, x_ABT, y_ABT)
         norm = jnp.sqrt(jnp.sum(squared_norms_S))
         verdict, windows = judge(
             loss, norm, state.windows, max_loss_z=settings.skip_loss_z, max_gradient_z=settings.skip_gradient_z
         )
         with jax.named_scope("adamw"):
-            params_N, moments = optimizer.apply(grads_N, norm, verdict.applies, state.optimizer, state.params)
+            before, moments = parallel.row_of(plan, state.params), state.optimizer
+            rows = AdamWState(moments.step, parallel.row_of(plan, moments.m), parallel.row_of(plan, moments.v))
+            params_N, rows = optimizer.apply(grads_N, norm, verdict.applies, rows, before)
         if tensor_seeds is not None:  # parameters that were not updated are rounded already, and stay
-            params_N = stochastically_rounded(params_N, plan.layout, tensor_seeds)
-        metrics = Metrics(loss, norm, schedule(state.optimizer.step), squared_norms_S, verdict)
-        grads = None if state.grads is None else grads_N
-        return TrainState(params_N, moments, windows, grads), metrics
+            seeds_S = parallel.row_of(plan, tensor_seeds)
+            params_N = stochastically_rounded(params_N, parallel.buffer_layout(plan), seeds_S)
+        metrics = Metrics(loss, norm, schedule(moments.step), squared_norms_S, verdict)
 
-    return jax.jit(step, donate_argnums=(0,) if plan.backend.donates else ())
+        def as_kept(buffer: jax.Array, kept: jax.Array) -> jax.Array:
+            return buffer.reshape(kept.shape)
+
+        moments = AdamWState(rows.step, as_kept(rows.m, moments.m), as_kept(rows.v, moments.v))
+        grads = None if state.grads is None else as_kept(own, state.grads)
+        return TrainState(as_kept(params_N, state.params), moments, windows, grads), metrics
+
+    donated = (0,) if plan.backend.donates else ()
+    if plan.devices == 1:
+        return jax.jit(step, donate_argnums=donated)
+    in_specs = (state_specs(plan), parallel.BATCHES, parallel.BATCHES, *((parallel.buffers_of(plan),) if rounds else ()))
+    out_specs = (state_specs(plan), parallel.EVERYWHERE)
+    placed = jax.tree_util.tree_map(lambda spec: parallel.sharding_of(plan, spec), (in_specs, out_specs))
+    whole = parallel.on_every_device(plan, step, in_specs, out_specs)
+    return jax.jit(whole, donate_argnums=donated, in_shardings=placed[0], out_shardings=placed[1])
 
 
 def compile_step(
     plan: Plan, settings: OptimizerSettings, steps: int, shape: tuple[int, ...], *, rounds: bool = False
 ) -> jax.stages.Compiled:
-    """make_step compiled for micro-batches of shape (A, B, T), from shapes alone; `rounds`: with tensor seeds."""
+    """make_step compiled for micro-batches of shape (A, D * B, T), from shapes alone; `rounds`: with tensor seeds."""
     batch = jax.ShapeDtypeStruct(shape, jnp.int32)
-    seeds = (jax.ShapeDtypeStruct((len(plan.layout.tensors),), jnp.uint32),) if rounds else ()
-    lowered = make_step(plan, settings, steps).lower(state_shapes(plan), batch, batch, *seeds)
+    num_tensors = len(plan.layout.tensors)
+    seeds = (jax.ShapeDtypeStruct((plan.devices, num_tensors) if plan.zero else (num_tensors,), jnp.uint32),) if rounds else ()
+    lowered = make_step(plan, settings, steps, rounds=rounds).lower(state_shapes(plan), batch, batch, *seeds)
     return lowered.compile(compiler_options=plan.compiler_options())

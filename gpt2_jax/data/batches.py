@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from gpt2_jax.data.ranks import RankLoaders
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import MultipleChoice, check_questions, read_eval_file
-from gpt2_jax.llmc.loader import Place, TokenLoader
+from gpt2_jax.llmc.loader import Place
 
 if TYPE_CHECKING:
     from gpt2_jax.config import DataSettings, RunConfig
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """The micro-batches of one step, and where each begins."""
+    """The micro-batches of one step, those of all ranks, and where rank 0's begin."""
 
-    x_ABT: np.ndarray  # int32
+    x_ABT: np.ndarray  # int32, of D devices (A, D * B, T)
     y_ABT: np.ndarray  # int32
     places: list[Place]
 
@@ -37,8 +38,8 @@ class Batch(NamedTuple):
 class RunData:
     """Everything that a run reads."""
 
-    train: TokenLoader
-    validation: TokenLoader | None  # None: the run does not validate
+    train: RankLoaders
+    validation: RankLoaders | None  # None: the run does not validate
     questions: list[MultipleChoice]
     num_micro_batches: int
     overfits_one_batch: bool
@@ -71,9 +72,9 @@ def open_data(config: RunConfig, model: FamilyConfig) -> RunData:
             f"--sequence-length {model.max_sequence_length}",
         )
 
-    def loader(paths: str, *, shuffle: bool = False) -> TokenLoader:
-        B, seed = settings.batch_size, config.run.seed
-        return TokenLoader(paths, B, T, vocab_size=model.vocab_size, shuffle=shuffle, seed=seed)
+    def loader(paths: str, *, shuffle: bool = False) -> RankLoaders:
+        B, D, seed = settings.batch_size, config.num_devices, config.run.seed
+        return RankLoaders(paths, B, T, num_ranks=D, vocab_size=model.vocab_size, shuffle=shuffle, seed=seed)
 
     # The training shards first: where nothing has been prepared, their error names the command that does.
     train = loader(validation_pattern(settings)) if overfits else loader(settings.train, shuffle=settings.shuffle)

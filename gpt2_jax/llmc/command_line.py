@@ -47,7 +47,6 @@ _RECOMPUTE = ("none", "gelu", "layernorm")
 _WITHOUT_EFFECT = {
     "-lg": "no telemetry is printed",
     "-ge": "the compiler decides what it fuses",
-    "-z": "one device has nothing to shard",
     "-pg": "there is one process",
     "-pi": "there is one process",
     "-ps": "there is one process",
@@ -203,6 +202,13 @@ def _nothing(value: str) -> tuple[list[str], str]:
     return [], ""  # said by _folder, which needs -o and -y together
 
 
+def _zero(value: str) -> tuple[list[str], str]:
+    stage = _integer("-z", value)
+    if stage in (0, 1):
+        return ["--zero", str(stage)], ""
+    return ["--zero", "0"], "llm.c has no stages but 0 and 1, and takes 0"
+
+
 _SPECIAL: dict[str, _Special] = {
     "-d": _total_batch,
     "-x": _steps,
@@ -214,6 +220,7 @@ _SPECIAL: dict[str, _Special] = {
     "-r": _recompute,
     "-pn": _processes,
     "-pr": _rank,
+    "-z": _zero,
     "-o": _nothing,
     "-y": _nothing,
 }

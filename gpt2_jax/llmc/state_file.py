@@ -70,7 +70,7 @@ def write_state_files(
         buffers = [buffer for buffer in (state.m, state.v, state.master) if buffer is not None]
         if zero:
             buffers = [_part(buffer, layout, rank, num_processes) for buffer in buffers]
-        _write_process(path, state, process, rank, buffers, write)
+        write_state_file(path, state.step, buffers, process, rank=rank, num_processes=num_processes, write=write)
 
 
 def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout) -> TrainingState:
@@ -100,7 +100,7 @@ def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout
         # Without ZeRO every process has the same whole buffers.
         if rank == 0 or size < layout.num_parameters:
             parts.append([read_array(path, "<f4", size, HEADER_BYTES + 4 * size * i) for i in range(header.num_buffers)])
-    buffers = parts[0] if len(parts) == 1 else [_merge(list(same), layout) for same in zip(*parts, strict=True)]
+    buffers = parts[0] if len(parts) == 1 else [merged_parts(list(same), layout) for same in zip(*parts, strict=True)]
     return TrainingState(first.step, buffers[0], buffers[1], tuple(processes), buffers[2] if first.has_master else None)
 
 
@@ -200,24 +200,27 @@ def _read_loader_at(path: str | os.PathLike, header: _Header, offset: int) -> Lo
     return LoaderState(header.shard_index, header.sample_index, permutations[0], permutations[1], generator)
 
 
-def _write_process(
+def write_state_file(
     path: str | os.PathLike,
-    state: TrainingState,
+    step: int,
+    buffers: Sequence[np.ndarray],
     process: ProcessState,
+    *,
     rank: int,
-    buffers: list[np.ndarray],
-    write: Writer,
+    num_processes: int,
+    write: Writer = atomic_write,
 ) -> None:
+    """Write one process's file: both moments and, where there are any, master weights, each whole or its ZeRO-1 part."""
     loader = process.loader
     header = header_words(
         {
             0: MAGIC_TRAINING_STATE,
             1: 1,
-            2: len(state.processes),
+            2: num_processes,
             3: rank,
-            4: int(state.master is not None),
+            4: int(len(buffers) == 3),
             5: int(loader.generator is not None),
-            10: state.step,
+            10: step,
         }
     )
     header[20:24] = np.array([process.rounding_state, process.last_rounding_state], dtype="<u8").view("<i4")
@@ -240,7 +243,7 @@ def _part(buffer: np.ndarray, layout: ParameterLayout, rank: int, num_processes:
     return np.concatenate([piece[:, rank].reshape(-1) for piece in pieces])
 
 
-def _merge(parts: list[np.ndarray], layout: ParameterLayout) -> np.ndarray:
+def merged_parts(parts: Sequence[np.ndarray], layout: ParameterLayout) -> np.ndarray:
     """The buffer whose ZeRO-1 parts, by rank, these are."""
     buffer = np.empty(layout.num_parameters, dtype=np.float32)
     start = 0

@@ -19,16 +19,36 @@ from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.files import write_together
 from gpt2_jax.llmc.checkpoint_set import complete_steps, set_paths, state_paths
+from gpt2_jax.llmc.checkpoint_set import state_path as rank_path
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
 from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded
-from gpt2_jax.llmc.state_file import ProcessState, TrainingState, num_processes_of, read_state_files, write_state_files
+from gpt2_jax.llmc.state_file import (
+    ProcessState,
+    merged_parts,
+    num_processes_of,
+    read_state_files,
+    write_state_file,
+    write_state_files,
+)
 from gpt2_jax.training.run_record import STEP, Best, RunRecord, read_run_record, write_run_record
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one rank of several saves."""
+
+    params: np.ndarray
+    m: np.ndarray
+    v: np.ndarray
+    loader: LoaderState
+    rounding: RoundingStream
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """Everything of a run at one step; buffers are (num_parameters,) float32 on the host."""
+    """Everything of a run at one step; buffers are (num_parameters,) float32 on the host. To be saved by several ranks
+    they are rank 0's, whole or its ZeRO-1 part, and `others` has the rest."""
 
     model: GPT2Config
     params: np.ndarray
@@ -40,6 +60,8 @@ class Checkpoint:
     master_weights: bool = True  # False: the parameters hold only what `dtype` can represent
     rounding: RoundingStream = field(default_factory=RoundingStream)
     record: RunRecord | None = None
+    others: tuple[Part, ...] = ()  # to be saved: of the ranks behind rank 0
+    processes: tuple[ProcessState, ...] = ()  # loaded: of every rank that saved the set
 
 
 def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
@@ -50,17 +72,26 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     cannot be written; what was written of the set is removed then.
     """
     step, layout = checkpoint.step, checkpoint.model.layout
-    model_path, state_path, record_path, done_path = set_paths(folder, step)
-    params, master = checkpoint.params, None
-    if checkpoint.dtype == "bfloat16" and checkpoint.master_weights:
-        params, master = stochastically_rounded(params, layout, checkpoint.rounding.last_seeds()), checkpoint.params
+    model_path, _, record_path, done_path = set_paths(folder, step)
     if checkpoint.loader is None:
         raise ValueError("save_checkpoint: expected the loader's state, found none")
-    process = ProcessState(checkpoint.loader, checkpoint.rounding.state, checkpoint.rounding.last_update_state)
-    state = TrainingState(step, checkpoint.m, checkpoint.v, (process,), master)
+    first = Part(checkpoint.params, checkpoint.m, checkpoint.v, checkpoint.loader, checkpoint.rounding)
+    parts = (first, *checkpoint.others)
+    is_divided = first.m.size < layout.num_parameters
+    of_part = layout.part(len(parts)) if is_divided else layout
+    has_masters = checkpoint.dtype == "bfloat16" and checkpoint.master_weights
+    rounded = [
+        stochastically_rounded(part.params, of_part, part.rounding.last_seeds()) if has_masters else part.params
+        for part in (parts if is_divided else parts[:1])
+    ]
+    params = merged_parts(rounded, layout) if is_divided else rounded[0]
+    processes = [ProcessState(part.loader, part.rounding.state, part.rounding.last_update_state) for part in parts]
     with write_together(done_path) as write:
         write_model_file(model_path, checkpoint.model, params, checkpoint.dtype, write=write)
-        write_state_files([state_path], state, layout, write=write)
+        for rank, (part, process) in enumerate(zip(parts, processes, strict=True)):
+            buffers = [part.m, part.v, *([part.params] if has_masters else [])]
+            path = rank_path(folder, step, rank)
+            write_state_file(path, step, buffers, process, rank=rank, num_processes=len(parts), write=write)
         if checkpoint.record is not None:
             write_run_record(record_path, checkpoint.record, write=write)
     return model_path
@@ -135,6 +166,7 @@ def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: boo
         master_weights=state.master is not None,
         rounding=RoundingStream(first.rounding_state, first.last_rounding_state),
         record=read_run_record(record_path) if os.path.lexists(record_path) else None,
+        processes=state.processes,
     )
 
 

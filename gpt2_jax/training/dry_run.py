@@ -8,11 +8,11 @@ import time
 import jax
 import numpy as np
 
-from gpt2_jax.compute import memory
+from gpt2_jax.compute import memory, parallel
 from gpt2_jax.compute.flops import flops_per_token
 from gpt2_jax.compute.memory import MemoryEstimate
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import compile_step, state_shapes
+from gpt2_jax.compute.step import compile_step, state_shapes, state_specs
 from gpt2_jax.config import RunConfig
 from gpt2_jax.machine import gigabytes, give_memory_back
 from gpt2_jax.report.display import Display
@@ -63,9 +63,11 @@ def dry_run(
 
 def time_step(config: RunConfig, plan: Plan, compiled: jax.stages.Compiled) -> float:
     """Seconds of a step on zeros: the shortest of as many as fit into a second, but of at least one."""
-    state = jax.tree_util.tree_map(lambda shape: jax.numpy.zeros(shape.shape, shape.dtype), state_shapes(plan))
+    state = parallel.zeros(plan, state_shapes(plan), state_specs(plan))
     batch = np.zeros(config.batch_shape, np.int32)
-    seeds = (np.zeros(len(plan.layout.tensors), np.uint32),) if config.rounds_parameters else ()
+    num_tensors = len(plan.layout.tensors)
+    shape = (plan.devices, num_tensors) if plan.zero else (num_tensors,)
+    seeds = (np.zeros(shape, np.uint32),) if config.rounds_parameters else ()
     times: list[float] = []
     while sum(times) < _TIMED_SECONDS and len(times) < _MOST_TIMED:
         started = time.perf_counter()
@@ -124,7 +126,7 @@ def _largest_batch(
         trial = upper + math.floor((limit - bytes_of[upper]) * (upper - lower) / growth)
         trial = min(max(trial, fits + 1), too_large - 1)
         display.line(f"compiling for --batch-size {trial} ({number + 1} of at most {_MOST_COMPILES}) ...")
-        shape = (config.num_micro_batches, trial, T)
+        shape = (config.num_micro_batches, plan.devices * trial, T)
         counted = memory.compiled_memory(
             plan, compile_step(plan, config.optimizer, steps, shape, rounds=config.rounds_parameters)
         )

@@ -21,10 +21,10 @@ def validate(run: Run) -> None:
     assert run.data.validation is not None
     data, batches = run.config.data, run.config.evaluation.validation_batches
     if batches == -1:  # llm.c's count: dropped tails are counted, and made up for by the first batches
-        batches = run.data.validation.num_tokens // (data.batch_size * data.sequence_length)
+        batches = run.data.validation.num_tokens // (run.config.num_devices * data.batch_size * data.sequence_length)
     run.display.line(f"validating on {batches} batches ...")
     with _counted(run, "validating: batch", batches) as before_batch:
-        loss = validation_loss(run.loss_function, run.state.params, run.data.validation, batches, before_batch=before_batch)
+        loss = validation_loss(run.loss_function, run.whole_params(), run.data.validation, batches, before_batch=before_batch)
     run.display.line(f"validation loss at step {run.step}: {loss:.6f}")
     run.log_event("validation", loss=loss)
     keep_best(run, loss)
@@ -35,9 +35,11 @@ def answer_questions(run: Run) -> None:
     """HellaSwag's accuracy."""
     questions, total = run.data.questions, len(run.data.questions)
     run.display.line(f"scoring {total} HellaSwag questions ...")
-    batch_size = run.config.data.batch_size
-    with _counted(run, "HellaSwag: batch", num_batches_of(total, batch_size)) as before_batch:
-        right = num_right_answers(run.token_loss_function, run.state.params, questions, batch_size, before_batch=before_batch)
+    batch_size, devices, params = run.config.data.batch_size, run.config.num_devices, run.whole_params()
+    with _counted(run, "HellaSwag: batch", num_batches_of(total, batch_size, devices)) as before_batch:
+        right = num_right_answers(
+            run.token_loss_function, params, questions, batch_size, num_devices=devices, before_batch=before_batch
+        )
     run.display.line(f"HellaSwag at step {run.step}: {right}/{total} = {right / total:.6f}")
     run.log_event("hellaswag", right=right, total=total, accuracy=right / total)
 
@@ -49,7 +51,7 @@ def sample(run: Run) -> None:
     start, choices = start_of_samples(prompt, vocab_size, tokenizer), num_sampled_ids(tokenizer, vocab_size)
     tokens, number = [], run.config.evaluation.sample_tokens
     with _counted(run, "sampling: token", number) as before_token:
-        for token in generate(run.plan, run.state.params, start, number, num_choices=choices):
+        for token in generate(run.plan, run.params_of_one_device(), start, number, num_choices=choices):
             before_token()
             tokens.append(token)
     run.display.line(f"sample at step {run.step}:\n---")

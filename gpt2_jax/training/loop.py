@@ -68,7 +68,12 @@ def _train(run: Run) -> None:
 
 def _seeds(run: Run) -> tuple[np.ndarray, ...]:
     """The seeds that the next update rounds the parameters with, if it does."""
-    return (run.rounding.next_seeds(run.data.num_micro_batches),) if run.config.rounds_parameters else ()
+    if not run.config.rounds_parameters:
+        return ()
+    seeds = run.rounding.next_seeds(run.data.num_micro_batches)
+    if run.plan.zero == 0:
+        return (seeds,)
+    return (np.stack([seeds, *(stream.next_seeds(run.data.num_micro_batches) for stream in run.other_roundings)]),)
 
 
 def _report(run: Run, done: StepInFlight, later: StepInFlight | None) -> None:

@@ -29,7 +29,8 @@ def show_step(run: Run, done: StepInFlight) -> str | None:
     loss_z, norm_z = np.asarray(metrics.verdict.z_scores).tolist()
     applied = bool(metrics.verdict.applies)
     seconds = run.clock.step_done()
-    run.rounding.step_done(run.data.num_micro_batches, applied=applied)
+    for stream in (run.rounding, *run.other_roundings):
+        stream.step_done(run.data.num_micro_batches, applied=applied)
     flops = flops_per_token(run.plan.config, config.data.sequence_length) * config.tokens_per_step
     run.display.step(
         Figures(

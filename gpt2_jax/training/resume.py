@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.buffer.adamw import AdamWState
+from gpt2_jax.compute import step
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.compute.stability import WATCHED, WINDOW, empty_windows
 from gpt2_jax.compute.step import TrainState
 from gpt2_jax.config import RunConfig, load_saved_config
+from gpt2_jax.data.ranks import RankLoaders
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import version_text
-from gpt2_jax.llmc.loader import TokenLoader
+from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream
 from gpt2_jax.machine import processor_name
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.report.display import Display
@@ -42,14 +42,17 @@ def computed_by(plan: Plan) -> str:
     if library.serves(plan):
         products += f" ({library.description()['kernel']})"
     processor = processor_name() if plan.backend.platform == "cpu" else jax.devices()[0].device_kind
+    if plan.devices > 1:
+        products += f", {plan.devices} devices, ZeRO stage {plan.zero}"
     return f"{plan.dtype}, {products}, jax {version_text('jax')}, jaxlib {version_text('jaxlib')}, {processor}"
 
 
 def resumed_state(
+    plan: Plan,
     fresh: TrainState,
     config: RunConfig,
     resumed: Checkpoint,
-    train_loader: TokenLoader,
+    train_loader: RankLoaders,
     display: Display,
     *,
     computed_by: str,
@@ -67,13 +70,26 @@ def resumed_state(
             display.line(f"so far the run was computed by {resumed.record.computed_by}")
             display.line(f"from here on by {computed_by}: its bits are no longer those of a straight run")
         windows = np.stack([resumed.record.windows[name] for name in WATCHED])
-    if resumed.loader is not None:
-        train_loader.restore(resumed.loader)
+    saved, now = len(resumed.processes), plan.devices
+    if saved == now:
+        train_loader.restore([process.loader for process in resumed.processes])
     else:
         train_loader.skip(resumed.step * config.num_micro_batches)
-        display.line("the checkpoint is of several processes: the training data go on in the order of one process")
-    moments = AdamWState(jnp.array(resumed.step, jnp.int32), jnp.array(resumed.m), jnp.array(resumed.v))
-    return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
+        if now == 1:
+            display.line("the checkpoint is of several processes: the training data go on in the order of one process")
+        else:
+            display.line(f"the checkpoint is of {saved} process(es): the training data go on in the order of {now}")
+    return step.resumed_state(plan, fresh, resumed.step, resumed.m, resumed.v, windows)
+
+
+def roundings(plan: Plan, resumed: Checkpoint | None) -> list[RoundingStream]:
+    """The streams of all ranks: the saved ones where as many ranks saved them, else new ones of llm.c's seeds."""
+    numbers = [(FIRST_STATE + rank, FIRST_STATE + rank) for rank in range(plan.devices)]
+    if resumed is not None and len(resumed.processes) == plan.devices:
+        numbers = [(process.rounding_state, process.last_rounding_state) for process in resumed.processes]
+    elif resumed is not None:
+        numbers[0] = (resumed.rounding.state, resumed.rounding.last_update_state)
+    return [RoundingStream(*states, num_tensors=len(plan.layout.tensors)) for states in numbers]
 
 
 def _check_record(record: RunRecord, config: RunConfig) -> None:

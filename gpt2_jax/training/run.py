@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 
 from gpt2_jax.compute import memory
-from gpt2_jax.compute.backend import Backend, open_device
+from gpt2_jax.compute.backend import Backend, num_devices, open_device
 from gpt2_jax.compute.flops import peak_flops
 from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import compile_step, create_state
-from gpt2_jax.config import RunConfig
+from gpt2_jax.config import RunConfig, load_saved_config
 from gpt2_jax.data.batches import RunData, open_data
 from gpt2_jax.data.tokenizer import other_ids, tokenizer_beside
 from gpt2_jax.errors import Gpt2JaxError
@@ -31,7 +31,7 @@ from gpt2_jax.families.family import is_descriptor
 from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.checkpoint_set import newest_step, set_paths
 from gpt2_jax.llmc.model_file import read_model_config
-from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest
+from gpt2_jax.llmc.rounding import rounded_to_nearest
 from gpt2_jax.models.weights import load_weights, model_source, read_sizes
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
@@ -77,7 +77,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
             display.line(f"nothing to do: {prepared.folder} is at step {done} of {steps}; a larger --steps goes on")
             return prepared.folder
         less = memory.needing_less(plan, config.data.batch_size, config.tokens_per_step)
-        estimated = memory.estimate(plan, *config.batch_shape[1:], num_micro_batches=config.num_micro_batches)
+        batch = config.data.batch_size, config.data.sequence_length
+        estimated = memory.estimate(plan, *batch, num_micro_batches=config.num_micro_batches)
         with (
             memory.out_of_memory_explained(estimated, less),
             # A dry run has nothing to save: a signal ends it.
@@ -105,7 +106,7 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
     config.validate()
     check_tracker(config.run.track)
     steps_to_profile(config.run.profile)
-    device = open_device(backend)
+    device = open_device(backend, config.compute.devices)
     newest = None
     if config.run.resume:
         resume.check_settings(config)
@@ -123,7 +124,8 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
     if config.evaluation.sample_every:
         tokenizer = tokenizer_of_run(config.data.train, model.vocab_size)
         start_of_samples(config.evaluation.prompt, model.vocab_size, tokenizer)
-    plan = make_plan(config.compute, backend, model)
+    config = _with_devices(config, num_devices(backend, config.compute.devices))
+    plan = make_plan(config.compute, backend, model, devices=config.num_devices, zero=config.compute.zero)
     data = open_data(config, model)
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
     if steps < 1:
@@ -132,6 +134,30 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
             "a smaller --total-batch-size, or --steps to train on the data more than once",
         )
     return Prepared(config, plan, device, data, steps, folder_of(config, name), newest)
+
+
+def _with_devices(config: RunConfig, devices: int) -> RunConfig:
+    """The settings with the number of devices that was found. A resumed run keeps its tokens of a step; Gpt2JaxError where
+    the devices cannot share them."""
+    tokens, saved = config.data.total_batch_size, load_saved_config(config.run.out_dir) if config.run.resume else None
+    if saved is not None:
+        tokens = saved.tokens_per_step
+    if devices == 1 and (saved is None or saved.num_devices == 1):
+        return config
+    one = config.data.batch_size * config.data.sequence_length
+    if saved is not None and tokens % (one * devices):
+        fitting = [number for number in range(1, devices + 1) if tokens % (one * number) == 0]
+        raise Gpt2JaxError(
+            f"--resume: expected devices that share the run's {tokens} tokens of a step in batches of {one}, found {devices}",
+            f"--devices {fitting[-1]}" if fitting else "--devices 1",
+        )
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, total_batch_size=tokens or one * devices),
+        compute=dataclasses.replace(config.compute, devices=devices),
+    )
+    config.validate()
+    return config
 
 
 def _compile(prepared: Prepared, display: Display) -> jax.stages.Compiled:
@@ -162,7 +188,8 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
     state = create_state(plan, params)
     if resumed is not None:
-        state = resume.resumed_state(state, config, resumed, data.train, display, computed_by=computed_by)
+        state = resume.resumed_state(plan, state, config, resumed, data.train, display, computed_by=computed_by)
+    streams = resume.roundings(plan, resumed)
     record = None if resumed is None else resumed.record
     if config.evaluation.sample_every and (
         remark := other_ids(tokenizer_of_run(config.data.train, plan.config.vocab_size), plan.config.vocab_size)
@@ -173,6 +200,7 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         # With the model, so that it can be talked to wherever the folder goes.
         with atomic_write(folder / "tokenizer.bin") as file:
             file.write(path.read_bytes())
+    peak = peak_flops(jax.devices()[0].device_kind, plan.dtype, plan.matmul_precision or "default")
     run = Run(
         config=config,
         plan=plan,
@@ -182,13 +210,14 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         display=display,
         log=RunLog(folder / "log.jsonl", config.tokens_per_step),
         computed_by=computed_by,
-        peak_flops=peak_flops(jax.devices()[0].device_kind, plan.dtype, plan.matmul_precision or "default"),
+        peak_flops=None if peak is None else peak * plan.devices,
         compiled=compiled,
         loss_function=make_loss_function(plan),
         token_loss_function=make_token_loss_function(plan),
         state=state,
         step=0 if resumed is None else resumed.step,
-        rounding=RoundingStream(num_tensors=len(plan.layout.tensors)) if resumed is None else resumed.rounding,
+        rounding=streams[0],
+        other_roundings=tuple(streams[1:]),
         clock=StepClock(config.tokens_per_step, Averages() if record is None else record.averages),
         best=None if record is None else record.best,
         profiled=steps_to_profile(config.run.profile),

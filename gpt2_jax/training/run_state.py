@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from gpt2_jax.compute.parallel import make_whole_buffer
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.compute.step import TrainState
 from gpt2_jax.config import RunConfig
@@ -35,7 +36,7 @@ class Run:
     display: Display
     log: RunLog
     computed_by: str  # processor, products and versions: the bits depend on them beside settings and data
-    peak_flops: float | None  # of the device; None where it is not known
+    peak_flops: float | None  # of all devices; None where it is not known
     compiled: jax.stages.Compiled
     loss_function: jax.stages.Wrapped
     token_loss_function: jax.stages.Wrapped
@@ -46,6 +47,7 @@ class Run:
     clock: StepClock
     stop: StopRequest = field(default_factory=StopRequest)
     baseline: float | None = None  # unigram cross-entropy of the validation tokens
+    other_roundings: tuple[RoundingStream, ...] = ()  # of the ranks behind rank 0
     best: Best | None = None  # with --keep-best
     saved_step: int = -1  # the last one of which a checkpoint was tried
     saved_at: float = field(default_factory=time.monotonic)
@@ -54,6 +56,15 @@ class Run:
     failures: set[str] = field(default_factory=set)
     profiled: tuple[int, int] | None = None  # the first and the last step to trace
     profiling_since: float | None = None  # perf_counter's seconds; None: no trace goes on
+
+    def whole_params(self) -> jax.Array:
+        """The parameters (N,) on every device."""
+        return make_whole_buffer(self.plan)(self.state.params)
+
+    def params_of_one_device(self) -> jax.Array:
+        """The parameters (N,) on rank 0's device alone."""
+        params = self.whole_params()
+        return params if self.plan.devices == 1 else params.addressable_data(0)
 
     @property
     def is_stopping(self) -> bool:

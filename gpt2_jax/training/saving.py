@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from gpt2_jax.compute.parallel import parts_of
 from gpt2_jax.compute.stability import WATCHED
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.jax_compat import on_host
@@ -87,13 +88,19 @@ def _checkpoint(run: Run, kept: str) -> checkpoint.Checkpoint:
         kept=kept,
         best=run.best,
     )
+    params, m, v = (
+        [on_host(part) for part in parts_of(buffer)] for buffer in (state.params, state.optimizer.m, state.optimizer.v)
+    )
+    loaders, streams = run.data.train.states(), (run.rounding, *run.other_roundings)
+    parts = [checkpoint.Part(*of_rank) for of_rank in zip(params, m, v, loaders, streams, strict=True)]
     return checkpoint.Checkpoint(
         model=run.plan.config,
-        params=on_host(state.params),
-        m=on_host(state.optimizer.m),
-        v=on_host(state.optimizer.v),
+        params=params[0],
+        m=m[0],
+        v=v[0],
         step=run.step,
-        loader=run.data.train.state(),
+        loader=loaders[0],
+        others=tuple(parts[1:]),
         dtype=config.compute.dtype,
         master_weights=config.optimizer.master_weights,
         rounding=run.rounding,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpt2_jax.compute import parallel
 from gpt2_jax.compute.memory import MemoryEstimate
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.config import RunConfig
@@ -45,6 +46,8 @@ def _all_rows(
         f"{model.vocab_size} tokens (padded to {model.padded_vocab_size}), {model.max_sequence_length} positions"
     )
     micro_batches = f"{config.num_micro_batches} x {config.data.batch_size} x {config.data.sequence_length}"
+    if plan.devices > 1:
+        micro_batches += f" on {plan.devices} devices"
     rate = (
         f"{optimizer.schedule}, peak {optimizer.learning_rate:g}, {optimizer.warmup_steps} warmup steps, "
         f"ends at {optimizer.final_learning_rate_fraction:g} of it; weight decay {optimizer.weight_decay:g}"
@@ -76,6 +79,8 @@ def _all_rows(
         (_SAYS_MORE, ("parameters", f"{plan.layout.num_parameters:,}, {plan.layout.num_true_parameters:,} without padding")),
         (_SAYS_WHAT, ("training data", f"{data.train.pattern}: {data.train.num_tokens:,} tokens, {order}")),
     ]
+    if plan.devices > 1:
+        rows.append((_IS_ASKED_FOR, ("devices", f"{plan.devices}, {parallel.describe(plan)}")))
     if data.validation is not None:
         rows.append((_SAYS_WHAT, ("validation data", f"{data.validation.pattern}: {data.validation.num_tokens:,} tokens")))
     if shared := data.trained_validation_paths:

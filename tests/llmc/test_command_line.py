@@ -18,6 +18,7 @@ def settings(llmc: str, *more: str):
 
 # Flag and value; the setting and what it becomes.
 TRANSLATED = [
+    ("-z 0", "compute.zero", 0),
     ("-i x_*.bin", "data.train", "x_*.bin"),
     ("-j y_*.bin", "data.validation", "y_*.bin"),
     ("-e d12", "model.init", "d12"),
@@ -58,7 +59,7 @@ TRANSLATED = [
     ("-r 2", "compute.recompute", "layernorm"),
     ("-pn 1 -pr 0", "run.steps", 0),
 ]
-WITHOUT_EFFECT = ["-lg 10", "-ge 1", "-z 1", "-z 2", "-pg 8", "-pi tcp", "-ps 10.0.0.1", "-pf /shared"]
+WITHOUT_EFFECT = ["-lg 10", "-ge 1", "-pg 8", "-pi tcp", "-ps 10.0.0.1", "-pf /shared"]
 # Of the table in llm.c's usage.
 ALL_FLAGS = {
     *("-i", "-j", "-e", "-o", "-lg", "-n", "-nk", "-nm", "-y", "-b", "-t", "-d", "-x", "-k", "-l", "-u", "-q", "-c"),
@@ -157,15 +158,23 @@ def test_hellaswag_is_where_llmc_looks_for_it(tmp_path, monkeypatch):
 
 
 def test_the_translation_is_printed_as_comments_and_other_flags_go_over_it(capsys):
-    config = settings("./train_gpt2cu -i 'my data_*.bin' -b 8 -b 64 -z 1", "--batch-size", "2", "--dtype", "float32")
+    config = settings("./train_gpt2cu -i 'my data_*.bin' -b 8 -b 64 -lg 10", "--batch-size", "2", "--dtype", "float32")
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("# ") for line in lines)
     assert lines[1].startswith("# is here: python scripts/train.py --train 'my data_*.bin' ")
     assert " --batch-size 64 " in lines[1]
-    assert "# -z 1 has no effect: one device has nothing to shard" in lines
+    assert "# -lg 10 has no effect: no telemetry is printed" in lines
     assert (config.data.batch_size, config.compute.dtype) == (2, "float32")
 
 
 def test_numbers_are_taken_as_they_are():
     config = settings("-l 0.00025 -q 0.0 -sl 0.0")
     assert (config.optimizer.learning_rate, config.optimizer.skip_loss_z) == (0.00025, 0.0)
+
+
+@pytest.mark.parametrize(("stage", "expected"), [("0", "0"), ("1", "1"), ("3", "0")])
+def test_the_zero_stage_is_llmcs(stage, expected):
+    """llm.c has 0 and 1, and takes 0 for others."""
+    found = translate(f"-z {stage}")
+    assert found.arguments[found.arguments.index("--zero") + 1] == expected
+    assert bool([remark for remark in found.remarks if "-z" in remark]) == (stage == "3")

@@ -1,0 +1,67 @@
+"""Runs on several devices of one process: what they save, and going on with another number of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.training import checkpoint
+from gpt2_jax.training.run import train
+from tests.conftest import CPU, TINY, change
+
+
+@pytest.fixture
+def on_devices(config):
+    """A function that gives the settings of a run of 8 x 16 tokens a step on so many devices."""
+
+    def make(devices: int, **run):
+        return change(
+            config,
+            data={"batch_size": 2, "total_batch_size": 128, "shuffle": False},
+            compute={"devices": devices, "matmul": "xla"},
+            evaluation={"sample_every": 0, "validate_every": 2, "validation_batches": 1},
+            run={"steps": 2, **run},
+        )
+
+    return make
+
+
+def test_any_number_of_devices_goes_on_from_any_other(on_devices, tmp_path):
+    """Exact at the seam: what is loaded is what was saved. Then on as one device would, by float32's roundings."""
+    straight = checkpoint.load_checkpoint(train(on_devices(1, steps=8, out_dir=str(tmp_path / "one")), "tiny", CPU), 8)
+    folder = tmp_path / "run"
+    for step, devices in ((2, 2), (4, 1), (6, 4), (8, 2)):
+        before = checkpoint.load_checkpoint(folder, step - 2) if step > 2 else None
+        train(on_devices(devices, steps=step, resume=step > 2), "tiny", CPU)
+        paths = sorted(folder.glob(f"state_{step:08d}_*.bin"))
+        assert len(paths) == devices
+        part = 4 * TINY.layout.num_parameters // devices
+        assert all(2 * part < path.stat().st_size < 2 * part + 4096 for path in paths)
+        if before is not None:  # the earlier set, read again, has not changed
+            np.testing.assert_array_equal(checkpoint.load_checkpoint(folder, step - 2).m, before.m)
+    resumed = checkpoint.load_checkpoint(folder, 8)
+    np.testing.assert_allclose(resumed.params, straight.params, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(resumed.m, straight.m, rtol=1e-3, atol=1e-5)
+
+
+def test_a_resumed_run_has_the_bits_of_a_straight_one(on_devices, tmp_path):
+    straight = train(on_devices(2, steps=4, out_dir=str(tmp_path / "straight")), "tiny", CPU)
+    folder = train(on_devices(2), "tiny", CPU)
+    train(on_devices(2, steps=4, resume=True), "tiny", CPU)
+    for path in sorted(straight.glob("*_00000004*.bin")):
+        assert (Path(folder) / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_devices_that_cannot_share_a_resumed_runs_step_are_refused(on_devices):
+    train(on_devices(1), "tiny", CPU)
+    with pytest.raises(Gpt2JaxError, match=r"share the run's 128 tokens") as caught:
+        train(on_devices(3, steps=4, resume=True), "tiny", CPU)
+    assert caught.value.hint == "--devices 2"
+
+
+def test_more_devices_than_there_are_are_refused(on_devices):
+    with pytest.raises(Gpt2JaxError, match=r"at most the 4 that jax sees here, found 64"):
+        train(change(on_devices(64), data={"total_batch_size": 0}), "tiny", CPU)
