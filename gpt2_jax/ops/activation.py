@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
 from gpt2_jax.ops.table import Implementation, always
@@ -63,5 +64,6 @@ def _refuses_one_pass(plan: Plan) -> str | None:
 TABLE = (
     Implementation("custom_call", library.refusal, "one exponential an element", functions=_custom_call),
     Implementation("one_pass", _refuses_one_pass, "keeps no float32 copy", functions=_one_pass),
+    Implementation("apple", plugin.refuses("gelu"), "one operation, keeps its input only", functions=fused.gelu),
     Implementation("xla", always, "the reference, on every device", functions=gelu),
 )

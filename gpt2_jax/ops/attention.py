@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
 from gpt2_jax.ops.table import Implementation, always
@@ -59,6 +60,11 @@ def _cudnn(plan: Plan, q_BTC: jax.Array, k_BTC: jax.Array, v_BTC: jax.Array) -> 
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(q_BTC.shape)
 
 
+def _plugin(plan: Plan, qkv: jax.Array) -> jax.Array:
+    out_BTHD = fused.attention(causal_attention, *(_by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
+    return out_BTHD.reshape(*out_BTHD.shape[:-2], -1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _custom_call(plan: Plan, qkv: jax.Array) -> jax.Array:
     return _custom_call_forward(plan, qkv)[0]
@@ -99,8 +105,10 @@ def _refuses_cudnn(plan: Plan) -> str | None:
 _BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False)
 _BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False)
 _BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
+_BY_PLUGIN = Attention(_plugin, parts=1, keeps_scores=False)
 TABLE = (
     Implementation("custom_call", library.refusal, "keeps no scores", functions=_BY_CUSTOM_CALL),
     Implementation("cudnn", _refuses_cudnn, "keeps no scores", functions=_BY_CUDNN),
+    Implementation("apple", plugin.refuses("attention"), "one operation, keeps no scores", functions=_BY_PLUGIN),
     Implementation("xla", always, "the reference, on every device", functions=_BY_REFERENCE),
 )

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gpt2_jax.ops.apple import classifier as apple
+from gpt2_jax.ops.apple import plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import kernels
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_gradient
@@ -247,10 +249,12 @@ def _refuses_low(plan: Plan) -> str | None:
 _CUSTOM_CALL = Classifier(_call_losses, _call_gradient, lambda: CLASSIFIER_ROWS)
 _KERNEL = Classifier(_low_losses, partial(_low_gradient, _kernel_rows), lambda: _LOW_ROWS)
 _LOW_PRECISION = Classifier(_low_losses, partial(_low_gradient, _low_rows), lambda: _LOW_ROWS)
+_APPLE = Classifier(apple.token_losses, apple.loss_and_gradient, lambda: math.inf)
 _REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda: math.inf)
 TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
     Implementation("kernel", _refuses_kernel, "loss and gradient in one pass over the logits", functions=_KERNEL),
     Implementation("low_precision", _refuses_low, "logits in the dtype of products", functions=_LOW_PRECISION),
+    Implementation("apple", plugin.refuses("attention"), "no masked copy of the logits", functions=_APPLE),
     Implementation("xla", always, "the reference, on every device", functions=_REFERENCE),
 )

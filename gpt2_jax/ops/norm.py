@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import kernels
 from gpt2_jax.ops.linear import linear
@@ -212,6 +213,7 @@ def _folded(passes: _Passes) -> ThreadedOp:
     return threaded(partial(_folded_forward, passes), partial(_folded_backward, passes))
 
 
+_plugin = fused.layer_norm_op(layer_norm)
 _reference, _custom_call = plain(_residual_and_norm), threaded(_call_forward, _call_backward)
 TABLE = (
     Implementation(
@@ -231,6 +233,12 @@ TABLE = (
         _refuses_folded,
         "gain and shift become part of the weight",
         functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx))),
+    ),
+    Implementation(
+        "apple",
+        plugin.refuses("layer_norm"),
+        "one operation, keeps its input only",
+        functions=Norms(_plugin, partial(_followed_by_linear, _plugin)),
     ),
     Implementation(
         "xla",
