@@ -47,8 +47,8 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     k, v, the softmax of every head, the attention's output, and the MLP's 4 C before and 4 C after GELU (Korthikanti et
     al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's input and output, V the logits in float32 and
     their gradient. What is recomputed is there for one layer at a time. Attention that keeps no scores keeps one float32
-    for every row of the softmax; a classifier in chunks has the logits of one chunk, and in float32 their gradient in the
-    same memory.
+    for every row of the softmax; jax-mps's LayerNorm, which computes in float32, keeps its input so too; a classifier
+    in chunks has the logits of one chunk, and in float32 their gradient in the same memory.
     """
     config, s = plan.config, plan.compute_dtype.itemsize
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
@@ -56,6 +56,8 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     states = 1 if plan.backend.donates else 2
     softmax = s * H * T if attention_of(plan).keeps_scores else 4 * H
     attention_and_mlp = 16 * s * C + softmax  # of one layer, bytes a token
+    if plan.norm_linear.name == "apple" and s < 4:
+        attention_and_mlp += 2 * 4 * C
     a_layer = {
         "none": attention_and_mlp,
         "gelu": attention_and_mlp - 4 * s * C,
@@ -63,7 +65,7 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
         "block": s * C,
     }[plan.recompute if saves_memory(plan) else "none"]
     most_rows = classifier_of(plan).most_rows()
-    reuses_logits = most_rows < B * T or plan.classifier.name != "xla"
+    reuses_logits = most_rows < B * T or plan.classifier.name not in ("xla", "apple")
     a_row = (4 if plan.dtype == "float32" and reuses_logits else 4 + s) * config.padded_vocab_size
     return MemoryEstimate(
         parameters=buffer * states,
