@@ -72,7 +72,7 @@ def test_the_flags_are_frozen(capsys):
 
 def test_command_line_over_file_over_defaults(tmp_path):
     path = write(tmp_path / "mine.toml", "[run]\nsteps = 7\n[optimizer]\nlearning_rate = 1\nschedule = 'wsd'\n")
-    config, name, only_print, _ = parse("--config", path, "--steps", "9", "--print-config")
+    config, name, only_print, *_ = parse("--config", path, "--steps", "9", "--print-config")
     assert (config.run.steps, config.optimizer.learning_rate, config.optimizer.schedule) == (9, 1.0, "wsd")
     assert config.data.batch_size == RunConfig().data.batch_size
     assert (name, only_print) == ("mine", True)

@@ -135,12 +135,13 @@ def _decays(layout: ParameterLayout) -> jax.Array:
     """
     bounds = [bound for span in layout.decay_spans for bound in span]
     length = math.gcd(layout.num_parameters, *bounds)
-    shape = (layout.num_parameters // length, length)
-    row = lax.broadcasted_iota(jnp.uint32, shape, 0)
-    decays = jnp.zeros(shape, dtype=bool)
+    num_rows = layout.num_parameters // length
+    # One number a row, broadcast after the comparisons: a compiler that does not fuse iota would write one an element.
+    row = lax.broadcasted_iota(jnp.uint32, (num_rows, 1), 0)
+    decays = jnp.zeros((num_rows, 1), dtype=bool)
     for start, stop in layout.decay_spans:
         decays |= (row >= start // length) & (row < stop // length)
-    return decays.reshape(-1)
+    return jnp.broadcast_to(decays, (num_rows, length)).reshape(-1)
 
 
 TABLE = (

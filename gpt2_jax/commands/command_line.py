@@ -49,6 +49,8 @@ class _RunArguments:
     """llm.c's own command line, in quotes: "-i train.bin -b 64 ..."; it is translated, and other flags go over it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as TOML and stop."""
+    as_if: str = ""
+    """With --dry-run --backend metal: what fits on a Mac that is not here, by its plugin and memory: "jax-mps, 16 GB"."""
 
 
 class RunCommand(NamedTuple):
@@ -58,6 +60,7 @@ class RunCommand(NamedTuple):
     name: str  # of the TOML file or descriptor
     only_print: bool
     names_a_run: bool  # False: it says nothing of model and data, so that the defaults decide what is trained
+    as_if: str = ""  # the Mac of --as-if
 
 
 def parse_command_line(words: list[str], description: str | None) -> RunCommand:
@@ -90,7 +93,7 @@ def parse_command_line(words: list[str], description: str | None) -> RunCommand:
     settings.validate()
     name = Path(path or settings.model.init).stem.replace(":", "-")
     names_a_run = seen.config is not None or llmc is not None or seen.resume or _names_model_or_data(words)
-    return RunCommand(settings, name, command.print_config, names_a_run)
+    return RunCommand(settings, name, command.print_config, names_a_run, command.as_if)
 
 
 def find_config(name: str) -> Path:

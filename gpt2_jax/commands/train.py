@@ -23,6 +23,13 @@ def main(words: list[str]) -> None:
     command = parse_command_line(words, __doc__)
     if not (command.only_print or command.settings.run.dry_run):
         output_is_no_result()
+    if command.as_if and not command.only_print:
+        select_backend("cpu")  # before anything imports jax
+
+        from gpt2_jax.training.as_if import print_as_if
+
+        print_as_if(command.settings, command.as_if)
+        return
     # Before anything imports jax.
     backend = None if command.only_print and command.names_a_run else _backend(command.settings.compute)
     if backend is not None and backend.platform == "cpu" and not command.names_a_run:

@@ -51,6 +51,7 @@ class Backend:
     lacks: frozenset[str] = frozenset()
     plugin: str = ""  # of 'metal': the distribution
     environment: tuple[tuple[str, str], ...] = ()  # variables that must be set before jax starts
+    fuses: frozenset[str] = frozenset()  # of metal_plugins.FUSED_PARTS: parts of a step that are one operation there
     fallback: str = ""  # why a device that is here is not used, where the user can mend it; --strict does not accept it
 
     @property
@@ -229,7 +230,7 @@ def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = Fals
     """The record of a plugin for the Apple GPU, wherever this runs."""
     environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
     lacks = plugin.lacks | {"cuda_libraries", "slice_updates", "determinism"}
-    return Backend("metal", plugin.platform, reason, lacks, plugin.name, environment)
+    return Backend("metal", plugin.platform, reason, lacks, plugin.name, environment, plugin.fuses)
 
 
 def _automatic(full_float32: bool) -> Backend:

@@ -49,8 +49,9 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     k, v, the softmax of every head, the attention's output, and the MLP's 4 C before and 4 C after GELU (Korthikanti et
     al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's input and output, V the logits in float32 and
     their gradient. What is recomputed is there for one layer at a time. Attention that keeps no scores keeps one float32
-    for every row of the softmax; where LayerNorm is folded into the weight behind it, its input is not kept; a classifier in
-    chunks has the logits of one chunk, and may have their gradient in the same memory.
+    for every row of the softmax; where LayerNorm is folded into the weight behind it, its input is not kept; jax-mps's
+    LayerNorm, which computes in float32, keeps its input so too; a classifier in chunks has the logits of one chunk, and
+    may have their gradient in the same memory.
     """
     config, s = plan.config, plan.compute_dtype.itemsize
     shares = plan.devices if plan.zero else 1  # a device keeps one of so many parts
@@ -60,6 +61,8 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     softmax = s * H * T if attention_of(plan).keeps_scores else 4 * H
     kept = 16 if norms_of(plan).keeps_input else 14
     attention_and_mlp = kept * s * C + softmax  # of one layer, bytes a token
+    if plan.norm_linear.name == "apple" and s < 4:
+        attention_and_mlp += 2 * 4 * C
     a_layer = {
         "none": attention_and_mlp,
         "gelu": attention_and_mlp - 4 * s * C,

@@ -2,9 +2,9 @@
 
 jax lowers for any platform by its name, so the exact module that a plugin would be given can be made anywhere. Here the
 training step, the losses of validation and of multiple-choice answers, and the logits of sampling are lowered as a run
-makes them, every operation is held against what jax-metal 0.1.1 can convert (assets/jax_metal_operations.toml), and the
-module is written in the version of StableHLO that it reads. The other plugins know more operations; they are held to the
-same list.
+makes them, every operation is held against what the plugin can convert (assets/*_operations.toml), and the
+module is written in the version of StableHLO that it reads. jax-mps has a table of its own; the other plugins know more
+operations than jax-metal, and are held to its list.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from gpt2_jax.compute.step import make_step, state_shapes
 from gpt2_jax.config import RunConfig
 from gpt2_jax.families.family import FamilyConfig
 
+JAX_METAL = "jax-metal"
 # Operations that compute nothing but hold others together; the inliner removes calls.
 _STRUCTURE = ("builtin.module", "func.func", "func.call", "func.return", "stablehlo.return")
 
@@ -44,6 +45,8 @@ class CheckedFunction:
 
     name: str
     operations: Counter[str]
+    custom_calls: Counter[str]  # by target
+    lines: int  # of the module's text
     portable: bytes | None  # the module in the plugin's StableHLO; None when it cannot be written in it
     seconds: float  # for tracing and lowering
     violations: list[str]
@@ -56,13 +59,15 @@ def check_functions(config: RunConfig, model: FamilyConfig, backend: Backend) ->
         module = lower(trace(), backend.platform)
         seconds = time.perf_counter() - started
         operations = Counter(operation.name for operation in _walk(module))
-        found = violations(module, loops=backend.loops)
+        calls = Counter(_target(operation) for operation in _walk(module) if operation.name == "stablehlo.custom_call")
+        lines = len(str(module.operation).splitlines())
+        found = violations(module, loops=backend.loops, plugin=backend.plugin)
         portable = None
         try:
             portable = portable_module(module)
         except ValueError as error:
-            found.append(f"cannot be written as StableHLO {_table()['stablehlo_version']}: {error}")
-        yield CheckedFunction(name, operations, portable, seconds, found)
+            found.append(f"cannot be written as StableHLO {_table(JAX_METAL)['stablehlo_version']}: {error}")
+        yield CheckedFunction(name, operations, calls, lines, portable, seconds, found)
 
 
 def lower(traced: jax.stages.Traced, platform: str) -> ir.Module:
@@ -84,15 +89,17 @@ def portable_module(module: ir.Module) -> bytes:
 
     The module itself is changed by some versions of jaxlib, and of no more use.
     """
-    return stablehlo.serialize_portable_artifact(module, _table()["stablehlo_version"])
+    return stablehlo.serialize_portable_artifact(module, _table(JAX_METAL)["stablehlo_version"])
 
 
-def violations(module: ir.Module, *, loops: bool) -> list[str]:
-    """One line, with the place in the source, for each use of an operation that jax-metal cannot take.
+def violations(module: ir.Module, *, loops: bool, plugin: str = JAX_METAL) -> list[str]:
+    """One line, with the place in the source, for each use of an operation that the plugin cannot take.
 
-    `loops`: the backend may be given loops.
+    `loops`: the backend may be given loops. A plugin without a table of its own is held to jax-metal's.
     """
-    table = _table()
+    table = _table(plugin)
+    known_to = table["plugin"]
+    targets, keeps_limit = table.get("custom_calls", ["Sharding"]), _KEEPS_LIMIT[known_to]
     operations = list(_walk(module))
     calls = {ir.FlatSymbolRefAttr(op.attributes["callee"]).value: op for op in operations if op.name == "func.call"}
     found = []
@@ -102,13 +109,15 @@ def violations(module: ir.Module, *, loops: bool) -> list[str]:
         if operation.name in _STRUCTURE or (loops and name == "while"):
             problem = None
         elif limit is None or not operation.name.startswith("stablehlo."):
-            problem = "not known to jax-metal"
+            problem = f"not known to {known_to}"
+        elif name == "custom_call":
+            problem = None if _target(operation) in targets else limit
         else:
-            problem = None if not limit or (name in _KEEPS_LIMIT and _KEEPS_LIMIT[name](operation)) else limit
+            problem = None if not limit or (name in keeps_limit and keeps_limit[name](operation)) else limit
         if problem:
             found.append(f"{operation.name} at {_place(operation, calls)}: {problem}")
         for wrong in sorted(_element_types(operation) - set(table["element_types"])):
-            found.append(f"{operation.name} at {_place(operation, calls)}: element type {wrong}, not known to jax-metal")
+            found.append(f"{operation.name} at {_place(operation, calls)}: element type {wrong}, not known to {known_to}")
     return list(dict.fromkeys(found))
 
 
@@ -134,8 +143,12 @@ def _functions_of_a_run(config: RunConfig, model: FamilyConfig, backend: Backend
 
 
 @cache
-def _table() -> dict[str, Any]:
-    return tomllib.loads((resources.files("gpt2_jax") / "assets" / "jax_metal_operations.toml").read_text(encoding="utf-8"))
+def _table(plugin: str) -> dict[str, Any]:
+    """The table of operations that a plugin knows; that of jax-metal, the strictest, for a plugin without one."""
+    assets = resources.files("gpt2_jax") / "assets"
+    own = assets / f"{plugin.replace('-', '_')}_operations.toml"
+    path = own if own.is_file() else assets / "jax_metal_operations.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def _walk(module: ir.Module) -> Iterator[ir.Operation]:
@@ -146,8 +159,8 @@ def _walk(module: ir.Module) -> Iterator[ir.Operation]:
         waiting.extend(inner.operation for region in operation.regions for block in region for inner in block)
 
 
-def _is_sharding(call: ir.Operation) -> bool:
-    return ir.StringAttr(call.attributes["call_target_name"]).value == "Sharding"
+def _target(call: ir.Operation) -> str:
+    return str(ir.StringAttr(call.attributes["call_target_name"]).value)
 
 
 def _contracts_as_a_matmul(dot: ir.Operation) -> bool:
@@ -178,13 +191,24 @@ def _reduces_one_operand(reduce: ir.Operation) -> bool:
     return len(reduce.operands) == 2 and _body_is_one_of(reducers, reduce)
 
 
-# Whether a use keeps the limit that the table has for its operation.
-_KEEPS_LIMIT: dict[str, Callable[[ir.Operation], bool]] = {
-    "custom_call": _is_sharding,
-    "dot_general": _contracts_as_a_matmul,
-    "gather": _gathers_by_rows,
-    "reduce": _reduces_one_operand,
-    "scatter": _scatters_by_rows,
+def _has_its_operands_type(dot: ir.Operation) -> bool:
+    types = {str(ir.ShapedType(value.type).element_type) for value in (*dot.operands, *dot.results)}
+    return len(types) == 1
+
+
+# Whether a use keeps the limit that a table has for its operation.
+_KEEPS_LIMIT: dict[str, dict[str, Callable[[ir.Operation], bool]]] = {
+    "jax-metal 0.1.1": {
+        "dot_general": _contracts_as_a_matmul,
+        "gather": _gathers_by_rows,
+        "reduce": _reduces_one_operand,
+        "scatter": _scatters_by_rows,
+    },
+    "jax-mps 0.11.1": {
+        "dot_general": _has_its_operands_type,
+        "reduce": _reduces_one_operand,
+        "scatter": _scatters_by_rows,
+    },
 }
 
 

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import unmet_requirements, version_text
 
+# What a plugin may have as one operation, forward and backward: by jax.nn's functions, which it replaces when jax loads it,
+# and LayerNorm as a function of its own.
+FUSED_PARTS = frozenset({"attention", "gelu", "layer_norm"})
+
 
 @dataclass(frozen=True)
 class MetalPlugin:
@@ -29,6 +33,7 @@ class MetalPlugin:
     full_float32: tuple[tuple[str, str], ...] = ()  # set as well when products must be full float32
     jax_bound: str = ""  # of jax and jaxlib, which must then be equal; beside what the wheel itself requires
     clashes_with: str = ""  # a distribution that registers the same name with jax
+    fuses: frozenset[str] = frozenset()  # what Backend.fuses says of it
 
 
 # Best first. Read out of the wheels of jax-mps 0.11.1, metaljax 0.11.9, jax-graft 0.0.5 and jax-metal 0.1.1. The two
@@ -38,12 +43,14 @@ METAL_PLUGINS = (
     MetalPlugin(
         name="jax-mps",
         platform="mps",
-        lacks=frozenset({"donation", "custom_calls", "loops"}),
+        # MLX takes barriers for copies, and merges what is computed twice.
+        lacks=frozenset({"donation", "custom_calls", "loops", "barriers"}),
         oldest_macos=(14, 0),
         pair="jax-mps 0.11 with jax 0.11, on Python 3.12 or newer",
         install="pip install -e '.[mps]'",
         full_float32=_FULL_FLOAT32_ON_MLX,
         clashes_with="jax-metallib",
+        fuses=FUSED_PARTS,
     ),
     MetalPlugin(
         name="metaljax",

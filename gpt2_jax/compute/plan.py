@@ -22,6 +22,7 @@ from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
+from gpt2_jax.ops.apple.plugin import ON_JAX_MPS_ONLY
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda.compiler_options import COMPILER_OPTIONS, DETERMINISTIC_COST, DETERMINISTIC_OPTIONS
 from gpt2_jax.ops.table import Choice, Implementation, check_switched_off, choose
@@ -118,7 +119,7 @@ class Plan:
                 others.setdefault((choice.name, choice.reason), []).append(seam)
             for name, reason in choice.refusals:
                 # Nobody misses an implementation for another kind of device.
-                if reason != matmul.ON_NVIDIA_ONLY:
+                if reason not in (matmul.ON_NVIDIA_ONLY, ON_JAX_MPS_ONLY):
                     refused.setdefault(reason, []).append(name if seam == "linear" else f"{seam}:{name}")
         rows += [("ops", f"{name} for {', '.join(seams)}: {reason}") for (name, reason), seams in others.items()]
         return rows + [("", f"not {', '.join(names)}: {reason}") for reason, names in refused.items()]
@@ -132,7 +133,8 @@ class Plan:
 
     def saves_nothing(self) -> str:
         """Why --recompute saves no memory where it does not."""
-        return f"XLA for {self.backend.name} keeps all the same what is to be computed anew, so little or no memory is saved"
+        compiler = self.backend.plugin or f"XLA for {self.backend.name}"
+        return f"{compiler} keeps all the same what is to be computed anew, so little or no memory is saved"
 
     def compiler_options(self) -> dict[str, str | bool]:
         """XLA's options for this device; gpt2_jax/ops/cuda has the reason for each."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import cublas
 from gpt2_jax.ops.linear import linear, linear_forward, linear_gradients
@@ -115,5 +116,6 @@ TABLE = (
         functions=Activation(_one_pass, threaded(_cublas_forward, _cublas_backward, knows_sums=True)),
     ),
     Implementation("one_pass", _refuses_one_pass, "keeps no float32 copy", functions=before_linear(_one_pass)),
+    Implementation("apple", plugin.refuses("gelu"), "one operation, keeps its input only", functions=before_linear(fused.gelu)),
     Implementation("xla", always, "the reference, on every device", functions=before_linear(gelu)),
 )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
 from gpt2_jax.ops.summed import column_sums
@@ -72,6 +73,11 @@ def _known_sums(plan: Plan, dout_sums_C: jax.Array, dqkv: Sequence[jax.Array]) -
     return column_sums(plan, dqkv[0]), jnp.zeros_like(dout_sums_C), dout_sums_C
 
 
+def _plugin(plan: Plan, layer: int, qkv: jax.Array) -> jax.Array:
+    out_BTHD = fused.attention(causal_attention, *(_by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
+    return out_BTHD.reshape(*out_BTHD.shape[:-2], -1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _custom_call(plan: Plan, layer: int, qkv: jax.Array) -> jax.Array:
     return _custom_call_forward(plan, layer, qkv)[0]
@@ -112,8 +118,10 @@ def _refuses_cudnn(plan: Plan) -> str | None:
 _BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False)
 _BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False, sums=_known_sums)
 _BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
+_BY_PLUGIN = Attention(_plugin, parts=1, keeps_scores=False)
 TABLE = (
     Implementation("custom_call", library.refusal, "keeps no scores", functions=_BY_CUSTOM_CALL),
     Implementation("cudnn", _refuses_cudnn, "keeps no scores", functions=_BY_CUDNN),
+    Implementation("apple", plugin.refuses("attention"), "one operation, keeps no scores", functions=_BY_PLUGIN),
     Implementation("xla", always, "the reference, on every device", functions=_BY_REFERENCE),
 )

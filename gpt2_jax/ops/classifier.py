@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gpt2_jax.ops.apple import classifier as apple
+from gpt2_jax.ops.apple import plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import kernels, libraries
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_gradient
@@ -260,10 +262,12 @@ _CUSTOM_CALL = Classifier(
 )
 _KERNEL = Classifier(_low_losses, partial(_low_gradient, _kernel_rows), _most_low_rows, lambda s: s)
 _LOW_PRECISION = Classifier(_low_losses, partial(_low_gradient, _low_rows), _most_low_rows, lambda s: 2 * s)
+_APPLE = Classifier(apple.token_losses, apple.loss_and_gradient, lambda R: R, lambda s: 4 + s)
 _REFERENCE = Classifier(_reference_losses, _reference_gradient, lambda R: R, lambda s: 4 + s)
 TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
     Implementation("kernel", _refuses_kernel, "loss and gradient in one pass over the logits", functions=_KERNEL),
     Implementation("low_precision", _refuses_low, "logits in the dtype of products", functions=_LOW_PRECISION),
+    Implementation("apple", plugin.refuses("attention"), "no masked copy of the logits", functions=_APPLE),
     Implementation("xla", always, "the reference, on every device", functions=_REFERENCE),
 )

@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax import jax_compat
+from gpt2_jax.ops.apple import plugin, products
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.table import Fallback, Implementation, always
 from gpt2_jax.ops.threaded import WeightView, rounded
@@ -70,6 +71,7 @@ class Products(NamedTuple):
     dx: Callable[[Plan, jax.Array, WeightView], jax.Array]
     # (plan, dy_MO, x_MI): dyᵀ x
     dw: Callable[[Plan, jax.Array, jax.Array], jax.Array]
+    any_rank: bool = False  # forward and dx take x (..., I) and dy (..., O) as they are
 
 
 def products_of(plan: Plan) -> Products:
@@ -83,14 +85,16 @@ def weight_gradient(plan: Plan, dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
 
 def product(plan: Plan, x: jax.Array, w_OI: WeightView, b_O: WeightView | None, out_dtype: jnp.dtype) -> jax.Array:
     """x wᵀ + b: x (..., I) float32 or bfloat16, w (O, I) and b (O,) float32; (..., O) in `out_dtype`."""
-    y_MO = products_of(plan).forward(plan, x.reshape(-1, x.shape[-1]), w_OI, b_O, out_dtype)
-    return y_MO.reshape(*x.shape[:-1], w_OI.shape[0])
+    chosen = products_of(plan)
+    x_MI = x if chosen.any_rank else x.reshape(-1, x.shape[-1])
+    return chosen.forward(plan, x_MI, w_OI, b_O, out_dtype).reshape(*x.shape[:-1], w_OI.shape[0])
 
 
 def product_dx(plan: Plan, dy: jax.Array, w_OI: WeightView) -> jax.Array:
     """dy w: dy (..., O), w (O, I) float32; (..., I) in dy's dtype."""
-    dx_MI = products_of(plan).dx(plan, dy.reshape(-1, dy.shape[-1]), w_OI)
-    return dx_MI.reshape(*dy.shape[:-1], w_OI.shape[1])
+    chosen = products_of(plan)
+    dy_MO = dy if chosen.any_rank else dy.reshape(-1, dy.shape[-1])
+    return chosen.dx(plan, dy_MO, w_OI).reshape(*dy.shape[:-1], w_OI.shape[1])
 
 
 def matmul(
@@ -305,5 +309,6 @@ TABLE = (
     Implementation(
         "cublas", _refuses_cublas, "adds the bias itself", functions=Products(_cublas_forward, _cublas_dx, _cublas_dw)
     ),
+    Implementation("apple", plugin.refuses("attention"), products.WHY, functions=Products(*products.FUNCTIONS, any_rank=True)),
     Implementation("xla", always, "the reference, on every device", functions=Products(_xla_forward, _xla_dx, _xla_dw)),
 )

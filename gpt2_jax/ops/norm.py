@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import kernels, libraries
 from gpt2_jax.ops.linear import linear
@@ -227,6 +228,7 @@ def _folded(passes: _Passes) -> ThreadedOp:
     return threaded(partial(_folded_forward, passes), partial(_folded_backward, passes), knows_sums=True)
 
 
+_plugin = fused.layer_norm_op(layer_norm)
 _reference, _custom_call = plain(_residual_and_norm), threaded(_call_forward, _call_backward)
 TABLE = (
     Implementation(
@@ -246,6 +248,12 @@ TABLE = (
         _refuses_folded,
         "gain and shift become part of the weight",
         functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx)), keeps_input=False),
+    ),
+    Implementation(
+        "apple",
+        plugin.refuses("layer_norm"),
+        "one operation, keeps its input only",
+        functions=Norms(_plugin, partial(_followed_by_linear, _plugin)),
     ),
     Implementation(
         "xla",

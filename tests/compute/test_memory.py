@@ -20,6 +20,7 @@ from gpt2_jax.machine import process_peak
 from gpt2_jax.ops.classifier import CLASSIFIER_ROWS
 from gpt2_jax.ops.recompute import RECOMPUTED
 from tests.conftest import CPU, TINY, available, can_alias, plan_of
+from tests.implementations import plan_of_kind
 
 KEEPS_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks - {"barriers"})
 LOSES_BARRIERS = dataclasses.replace(CPU, lacks=CPU.lacks | {"barriers"})
@@ -50,6 +51,16 @@ def test_custom_calls_keep_no_scores_and_have_the_logits_of_one_chunk(matmul):
     a_layer = 16 * 32 * s + 4 * 4  # and one float32 for each row of the softmax of four heads
     estimate = memory.estimate(plan_of(matmul=matmul), B, 16)
     assert estimate.activations == B * 16 * (2 * a_layer + 2 * 32 * s) + CLASSIFIER_ROWS * 256 * 4
+
+
+def test_gpt2_124m_fits_with_jax_mps():
+    """Old and new state, gradient, what the blocks keep (2.4 GB), the logits and their gradient: below 8 GB."""
+    found = memory.estimate(plan_of_kind("apple", config=config_from_descriptor("d12")), 4, 1024)
+    assert found.parameters == 2 * found.gradients
+    assert found.moments == 4 * found.gradients
+    kept_by_blocks = found.activations - 4 * 1024 * (2 * 768 * 4 + 50304 * 8)
+    assert 2.416e9 <= kept_by_blocks <= 2.9e9
+    assert found.total <= 8e9
 
 
 @can_alias

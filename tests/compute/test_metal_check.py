@@ -50,7 +50,7 @@ def small_run(**compute):
 
 @pytest.mark.parametrize("plugin", METAL_PLUGINS, ids=lambda plugin: plugin.name)
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_holds_only_what_jax_metal_knows(preset, plugin):
+def test_a_preset_holds_only_what_the_plugin_knows(preset, plugin):
     config = load_config(preset)
     model = model_config_from_settings(config.model)
     checked = list(metal_check.check_functions(config, model, metal_backend(plugin, "test")))
@@ -111,6 +111,30 @@ def test_what_jax_metal_does_not_know_is_found_with_its_place(function, found):
 def test_a_loop_is_a_violation_only_where_the_record_says_so():
     traced = jax.jit(bad_loop).trace(jax.ShapeDtypeStruct((4, 6), jnp.float32))
     assert metal_check.violations(metal_check.lower(traced, "METAL"), loops=True) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (bad_loop, "stablehlo.while at test_metal_check.py"),
+        (bad_branch, "stablehlo.case at test_metal_check.py"),
+        (lambda x: jnp.sort(x), "stablehlo.sort at test_metal_check.py"),
+        (lambda x: jnp.argmax(x, axis=0), "stablehlo.reduce at test_metal_check.py"),
+        (lambda x: x.astype(jnp.float8_e4m3fn), "element type f8E4M3FN"),
+        (lambda x: jnp.dot(*[x.astype(jnp.bfloat16)[0]] * 2, preferred_element_type=jnp.float32), "its operands' type"),
+    ],
+)
+def test_what_jax_mps_does_not_know_is_found_with_its_place(function, found):
+    """A bfloat16 product declared float32 too, which the plugin would leave in bfloat16."""
+    module = metal_check.lower(jax.jit(function).trace(jax.ShapeDtypeStruct((4, 6), jnp.float32)), "mps")
+    assert any(found in line for line in metal_check.violations(module, loops=False, plugin="jax-mps")), found
+
+
+@pytest.mark.parametrize(("target", "violates"), [("mps.layer_norm", False), ("gpt2_jax_matmul", True)])
+def test_custom_calls_that_jax_mps_knows(target, violates):
+    module = metal_check.lower(jax.jit(lambda x: x).trace(jnp.float32(0)), "mps")
+    module = ir.Module.parse(CUSTOM_CALL.format(target=target), context=module.context)
+    assert bool(metal_check.violations(module, loops=False, plugin="jax-mps")) == violates
 
 
 GATHER = """

@@ -76,5 +76,5 @@ def test_only_a_weights_gradient_is_split_less_by_default(setting, precision, of
 def test_every_product_takes_the_same_part_of_the_table():
     """A custom call is named by --matmul and by nothing else, and has products of its own."""
     names = [row.name for row in matmul.TABLE]
-    assert sorted(names) == sorted([*matmul.IMPLEMENTATIONS, "cublas"])
+    assert sorted(names) == sorted([*matmul.IMPLEMENTATIONS, "cublas", "apple"])
     assert names[-1] == "xla"
