@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2_jax.compute.decode import empty_cache, extend
 from gpt2_jax.compute.forward import all_logits
 from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.corpus import text_file, write_corpus
@@ -73,6 +75,35 @@ def test_generation_takes_each_next_token_from_the_whole_text(tiny_params):
         tokens.append(sample(np.asarray(logits), coins.uniform()))
     assert found == tokens[14:]
     assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("prompt_length", [1, 64, 70])
+def test_the_cache_changes_no_token(prompt_length, dtype, temperature):
+    """Prompts of one token, of a whole compiled length, and of one that is padded; the text outgrows the 128 positions."""
+    config = dataclasses.replace(TINY, max_sequence_length=128)
+    # Large weights: the likeliest token depends on the whole text, and two logits are seldom within rounding of each other.
+    params = jnp.asarray(initialize_parameters(config) * np.float32(8))
+    prompt = np.random.default_rng(5).integers(0, 203, prompt_length).tolist()
+    cached, full = (
+        list(generate(plan_of(config, dtype=dtype), params, prompt, 140, temperature=temperature, seed=3, cached=on))
+        for on in (True, False)
+    )
+    assert cached == full
+    assert len(set(cached)) > 4
+
+
+def test_the_cache_gives_the_full_passes_logits(tiny_params):
+    plan, params = plan_of(), jnp.asarray(tiny_params)
+    x = np.random.default_rng(1).integers(0, 203, (2, 12)).astype(np.int32)
+    expected = np.asarray(jax.jit(lambda x: all_logits(plan, params, x))(x))
+    found, cache = extend(plan, params, empty_cache(plan, 2, 16), x[:, :8], np.int32(0), np.int32(5))
+    np.testing.assert_allclose(found, expected[:, 5], rtol=0, atol=32 * np.finfo(np.float32).eps * np.abs(expected).max())
+    for position in range(6, 12):  # what stood at 6 and 7 is overwritten
+        found, cache = extend(plan, params, cache, x[:, position : position + 1], np.int32(position), np.int32(0))
+        tolerance = 32 * np.finfo(np.float32).eps * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected[:, position], rtol=0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
