@@ -47,7 +47,7 @@ def generate(
         found = next((token for token in tokens if not 0 <= token < vocab_size), "none")
         raise Gpt2JaxError(f"prompt: expected at least one token id, all below the model's {vocab_size}, found {found}")
     generator = XorShift(seed)
-    next_logits = (_cached_logits if cached else _uncached_logits)(plan, params_N, len(tokens) + num_tokens)
+    next_logits = (_cached_logits if cached and plan.backend.caches_keys else _uncached_logits)(plan, params_N, len(tokens) + num_tokens)
     for _ in range(num_tokens):
         logits_V = next_logits(tokens)
         token = sample(logits_V[:num_choices], generator.uniform(), temperature=temperature, top_k=top_k)
@@ -154,6 +154,8 @@ def complete(
         )
     if remark := other_ids(tokenizer, vocab_size):
         say(remark)
+    if not plan.backend.caches_keys:
+        say(f"generating: without a cache, which is not checked on {plan.backend.name}; every token costs a full forward pass")
     tokens = generate(
         plan,
         jnp.asarray(params),

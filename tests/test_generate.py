@@ -94,6 +94,17 @@ def test_the_cache_changes_no_token(prompt_length, dtype, temperature):
     assert len(set(cached)) > 4
 
 
+def test_a_backend_without_the_cache_says_so_and_never_compiles_it(english_model, monkeypatch):
+    plan, params = english_model
+    from gpt2_jax import generate as module
+
+    monkeypatch.setattr(module, "extend", lambda *arguments: pytest.fail("compiled the cache's program"))
+    without = dataclasses.replace(plan, backend=dataclasses.replace(plan.backend, lacks=plan.backend.lacks | {"decode_cache"}))
+    said = []
+    assert "".join(complete(without, params, gpt2_tokenizer(), "In", max_tokens=2, say=said.append))
+    assert said == ["generating: without a cache, which is not checked on cpu; every token costs a full forward pass"]
+
+
 def test_the_cache_gives_the_full_passes_logits(tiny_params):
     plan, params = plan_of(), jnp.asarray(tiny_params)
     x = np.random.default_rng(1).integers(0, 203, (2, 12)).astype(np.int32)

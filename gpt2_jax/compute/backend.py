@@ -40,6 +40,7 @@ class Backend:
     | barriers | the compiler takes them out, and merges what is computed anew with what is kept |
     | slice_updates | an update of a slice may copy the whole buffer |
     | cuda_libraries | cuBLAS and cuDNN |
+    | decode_cache | generating with a cache of keys and values: its program is not checked there |
     """
 
     name: str
@@ -49,6 +50,11 @@ class Backend:
     plugin: str = ""  # of 'metal': the distribution
     environment: tuple[tuple[str, str], ...] = ()  # variables that must be set before jax starts
     fallback: str = ""  # why a device that is here is not used, where the user can mend it; --strict does not accept it
+
+    @property
+    def caches_keys(self) -> bool:
+        """Whether text is generated with a cache of keys and values."""
+        return "decode_cache" not in self.lacks
 
     @property
     def donates(self) -> bool:
@@ -202,7 +208,7 @@ def _metal(plugin_name: str, full_float32: bool) -> Backend:
 def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = False) -> Backend:
     """The record of a plugin for the Apple GPU, wherever this runs."""
     environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
-    lacks = plugin.lacks | {"cuda_libraries", "slice_updates"}
+    lacks = plugin.lacks | {"cuda_libraries", "slice_updates", "decode_cache"}
     return Backend("metal", plugin.platform, reason, lacks, plugin.name, environment)
 
 
