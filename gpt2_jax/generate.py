@@ -31,6 +31,8 @@ def generate(
     *,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     num_choices: int | None = None,
     seed: int = SEED,
     cached: bool = True,
@@ -47,10 +49,12 @@ def generate(
         found = next((token for token in tokens if not 0 <= token < vocab_size), "none")
         raise Gpt2JaxError(f"prompt: expected at least one token id, all below the model's {vocab_size}, found {found}")
     generator = XorShift(seed)
-    next_logits = (_cached_logits if cached and plan.backend.caches_keys else _uncached_logits)(plan, params_N, len(tokens) + num_tokens)
+    make = _cached_logits if cached and plan.backend.caches_keys else _uncached_logits
+    next_logits = make(plan, params_N, len(tokens) + num_tokens)
+    choice = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
     for _ in range(num_tokens):
         logits_V = next_logits(tokens)
-        token = sample(logits_V[:num_choices], generator.uniform(), temperature=temperature, top_k=top_k)
+        token = sample(logits_V[:num_choices], generator.uniform(), top_k=top_k, **choice)
         tokens.append(token)
         yield token
 
@@ -106,11 +110,21 @@ def _cached_logits(plan: Plan, params_N: jax.Array, most_tokens: int) -> Callabl
     return next_logits
 
 
-def sample(logits_V: np.ndarray, coin: np.float32, *, temperature: float = 1.0, top_k: int = 0) -> int:
+def sample(
+    logits_V: np.ndarray,
+    coin: np.float32,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> int:
     """The token that a uniform `coin` in [0, 1) picks from softmax(logits / temperature), float32.
 
-    With `top_k` above 0 only the k largest logits count; temperature 0 takes the largest. At temperature 1 without top_k
-    this is llm.c's sample_softmax: exponentials without a shift, their total in float64, the running sum in float32.
+    With `top_k` above 0 only the k largest logits count; of these, with `top_p` below 1, the likeliest whose probabilities
+    first reach that sum; of all, those of at least `min_p` times the largest probability. Temperature 0 takes the largest.
+    At temperature 1 without these this is llm.c's sample_softmax: exponentials without a shift, their total in float64,
+    the running sum in float32.
     """
     if temperature == 0:
         return int(np.argmax(logits_V))
@@ -124,6 +138,13 @@ def sample(logits_V: np.ndarray, coin: np.float32, *, temperature: float = 1.0, 
     if scaled_V.max() > _LARGEST_EXPONENT:
         scaled_V = scaled_V - scaled_V.max()
     weights_V = np.exp(scaled_V)
+    if top_p < 1:
+        order = np.argsort(-weights_V, kind="stable")
+        sums = np.cumsum(weights_V[order], dtype=np.float64)
+        reached = int(np.searchsorted(sums, top_p * sums[-1]))  # the token with which the sum is reached stays
+        weights_V[order[reached + 1 :]] = 0
+    if min_p > 0:
+        weights_V[weights_V < np.float32(min_p) * weights_V.max()] = 0
     target = np.float32(coin * weights_V.sum(dtype=np.float64))
     index = int(np.searchsorted(np.cumsum(weights_V, dtype=np.float32), target, side="right"))
     return min(index, scaled_V.size - 1)
@@ -138,6 +159,8 @@ def complete(
     max_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = SEED,
     say: Callable[[str], None] = announce,
 ) -> Iterator[str]:
@@ -163,6 +186,8 @@ def complete(
         max_tokens,
         temperature=temperature,
         top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         num_choices=num_sampled_ids(tokenizer, vocab_size),
         seed=seed,
     )

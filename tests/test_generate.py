@@ -53,6 +53,27 @@ def test_top_k_never_leaves_the_k_largest(seed, top_k, coin):
     assert sample(logits, np.float32(coin), top_k=top_k) in np.argsort(logits)[-top_k:]
 
 
+COINS = np.linspace(0, 1, 200, endpoint=False, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p": 0.55}, {0, 2}),
+        ({"top_p": 0.3}, {2}),
+        ({"top_p": 1e-9}, {2}),
+        ({"top_p": 1.0}, {0, 1, 2, 3}),
+        ({"min_p": 0.4}, {0, 2, 3}),
+        ({"min_p": 1.0}, {2}),
+        ({"min_p": 0.4, "top_k": 2}, {0, 2}),
+    ],
+    ids=str,
+)
+def test_unlikely_tokens_are_left_out(options, expected):
+    logits = np.log(np.array([0.3, 0.1, 0.4, 0.2], np.float32))
+    assert {sample(logits, coin, **options) for coin in COINS} == expected
+
+
 def test_temperature_zero_is_the_likeliest_and_low_temperature_nearly():
     logits = np.array([0.0, 3.0, 1.0, 2.9], np.float32)
     assert sample(logits, np.float32(0.99), temperature=0) == 1
