@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2_jax.compute.decode import empty_cache, extend
 from gpt2_jax.compute.forward import all_logits
 from gpt2_jax.data.chunks import CutRuns
 from gpt2_jax.data.prepare import Limits, prepare
@@ -50,6 +54,27 @@ def test_top_k_never_leaves_the_k_largest(seed, top_k, coin):
     assert sample(logits, np.float32(coin), top_k=top_k) in np.argsort(logits)[-top_k:]
 
 
+COINS = np.linspace(0, 1, 200, endpoint=False, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p": 0.55}, {0, 2}),
+        ({"top_p": 0.3}, {2}),
+        ({"top_p": 1e-9}, {2}),
+        ({"top_p": 1.0}, {0, 1, 2, 3}),
+        ({"min_p": 0.4}, {0, 2, 3}),
+        ({"min_p": 1.0}, {2}),
+        ({"min_p": 0.4, "top_k": 2}, {0, 2}),
+    ],
+    ids=str,
+)
+def test_unlikely_tokens_are_left_out(options, expected):
+    logits = np.log(np.array([0.3, 0.1, 0.4, 0.2], np.float32))
+    assert {sample(logits, coin, **options) for coin in COINS} == expected
+
+
 def test_temperature_zero_is_the_likeliest_and_low_temperature_nearly():
     logits = np.array([0.0, 3.0, 1.0, 2.9], np.float32)
     assert sample(logits, np.float32(0.99), temperature=0) == 1
@@ -72,6 +97,46 @@ def test_generation_takes_each_next_token_from_the_whole_text(tiny_params):
         tokens.append(sample(np.asarray(logits), coins.uniform()))
     assert found == tokens[14:]
     assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("prompt_length", [1, 64, 70])
+def test_the_cache_changes_no_token(prompt_length, dtype, temperature):
+    """Prompts of one token, of a whole compiled length, and of one that is padded; the text outgrows the 128 positions."""
+    config = dataclasses.replace(TINY, max_sequence_length=128)
+    # Large weights: the likeliest token depends on the whole text, and two logits are seldom within rounding of each other.
+    params = jnp.asarray(initialize_parameters(config) * np.float32(8))
+    prompt = np.random.default_rng(5).integers(0, 203, prompt_length).tolist()
+    cached, full = (
+        list(generate(plan_of(config, dtype=dtype), params, prompt, 140, temperature=temperature, seed=3, cached=on))
+        for on in (True, False)
+    )
+    assert cached == full
+    assert len(set(cached)) > 4
+
+
+def test_a_backend_without_the_cache_says_so_and_never_compiles_it(english_model, monkeypatch):
+    plan, params = english_model
+    from gpt2_jax import generate as module
+
+    monkeypatch.setattr(module, "extend", lambda *arguments: pytest.fail("compiled the cache's program"))
+    without = dataclasses.replace(plan, backend=dataclasses.replace(plan.backend, lacks=plan.backend.lacks | {"decode_cache"}))
+    said = []
+    assert "".join(complete(without, params, gpt2_tokenizer(), "In", max_tokens=2, say=said.append))
+    assert said == ["generating: without a cache, which is not checked on cpu; every token costs a full forward pass"]
+
+
+def test_the_cache_gives_the_full_passes_logits(tiny_params):
+    plan, params = plan_of(), jnp.asarray(tiny_params)
+    x = np.random.default_rng(1).integers(0, 203, (2, 12)).astype(np.int32)
+    expected = np.asarray(jax.jit(lambda x: all_logits(plan, params, x))(x))
+    found, cache = extend(plan, params, empty_cache(plan, 2, 16), x[:, :8], np.int32(0), np.int32(5))
+    np.testing.assert_allclose(found, expected[:, 5], rtol=0, atol=32 * np.finfo(np.float32).eps * np.abs(expected).max())
+    for position in range(6, 12):  # what stood at 6 and 7 is overwritten
+        found, cache = extend(plan, params, cache, x[:, position : position + 1], np.int32(position), np.int32(0))
+        tolerance = 32 * np.finfo(np.float32).eps * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected[:, position], rtol=0, atol=tolerance)
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,9 @@ def test_generate_continues_a_text_the_same_way_for_the_same_seed(tmp_path):
         ("--temperature", "-1"),
         ("--temperature", "nan"),
         ("--top-k", "-1"),
+        ("--top-p", "0"),
+        ("--top-p", "nan"),
+        ("--min-p", "1.5"),
         ("--seed", "0"),
         ("--max-tokens", "0"),
     ):

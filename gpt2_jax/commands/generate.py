@@ -38,6 +38,10 @@ class Arguments:
     """Below 1: safer, above: wilder; 1: the model's own probabilities; 0: always the likeliest token."""
     top_k: int = 50
     """Choose among the k likeliest tokens only; 0: among all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens whose probabilities first reach this sum; 1: among all."""
+    min_p: float = 0.0
+    """Leave out tokens below this fraction of the likeliest one's probability; 0: none."""
     seed: int = 1337
     """The same seed gives the same text."""
     tokenizer: FilePath | None = None
@@ -52,6 +56,12 @@ class Arguments:
             if getattr(self, name) < lowest:
                 flag = f"--{name.replace('_', '-')}"
                 raise Gpt2JaxError(f"{flag}: expected at least {lowest}, found {getattr(self, name)}", f"{flag} {lowest}")
+        for flag, value, fits, expected in (
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+        ):
+            if not fits:
+                raise Gpt2JaxError(f"{flag}: expected a number {expected}, found {value}", f"{flag} 0.9")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise Gpt2JaxError(
                 f"--temperature: expected a finite number of at least 0, found {self.temperature}", "--temperature 0.8"
@@ -86,6 +96,8 @@ def main(words: list[str]) -> None:
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
         seed=arguments.seed,
     )
     for text in itertools.chain([arguments.prompt], pieces):

@@ -43,6 +43,7 @@ class Backend:
     | cuda_libraries | cuBLAS and cuDNN |
     | determinism | bits that are known to be the same in every run |
     | reduce_scatter | sums scattered over devices: wrong in some jaxlibs (jax issue 40830), so ranks exchange and add |
+    | decode_cache | generating with a cache of keys and values: its program is not checked there |
     """
 
     name: str
@@ -53,6 +54,11 @@ class Backend:
     environment: tuple[tuple[str, str], ...] = ()  # variables that must be set before jax starts
     fuses: frozenset[str] = frozenset()  # of metal_plugins.FUSED_PARTS: parts of a step that are one operation there
     fallback: str = ""  # why a device that is here is not used, where the user can mend it; --strict does not accept it
+
+    @property
+    def caches_keys(self) -> bool:
+        """Whether text is generated with a cache of keys and values."""
+        return "decode_cache" not in self.lacks
 
     @property
     def donates(self) -> bool:
@@ -229,7 +235,7 @@ def _metal(plugin_name: str, full_float32: bool) -> Backend:
 def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = False) -> Backend:
     """The record of a plugin for the Apple GPU, wherever this runs."""
     environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
-    lacks = plugin.lacks | {"cuda_libraries", "slice_updates", "determinism"}
+    lacks = plugin.lacks | {"cuda_libraries", "slice_updates", "determinism", "decode_cache"}
     return Backend("metal", plugin.platform, reason, lacks, plugin.name, environment, plugin.fuses)
 
 
