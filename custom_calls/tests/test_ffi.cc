@@ -193,6 +193,67 @@ void test_cuda_launch() {
   CHECK(unknown.message.find("nobody's") != std::string::npos, unknown.message);
 }
 
+// A product of cuBLASLt's, by a library that only notes it.
+void test_cublas() {
+  const auto load = [](const char* path) {
+    const char* const problem = gpt2_jax_cublas_load(FAKE_CUDA_DRIVER, path);
+    return std::string(problem == nullptr ? "" : problem);
+  };
+  constexpr auto kBf16 = XLA_FFI_DataType_BF16;
+  constexpr int64_t kRows = 6, kOutputs = 8, kInputs = 16;
+  Call call;
+  call.handler = gpt2_jax_cublas_gelu_backward;
+  call.a = Buffer({kRows, kOutputs}, kBf16);
+  call.b = Buffer({kOutputs, kInputs}, kBf16);
+  call.more = {Buffer({kRows, kInputs}, kBf16)};
+  call.out = Buffer({kRows, kInputs}, kBf16);
+  call.more_results = {Buffer({1000}, XLA_FFI_DataType_U8)};
+  call.integers = {{"tune", 0}};
+  call.strings = {};
+
+  XLA_FFI_Error error = call.call();
+  CHECK(error.message.find("gpt2_jax_cublas_load was not called") != std::string::npos,
+        error.message);
+  CHECK(load("no/such/library").find("no/such/library") != std::string::npos, load("none"));
+  CHECK(load(FAKE_CUDA_DRIVER).empty(), load(FAKE_CUDA_DRIVER));
+  CHECK(load("no/such/library").empty(), "what is open stays open");
+
+  void* const fake = dlopen(FAKE_CUDA_DRIVER, RTLD_NOW);
+  const int64_t* const last =
+      reinterpret_cast<const int64_t* (*)()>(dlsym(fake, "fake_last_product"))();
+  const auto set_capturing = reinterpret_cast<void (*)(int)>(dlsym(fake, "fake_set_capturing"));
+  const auto expect = [&](int64_t algorithm, const char* what) {
+    error = call.call();
+    CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
+    // Matrices by columns: w^T (I, O), dy^T (O, M), dx^T (I, M).
+    const int64_t expected[] = {192,      reinterpret_cast<int64_t>(call.more[0].values.data()),
+                                kInputs,  kInputs,
+                                kOutputs, kOutputs,
+                                kRows,    kInputs,
+                                kRows,    1000,
+                                algorithm};
+    for (int i = 0; i < 11; ++i) CHECK(last[i] == expected[i], what << ", " << i << ": " << last[i]);
+  };
+  expect(1, "cuBLASLt's favourite");
+  call.integers = {{"tune", 1}};
+  set_capturing(1);
+  expect(1, "no timing while a graph is recorded");
+  set_capturing(0);
+  expect(2, "the fastest");
+  const int64_t products = last[11];
+  expect(2, "known");
+  CHECK(last[11] == products + 1, "timed again: " << last[11]);
+
+  call.a = Buffer({5, kOutputs}, kBf16);
+  error = call.call();
+  CHECK(error.message.find("expected dy (M, O), w (O, I), x and dx (M, I)") != std::string::npos,
+        error.message);
+  call.more = {Buffer({5, kInputs}, kBf16)};
+  call.out = Buffer({5, kInputs}, kBf16);
+  error = call.call();
+  CHECK(error.message.find("got none") != std::string::npos, error.message);
+}
+
 void expect_error(Call call, XLA_FFI_Error_Code code, const std::vector<std::string>& parts) {
   const XLA_FFI_Error error = call.call();
   CHECK(error.code == code, "code " << error.code << ", " << error.message);
@@ -525,6 +586,7 @@ int main() {
   using namespace gpt2_jax;
   test_product();
   test_cuda_launch();
+  test_cublas();
   test_flat_buffer_and_leading_dimensions();
   test_bias();
   test_into();

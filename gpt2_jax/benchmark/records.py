@@ -55,9 +55,9 @@ def recording(folder: str | None, words: list[str]) -> Iterator[str | None]:
         yield str(path / "steps.png")
     log = anonymous(both.copy.getvalue())
     figures = json.loads(log.splitlines()[-1])
-    command = " ".join([program_name(), *(shlex.quote(word) for word in words)])
+    command = " ".join([program_name(), *(anonymous(shlex.quote(word)) for word in words)])
     facts = {
-        "command": f"`{anonymous(command)}`",
+        "command": f"`{command}`",
         "day": f"{date.today():%Y-%m-%d}",
         "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
         or "not known",

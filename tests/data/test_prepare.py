@@ -312,6 +312,7 @@ def test_another_text_from_standard_input_does_not_go_on(tmp_path, monkeypatch):
         ("d.parquet", b"PAR1", "expected a Parquet file with a column 'text' of text, found: "),
         ("d.parquet", b"PAR1" + b"\xff" * 64 + b"\xf0\xff\xff\x7fPAR1", "found: "),
     ],
+    ids=map(str, range(12)),
 )
 def test_damaged_files_are_refused(tmp_path, monkeypatch, name, content, found):
     pytest.importorskip("pyarrow")
