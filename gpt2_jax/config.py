@@ -163,8 +163,9 @@ class ComputeSettings:
     deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """The same bits in every run on the same machine. The CPU's always are; on NVIDIA GPUs it costs some speed, which the
     start table tells."""
-    devices: int = 0
-    """Devices of this machine that train together, each on its own --batch-size; 0: all accelerators, or the one CPU."""
+    devices: int = 1
+    """Devices of this machine that train together, each on its own --batch-size; 0: all accelerators, or the one CPU. Not
+    yet measured on several GPUs."""
     zero: Literal[0, 1] = 1
     """What several devices divide (ZeRO's stages): 0 nothing, 1 parameters and moments, of which each keeps its part."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

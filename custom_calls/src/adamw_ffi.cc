@@ -28,7 +28,7 @@ ffi::Error sums_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Res
                  "spans within " + std::to_string(count) + " elements, got [" +
                      std::to_string(spans[i]) + "," + std::to_string(spans[i + 1]) + ")");
   }
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] {
     for (size_t i = 0; i < num_sums; ++i) {
       const int64_t start = spans[2 * i], stop = spans[2 * i + 1];
@@ -76,7 +76,7 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
                      std::to_string(start) + "," + std::to_string(stop) + ")");
     position = stop;
   }
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] {
     const std::vector<DecaySpan> spans = runs_of_one_decay(decay_spans, weight_decay, count);
     const float* const s = scalars.typed_data();
@@ -95,7 +95,7 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
 }  // namespace
 }  // namespace gpt2_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_sums_of_squares, gpt2_jax::sums_of_squares_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_sums_of_squares, gpt2_jax::guarded<gpt2_jax::sums_of_squares_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // values
@@ -103,7 +103,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_sums_of_squares, gpt2_jax::sums_of_square
                                   .Attr<xla::ffi::Span<const int64_t>>("spans")
                                   .Attr<int64_t>("num_threads"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_adamw, gpt2_jax::adamw_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_adamw, gpt2_jax::guarded<gpt2_jax::adamw_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // gradients

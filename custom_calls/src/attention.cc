@@ -18,7 +18,11 @@ constexpr int64_t kQueries = 128;
 class Head {
  public:
   Head(const Attention& attention, int64_t index)
-      : a_(attention), batch_(index / attention.heads), head_(index % attention.heads) {}
+      : a_(attention),
+        implementation_(attention.implementation->own_threads ? *find_implementation("simd")
+                                                              : *attention.implementation),
+        batch_(index / attention.heads),
+        head_(index % attention.heads) {}
 
   int64_t width() const { return a_.heads * a_.head_size; }
 
@@ -51,11 +55,12 @@ class Head {
     matmul.accumulate = accumulate;
     matmul.precision = a_.precision;
     InlineExecutor alone;
-    a_.implementation->run(matmul, alone);
+    implementation_.run(matmul, alone);
   }
 
  private:
   const Attention& a_;
+  const Implementation& implementation_;
   const int64_t batch_, head_;
 };
 

@@ -2,6 +2,9 @@
 //
 //   out = softmax(q k^T / sqrt(D) + causal mask) v     for each sequence and head
 //
+// Each head is an item for our threads. A library with threads of its own would compute one head
+// after another, so `simd` takes its place.
+//
 // Reference: gpt2_jax/ops/attention.py. The scores are computed for one block of queries at a time
 // and never stored whole; the backward pass computes them again from the log-sums of the forward
 // pass.

@@ -76,7 +76,7 @@ ffi::Error attention_handler(ffi::ThreadPool pool, ffi::AnyBuffer qkv,
   const Attention attention = decode(check, {"qkv", qkv}, {num_heads, implementation, precision});
   expect_parts(check, {"out", *out}, attention, 1);
   expect_log_sums(check, *log_sums, attention);
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return run(check, attention, [&] {
     attention_forward(attention, out->untyped_data(), log_sums->typed_data(), executor);
   });
@@ -95,7 +95,7 @@ ffi::Error attention_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer qkv, 
   expect_parts(check, {"dout", dout}, attention, 1);
   expect_parts(check, {"dqkv", *dqkv}, attention, 3);
   expect_log_sums(check, log_sums, attention);
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return run(check, attention, [&] {
     attention_backward(attention, out.untyped_data(), log_sums.typed_data(), dout.untyped_data(),
                        dqkv->untyped_data(), executor);
@@ -105,7 +105,7 @@ ffi::Error attention_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer qkv, 
 }  // namespace
 }  // namespace gpt2_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_attention, gpt2_jax::attention_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_attention, gpt2_jax::guarded<gpt2_jax::attention_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()              // qkv
@@ -116,7 +116,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_attention, gpt2_jax::attention_handler,
                                   .Attr<std::string_view>("precision")
                                   .Attr<int64_t>("num_threads"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_attention_backward, gpt2_jax::attention_backward_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_attention_backward, gpt2_jax::guarded<gpt2_jax::attention_backward_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()              // qkv

@@ -50,6 +50,11 @@ void Checker::size(const NamedBuffer& buffer, int64_t expected) {
          std::string(buffer.name) + " of size " + std::to_string(expected));
 }
 
+int64_t Checker::num_threads(int64_t count) {
+  expect(count >= 1, "num_threads >= 1, got " + std::to_string(count));
+  return std::max<int64_t>(count, 1);
+}
+
 const Implementation* Checker::implementation(std::string_view name) {
   const Implementation* const found = find_implementation(name);
   expect(found != nullptr, "an implementation among " + implementation_names() + ", got \"" +

@@ -47,6 +47,9 @@ class Checker {
   DType dtype(const NamedBuffer& buffer);
   void size(const NamedBuffer& buffer, int64_t expected);
 
+  // `count` if it is at least 1; a failure, and 1, otherwise.
+  int64_t num_threads(int64_t count);
+
   // The rung and the precision of these names; a failure when there is none.
   const Implementation* implementation(std::string_view name);
   Precision precision(std::string_view name);

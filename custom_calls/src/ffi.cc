@@ -91,7 +91,7 @@ class ProductChecker : public Checker {
 struct Request {
   Matmul matmul;
   const Implementation* implementation;
-  int num_threads;
+  int64_t num_threads;
 };
 
 Request decode(ProductChecker& check, const ffi::AnyBuffer& a, const ffi::AnyBuffer& b,
@@ -106,11 +106,7 @@ Request decode(ProductChecker& check, const ffi::AnyBuffer& a, const ffi::AnyBuf
                " k=" + std::to_string(k));
   }
   matmul.precision = check.precision(check.text("precision"));
-  const int64_t num_threads = check.integer("num_threads");
-  if (num_threads < 1) {
-    check.fail("expected num_threads >= 1, got " + std::to_string(num_threads));
-  }
-  request.num_threads = static_cast<int>(std::min<int64_t>(num_threads, 1024));
+  request.num_threads = check.num_threads(check.integer("num_threads"));
   request.implementation = check.implementation(check.text("implementation"));
 
   const int64_t a_offset = check.integer("a_offset"), b_offset = check.integer("b_offset");
@@ -213,7 +209,7 @@ ffi::Error matmul_into_handler(ffi::ThreadPool pool, ffi::Dictionary attributes,
 }  // namespace
 }  // namespace gpt2_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul, gpt2_jax::matmul_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul, gpt2_jax::guarded<gpt2_jax::matmul_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attrs()
@@ -222,7 +218,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul, gpt2_jax::matmul_handler,
                                   .Ret<xla::ffi::AnyBuffer>()  // out
 );
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul_bias, gpt2_jax::matmul_bias_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul_bias, gpt2_jax::guarded<gpt2_jax::matmul_bias_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attrs()
@@ -232,7 +228,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul_bias, gpt2_jax::matmul_bias_handle
                                   .Ret<xla::ffi::AnyBuffer>()  // out
 );
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul_into, gpt2_jax::matmul_into_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_matmul_into, gpt2_jax::guarded<gpt2_jax::matmul_into_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attrs()

@@ -96,7 +96,7 @@ ffi::Error add_rows_into_handler(Floats target, ffi::Buffer<ffi::S32> indices, f
 }  // namespace
 }  // namespace gpt2_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_write_into, gpt2_jax::write_into_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_write_into, gpt2_jax::guarded<gpt2_jax::write_into_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // target
                                   .RemainingArgs()                         // pieces
@@ -104,13 +104,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_write_into, gpt2_jax::write_into_handler,
                                   .Attr<xla::ffi::Span<const int64_t>>("offsets")
                                   .Attr<int64_t>("accumulate"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_barrier, gpt2_jax::barrier_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_barrier, gpt2_jax::guarded<gpt2_jax::barrier_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()    // x
                                   .RemainingArgs()               // values that must exist before x
                                   .Ret<xla::ffi::AnyBuffer>());  // out
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_add_rows_into, gpt2_jax::add_rows_into_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_add_rows_into, gpt2_jax::guarded<gpt2_jax::add_rows_into_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // target
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // indices

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "operand.h"
 #include "transpose_4x4.h"
@@ -85,34 +86,26 @@ void pack_ragged_panel(const typename Load::Stored* source, int64_t lane_stride,
 }
 
 template <typename Load>
+using PackFull = void (*)(const typename Load::Stored*, int64_t, int64_t, int64_t, float*);
+
+constexpr size_t kWidths = sizeof(kPanelWidths) / sizeof(kPanelWidths[0]);
+
+// pack_full_panel for one of kPanelWidths.
+template <typename Load, size_t... kIndices>
+PackFull<Load> full_panel_packer(int width, std::index_sequence<kIndices...>) {
+  PackFull<Load> found = nullptr;
+  ((width == kPanelWidths[kIndices] ? void(found = pack_full_panel<kPanelWidths[kIndices], Load>)
+                                    : void()),
+   ...);
+  return found;
+}
+
+template <typename Load>
 void pack_panels(const typename Load::Stored* source, int64_t lane_stride, int64_t k_stride,
                  int64_t lanes, int64_t depth, int width, float* packed) {
-  void (*pack_full)(const typename Load::Stored*, int64_t, int64_t, int64_t, float*) = nullptr;
-  switch (width) {  // one case for every mr and nr in the table of kernels
-    case 4:
-      pack_full = pack_full_panel<4, Load>;
-      break;
-    case 6:
-      pack_full = pack_full_panel<6, Load>;
-      break;
-    case 8:
-      pack_full = pack_full_panel<8, Load>;
-      break;
-    case 12:
-      pack_full = pack_full_panel<12, Load>;
-      break;
-    case 14:
-      pack_full = pack_full_panel<14, Load>;
-      break;
-    case 16:
-      pack_full = pack_full_panel<16, Load>;
-      break;
-    case 32:
-      pack_full = pack_full_panel<32, Load>;
-      break;
-  }
+  const auto pack_full = full_panel_packer<Load>(width, std::make_index_sequence<kWidths>());
   for (int64_t lane = 0; lane < lanes; lane += width, packed += width * depth) {
-    if (pack_full != nullptr && lanes - lane >= width) {
+    if (lanes - lane >= width) {
       pack_full(source + lane * lane_stride, lane_stride, k_stride, depth, packed);
     } else {
       pack_ragged_panel<Load>(source + lane * lane_stride, lane_stride, k_stride,

@@ -11,6 +11,16 @@
 
 namespace gpt2_jax {
 
+// The widths of panel that can be packed: mr and nr of every kernel are among them.
+constexpr int kPanelWidths[] = {4, 6, 8, 12, 14, 16, 32};
+
+constexpr bool is_panel_width(int width) {
+  for (const int known : kPanelWidths) {
+    if (width == known) return true;
+  }
+  return false;
+}
+
 // Which lanes and which k to pack.
 struct PackRange {
   int64_t first_lane, lanes;

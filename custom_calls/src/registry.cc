@@ -42,8 +42,10 @@ const std::vector<Implementation>& implementations() {
       {"simd", always_available, refuse_split_precision, run_simd},
       {"threaded", always_available, refuse_split_precision, run_threaded},
       {"amx", amx_unavailable, refuse_float32_products, run_amx, /*sums_squares=*/true},
-      {"accelerate", accelerate_unavailable, refuse_split_precision_or_size, run_accelerate},
-      {"openblas", openblas_unavailable, refuse_split_precision_or_size, run_openblas},
+      {"accelerate", accelerate_unavailable, refuse_split_precision_or_size, run_accelerate,
+       /*sums_squares=*/false, /*own_threads=*/true},
+      {"openblas", openblas_unavailable, refuse_split_precision_or_size, run_openblas,
+       /*sums_squares=*/false, /*own_threads=*/true},
   };
   return ladder;
 }

@@ -20,6 +20,9 @@ struct Implementation {
   void (*run)(const Matmul& matmul, Executor& executor);
   // True when run() sets Matmul::sum_of_squares itself, while the sums are in registers.
   bool sums_squares = false;
+  // True for another library, which has threads of its own and computes one product at a time: work
+  // that is already cut into items for our threads, as attention's heads are, takes `simd` instead.
+  bool own_threads = false;
 };
 
 // Computes the product, and the sum of squares when matmul asks for it.

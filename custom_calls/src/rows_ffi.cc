@@ -35,7 +35,7 @@ ffi::Error layer_norm_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats gai
   check.expect(alike(x_rows, out_rows), "x and out of one shape and dtype");
   check.size({"gain", gain}, x_rows.columns);
   check.size({"bias", bias}, x_rows.columns);
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run(
       [&] { layer_norm(x_rows, gain.typed_data(), bias.typed_data(), out_rows, executor); });
 }
@@ -59,7 +59,7 @@ ffi::Error layer_norm_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, F
   check.size({"gain", gain}, x_rows.columns);
   check.size({"dgain", *dgain}, x_rows.columns);
   check.size({"dbias", *dbias}, x_rows.columns);
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] {
     layer_norm_backward(x_rows, gain.typed_data(), dout_rows, dresidual_rows, dx_rows,
                         dgain->typed_data(), dbias->typed_data(), executor);
@@ -71,7 +71,7 @@ ffi::Error gelu_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi:
   Checker check("gpt2_jax_gelu", {{"x", x}, {"out", *out}});
   const Rows x_rows = matrix(check, {"x", x}), out_rows = matrix(check, {"out", *out});
   check.expect(alike(x_rows, out_rows), "x and out of one shape and dtype");
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] { gelu(x_rows, out_rows, executor); });
 }
 
@@ -82,7 +82,7 @@ ffi::Error gelu_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::An
   const Rows dx_rows = matrix(check, {"dx", *dx});
   check.expect(alike(x_rows, dout_rows) && alike(x_rows, dx_rows),
                "x, dout and dx of one shape and dtype");
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] { gelu_backward(x_rows, dout_rows, dx_rows, executor); });
 }
 
@@ -107,7 +107,7 @@ ffi::Error softmax_cross_entropy_handler(ffi::ThreadPool pool, Floats logits,
     check.fail("expected targets below " + std::to_string(vocab_size) + ", got " +
                std::to_string(target));
   }
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] {
     softmax_cross_entropy(rows, targets.typed_data(), vocab_size, scale, losses->typed_data(),
                           dlogits_rows, executor);
@@ -119,14 +119,14 @@ ffi::Error column_sums_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Resu
   Checker check("gpt2_jax_column_sums", {{"x", x}, {"sums", *sums}});
   const Rows rows = matrix(check, {"x", x});
   check.size({"sums", *sums}, rows.columns);
-  XlaExecutor executor(pool, num_threads);
+  XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] { column_sums(rows, sums->typed_data(), executor); });
 }
 
 }  // namespace
 }  // namespace gpt2_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_layer_norm, gpt2_jax::layer_norm_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_layer_norm, gpt2_jax::guarded<gpt2_jax::layer_norm_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()              // x
@@ -135,7 +135,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_layer_norm, gpt2_jax::layer_norm_handler,
                                   .Ret<xla::ffi::AnyBuffer>()              // out
                                   .Attr<int64_t>("num_threads"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_layer_norm_backward, gpt2_jax::layer_norm_backward_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_layer_norm_backward, gpt2_jax::guarded<gpt2_jax::layer_norm_backward_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()              // x
@@ -147,14 +147,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_layer_norm_backward, gpt2_jax::layer_norm
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // dbias
                                   .Attr<int64_t>("num_threads"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_gelu, gpt2_jax::gelu_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_gelu, gpt2_jax::guarded<gpt2_jax::gelu_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()  // x
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Attr<int64_t>("num_threads"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_gelu_backward, gpt2_jax::gelu_backward_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_gelu_backward, gpt2_jax::guarded<gpt2_jax::gelu_backward_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()  // x
@@ -163,7 +163,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_gelu_backward, gpt2_jax::gelu_backward_ha
                                   .Attr<int64_t>("num_threads"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_softmax_cross_entropy,
-                              gpt2_jax::softmax_cross_entropy_handler,
+                              gpt2_jax::guarded<gpt2_jax::softmax_cross_entropy_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // logits
@@ -174,7 +174,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_softmax_cross_entropy,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("num_threads"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_column_sums, gpt2_jax::column_sums_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_column_sums, gpt2_jax::guarded<gpt2_jax::column_sums_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()              // x

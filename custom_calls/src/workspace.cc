@@ -1,5 +1,6 @@
 #include "workspace.h"
 
+#include <algorithm>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -30,9 +31,18 @@ Store& store() {
 Workspace::Workspace(int64_t floats) : data_(nullptr), floats_(floats) {
   {
     std::lock_guard<std::mutex> lock(store().mutex);
-    if (!store().idle.empty()) {
-      const Block block = store().idle.back();
-      store().idle.pop_back();
+    std::vector<Block>& idle = store().idle;
+    // The smallest that is large enough; if there is none, the largest of those that are too small.
+    const auto better = [floats](const Block& a, const Block& b) {
+      const bool a_fits = a.floats >= floats, b_fits = b.floats >= floats;
+      if (a_fits != b_fits) return a_fits;
+      return a_fits ? a.floats < b.floats : a.floats > b.floats;
+    };
+    const auto best = std::min_element(idle.begin(), idle.end(), better);
+    if (best != idle.end()) {
+      const Block block = *best;
+      *best = idle.back();
+      idle.pop_back();
       data_ = block.data;
       if (block.floats >= floats) {
         floats_ = block.floats;
@@ -40,7 +50,8 @@ Workspace::Workspace(int64_t floats) : data_(nullptr), floats_(floats) {
       }
     }
   }
-  ::operator delete(data_, kAlignment);  // too small to be of use again
+  // The new block takes the place of the one that was too small.
+  ::operator delete(data_, kAlignment);
   data_ = static_cast<float*>(::operator new(floats * sizeof(float), kAlignment));
 }
 

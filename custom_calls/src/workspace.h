@@ -7,7 +7,8 @@
 namespace gpt2_jax {
 
 // A block of uninitialised floats, 64-byte aligned, borrowed from a process-wide store for this
-// object's lifetime. The store never shrinks: it holds as many blocks as were ever in use at once.
+// object's lifetime: the smallest idle block that is large enough. The store never shrinks: it holds as many
+// blocks as were ever in use at once.
 // Throws std::bad_alloc.
 class Workspace {
  public:

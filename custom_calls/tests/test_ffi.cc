@@ -9,6 +9,8 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -19,6 +21,7 @@
 #include "openblas.h"
 #include "thread_pool.h"
 #include "xla/ffi/api/c_api.h"
+#include "xla_ffi.h"
 
 struct XLA_FFI_Error {
   XLA_FFI_Error_Code code;
@@ -405,6 +408,24 @@ void test_invalid_arguments() {
   call = Call();
   call.integers["num_threads"] = 0;
   expect_invalid(call, {"num_threads >= 1, got 0"});
+  for (const Handler handler : {gpt2_jax_gelu_backward, gpt2_jax_attention_backward}) {
+    for (const int64_t count : {int64_t{0}, int64_t{-1}}) {
+      call = Call();
+      call.handler = handler;
+      call.integers = {{"num_threads", count}};
+      call.b = Buffer({2, 3});
+      call.out = Buffer({2, 3});
+      if (handler == gpt2_jax_attention_backward) {
+        call.integers["num_heads"] = 1;
+        call.a = call.out = Buffer({1, 2, 3});
+        call.b = Buffer({1, 2, 1});
+        call.more = {Buffer({1, 1, 2}), Buffer({1, 2, 1})};
+      } else {
+        call.strings.clear();
+      }
+      expect_invalid(call, {"num_threads >= 1, got " + std::to_string(count)});
+    }
+  }
   call = Call();
   call.strings["implementation"] = "magic";
   expect_invalid(call, {"naive, blocked, simd, threaded, amx", "\"magic\""});
@@ -471,6 +492,21 @@ void test_out_of_memory_on_the_pool() {
                {"gpt2_jax_attention_backward: out of memory; found qkv f32[8,1099511627776,6]"});
 }
 
+xla::ffi::Error throw_error(int) { throw std::runtime_error("what it says"); }
+xla::ffi::Error throw_bad_alloc(int) { throw std::bad_alloc(); }
+xla::ffi::Error throw_number(int) { throw 7; }
+
+// No exception may cross the C interface, from wherever in a handler it comes.
+void test_exceptions_become_errors() {
+  const xla::ffi::Error error = guarded<throw_error>(1);
+  CHECK(error.errc() == xla::ffi::ErrorCode::kInternal, error.message());
+  CHECK(error.message() == "gpt2_jax custom call: what it says", error.message());
+  const xla::ffi::Error memory = guarded<throw_bad_alloc>(1);
+  CHECK(memory.errc() == xla::ffi::ErrorCode::kResourceExhausted, memory.message());
+  const xla::ffi::Error unknown = guarded<throw_number>(1);
+  CHECK(unknown.errc() == xla::ffi::ErrorCode::kInternal, unknown.message());
+}
+
 void test_describe() {
   const std::string text = gpt2_jax_custom_calls_describe();
   for (const char* part : {"\"version\": ", "\"xla_ffi_api\": \"0.",
@@ -498,6 +534,7 @@ int main() {
   test_empty();
   test_out_of_memory();
   test_out_of_memory_on_the_pool();
+  test_exceptions_become_errors();
   test_describe();
   return report("test_ffi");
 }

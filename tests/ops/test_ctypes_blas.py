@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from gpt2_jax.compute.step import create_state, make_step
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.ops.cpu import ctypes_blas
 from gpt2_jax.ops.cpu import library as custom_calls
 from gpt2_jax.ops.matmul import matmul
 from gpt2_jax.ops.threaded import WeightView
@@ -129,3 +131,30 @@ def test_an_operand_that_is_too_short_is_an_error():
     b = WeightView(jnp.ones(20), 10, (3, 4))
     with pytest.raises(Exception, match=r"by ctypes: ValueError: cannot reshape array of size 10 into shape \(3,4\)"):
         jax.block_until_ready(matmul(jnp.ones((2, 3)), b, **OPTIONS))
+
+
+def test_whatever_stops_a_product_fails_the_call(monkeypatch):
+    """A result that was not computed must not be taken for one: Ctrl-C may come while Python is in the handler."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ctypes_blas, "_multiply", interrupted)
+    with pytest.raises(Exception, match="by ctypes: KeyboardInterrupt"):
+        jax.block_until_ready(matmul(jnp.ones((2, 3)), jnp.ones((3, 4)), **OPTIONS))
+
+
+def test_a_size_beyond_32_bits_is_refused():
+    """cblas_sgemm takes C ints, and ctypes cuts off what is beyond them: 2^31 + 1 rows would become a negative number."""
+    called = []
+    sizes = {"m": 2**31 + 1, "n": 0, "k": 0, "a_offset": 0, "b_offset": 0, "transpose_a": 0, "transpose_b": 0}
+    nothing = np.empty(0, np.float32)
+    with pytest.raises(ValueError, match="sizes of 32 bits, this product has 2147483649"):
+        ctypes_blas._multiply(
+            lambda *sizes: called.append(sizes),
+            threading.Lock(),
+            [nothing, nothing],
+            nothing,
+            sizes | {"precision": "F32_F32_F32"},
+        )
+    assert not called

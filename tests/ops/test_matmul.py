@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -196,10 +197,31 @@ def test_openblas_is_found_without_loading_it(monkeypatch):
 @pytest.mark.parametrize(("nproc", "threads"), [("1", 1), ("100000", None), ("many", None), ("0", None), (None, None)])
 def test_threads_are_xlas(monkeypatch, nproc, threads):
     monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setattr(custom_calls, "cpu_quota", lambda: None)
     everything = custom_calls.num_threads()
     if nproc is not None:
         monkeypatch.setenv("NPROC", nproc)
     assert custom_calls.num_threads() == (threads or everything) >= 1
+
+
+@implementations
+def test_four_threads_with_two_dtypes_at_once_get_what_one_gets(implementation):
+    """Products at the same time must share no panels, sums or copies, whatever their types."""
+    x, w = random(0, 70, 130), random(1, 130, 90)
+
+    def product(dtype):
+        precision = precision_of(implementation, dtype)
+        options = {"out_dtype": jnp.dtype(dtype), "implementation": implementation, "precision": precision}
+        return jax.jit(partial(matmul.matmul, **options))(jnp.asarray(x, dtype), jnp.asarray(w, dtype))
+
+    dtypes = ["float32", "bfloat16"] * 20
+    alone = {dtype: np.asarray(product(dtype)) for dtype in dtypes[:2]}
+    with ThreadPoolExecutor(4) as threads:
+        for dtype, found in zip(dtypes, threads.map(lambda dtype: np.asarray(product(dtype)), dtypes), strict=True):
+            if implementation in ("openblas", "accelerate"):  # which do not promise the same bits
+                np.testing.assert_allclose(found.astype(np.float32), alone[dtype].astype(np.float32), rtol=2.0**-7, atol=1e-4)
+            else:
+                assert found.tobytes() == alone[dtype].tobytes(), dtype
 
 
 def test_calls_from_several_threads_end_on_a_pool_of_one_thread():

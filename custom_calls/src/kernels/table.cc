@@ -2,6 +2,7 @@
 #include "cpu_features.h"
 #include "kernels/kernel.h"
 #include "kernels/tile_kernel.h"
+#include "pack.h"
 
 namespace gpt2_jax {
 namespace {
@@ -22,12 +23,13 @@ constexpr Kernel kKernels[] = {
 constexpr bool sizes_fit() {
   for (const Kernel& kernel : kKernels) {
     if (kernel.mr * kernel.nr > kMaxTile) return false;
+    if (!is_panel_width(kernel.mr) || !is_panel_width(kernel.nr)) return false;
     if (kernel.blocks.item_m % kernel.mr || kernel.blocks.pack_m % kernel.mr) return false;
     if (kernel.blocks.item_n % kernel.nr || kernel.blocks.pack_n % kernel.nr) return false;
   }
   return true;
 }
-static_assert(sizes_fit(), "block sizes are multiples of the kernel's tile");
+static_assert(sizes_fit(), "a tile's sides can be packed, and block sizes are multiples of them");
 
 #if defined(GPT2_JAX_HAS_AMX)
 // A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 for the other operand. With digits

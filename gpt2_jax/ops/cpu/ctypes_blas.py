@@ -19,6 +19,7 @@ import numpy as np
 
 _DTYPES = {11: np.dtype(np.float32), 16: np.dtype(ml_dtypes.bfloat16)}  # by XLA_FFI_DataType
 _STRING, _METADATA, _INTERNAL_ERROR = 4, 1, 13  # an XLA_FFI_AttrType, _Extension_Type, _Error_Code
+_LARGEST_SIZE = 2**31 - 1  # of a C int; ctypes would cut off what is beyond it, without a word
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112  # of cblas.h
 
 
@@ -82,7 +83,9 @@ def matmul_handler(sgemm: Callable[..., None]) -> Any:
         try:
             arguments = [_array(frame.arguments.buffers[i].contents) for i in range(frame.arguments.count)]
             _multiply(sgemm, one_at_a_time, arguments, _array(frame.results.buffers[0].contents), _attributes(frame.attributes))
-        except Exception as error:  # nothing else would say so: ctypes prints what a callback raises, and goes on
+        # Not Exception alone: ctypes prints whatever a callback raises, Ctrl-C's KeyboardInterrupt too, and goes on as if the
+        # product had been computed.
+        except BaseException as error:
             message = f"gpt2_jax_matmul by ctypes: {type(error).__name__}: {error}".encode()
             return frame.api.contents.create_error(_Error(ctypes.sizeof(_Error), None, message, _INTERNAL_ERROR))
         return None
@@ -118,6 +121,8 @@ def _multiply(
     sgemm: Callable[..., None], lock: threading.Lock, arguments: list[np.ndarray], out: np.ndarray, attributes: dict[str, Any]
 ) -> None:
     m, n, k = (attributes[name] for name in "mnk")
+    if max(m, n, k) > _LARGEST_SIZE:
+        raise ValueError(f"cblas_sgemm takes sizes of 32 bits, this product has {max(m, n, k)}")
     sums = out if out.dtype == np.float32 else np.empty(out.size, np.float32)
     sums_MN = sums.reshape(m, n)
     # With a bias the product is added to it.

@@ -15,6 +15,7 @@ import gpt2_jax
 from gpt2_jax import jax_compat
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.names import nearest
+from gpt2_jax.ops.cpu.quota import cpu_quota
 from gpt2_jax.ops.table import Fallback
 
 if TYPE_CHECKING:
@@ -187,7 +188,9 @@ def call(target: str, result: Any, *operands: Any, aliases: dict[int, int] | Non
 
 
 def num_threads() -> int:
-    """Threads that a custom call may use: as many as XLA's own pool has. NPROC sets them, and the process's CPUs bound them."""
+    """Threads that a custom call may use: NPROC, else what a container's CPU quota allows. The process's CPUs bound both."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     nproc = os.environ.get("NPROC", "")
-    return min(available, int(nproc)) if nproc.isdigit() and int(nproc) > 0 else available
+    if nproc.isdigit() and int(nproc) > 0:
+        return min(available, int(nproc))
+    return min(available, cpu_quota() or available)
