@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from gpt2_jax.benchmark.machine import describe_machine, machine_line
-from gpt2_jax.errors import Gpt2JaxError, program_name
+from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import atomic_write
 from gpt2_jax.sharing import anonymous
 
@@ -60,9 +60,10 @@ def recording(folder: str | None, words: list[str]) -> Iterator[str | None]:
         log = anonymous(both.copy.getvalue())
         _write(path / "log.txt", log)
     figures = json.loads(log.splitlines()[-1])
-    command = " ".join([program_name(), *(shlex.quote(word) for word in words)])
+    # Of an absolute path only the name, since folders name people; relative paths stay, so that it can be repeated.
+    shared = [Path(word).name if Path(word).is_absolute() else word for word in words]
     facts = {
-        "command": f"`{anonymous(command)}`",
+        "command": f"`{shlex.join(['gpt2-jax', 'bench-train', *shared])}`",
         "day": f"{date.today():%Y-%m-%d}",
         "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
         or "not known",

@@ -154,14 +154,16 @@ def interrupted(*_):
 def test_a_record_has_all_that_repeats_it(monkeypatch, capsys, tmp_path):
     answers_by_name(monkeypatch, {"pytorch": answer("pytorch")})
     folder = tmp_path / "records" / "first"
-    with recording(str(folder), ["--systems", "pytorch:float32"]) as picture:
+    words = ["--systems", "pytorch:float32", "--record", "docs/records/first", "--llmc-program", "/home/janedoe/train_gpt2cu"]
+    with recording(str(folder), words) as picture:
         train.bench_train(WORK, ["pytorch:float32"], plot=picture)
     shown = capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {"README.md", "figures.json", "log.txt", "steps.png"}
     assert (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1] == shown.splitlines()[-1]
     assert json.loads((folder / "figures.json").read_text(encoding="utf-8")) == json.loads(shown.splitlines()[-1])
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "--systems pytorch:float32`" in text
+    command = "gpt2-jax bench-train --systems pytorch:float32 --record docs/records/first --llmc-program train_gpt2cu"
+    assert f"- command: `{command}`\n" in text
     assert "- machine: " in text
     assert f"jax {jax.__version__}" in text.partition("- libraries: ")[2].splitlines()[0]
     assert "pytorch" in text.split("```")[1]
