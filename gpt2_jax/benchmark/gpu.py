@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import threading
@@ -13,7 +14,7 @@ _FIELDS = ("clocks.sm", "power.draw", "temperature.gpu", "memory.free")
 
 
 class Sample(NamedTuple):
-    """Of the first GPU: megahertz, watts, degrees Celsius, bytes that nobody uses."""
+    """Of one GPU: megahertz, watts, degrees Celsius, bytes that nobody uses."""
 
     clock: float
     power: float
@@ -21,14 +22,23 @@ class Sample(NamedTuple):
     free_bytes: float
 
 
-def look() -> Sample | None:
-    """The GPU now; None where nvidia-smi does not tell."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits", "--id=0"]
+def _query(*fields: str) -> list[float] | None:
+    """The fields of the first GPU that CUDA shows to this process; None where nvidia-smi does not tell."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={visible}"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-        clock, power, temperature, free = (float(value) for value in text.splitlines()[0].split(","))
+        values = [float(value) for value in text.splitlines()[0].split(",")]
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+    return values if len(values) == len(fields) else None
+
+
+def look() -> Sample | None:
+    """The GPU now; None where nvidia-smi does not tell."""
+    if (values := _query(*_FIELDS)) is None:
+        return None
+    clock, power, temperature, free = values
     return Sample(clock, power, temperature, free * 2**20)
 
 
@@ -60,10 +70,6 @@ class Watch:
         return Sample(*map(statistics.median, zip(*seen, strict=True))) if seen else None
 
 
-def memory_of_processes() -> float:
-    """Bytes of the first GPU that all processes together use, contexts included; 0 where nvidia-smi does not tell."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    try:
-        return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return 0.0
+def used_memory() -> float:
+    """Bytes that all processes together use, contexts included; 0 where nvidia-smi does not tell."""
+    return ((_query("memory.used") or [0.0])[0]) * 2**20

@@ -3,7 +3,8 @@
 python -m gpt2_jax.benchmark.peak REQUEST    REQUEST: the JSON object of a `Request`
 
 Prints one JSON object last: {"gflops": the median, "of": who reached it, "rounds", "spread", "doubtful": whether it is the
-extrapolation of a single round, "totals": bench_matmul.py's, "copy": GB/s, of an accelerator}.
+extrapolation of a single round, "totals": bench_matmul.py's}; of an accelerator also "copy": GB/s, "attention": seconds of one
+layer's, forward and backward, or None with "no_attention": the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gpt2_jax.benchmark.machine import spread
@@ -20,9 +23,11 @@ from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.families.gpt2 import GPT2Config
 
 _ACCELERATOR_SIZE = 8192  # of a square product that fills an accelerator
-_ACCELERATOR_PRODUCTS = 600  # about a second on the fastest cards, so that they are as warm as in training
+_PRODUCTS_OF_CALL = 20
+_PRODUCTS = 600  # of a round: about a second on the fastest cards, so that they are as warm as in training
 _COPIED_BYTES = 2 << 30
 _COPIES = 100
+_ATTENTIONS = 50
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Request:
     implementations: list[str]
     rounds: int
     seconds: float  # of the process, after which what was not measured is left out
+    batch_size: int = 1  # of one layer's attention, on an accelerator
+    sequence_length: int = 1
 
 
 def measure_peak(request: Request) -> dict[str, Any]:
@@ -41,13 +48,14 @@ def measure_peak(request: Request) -> dict[str, Any]:
         size = _ACCELERATOR_SIZE
         rounds = _square_product_seconds(size, request.rounds)
         return {
-            "gflops": 2 * size**3 * _ACCELERATOR_PRODUCTS / statistics.median(rounds) / 1e9,
+            "gflops": 2 * size**3 * _PRODUCTS / statistics.median(rounds) / 1e9,
             "of": f"XLA's bfloat16 product of {size} x {size}",
             "rounds": len(rounds),
             "spread": spread(rounds),
             "doubtful": False,
             "totals": [],
             "copy": _copy_rate(),
+            **_attention(request),
         }
     import jax
 
@@ -74,28 +82,44 @@ def measure_peak(request: Request) -> dict[str, Any]:
         "doubtful": is_doubtful(best),
         "totals": measured,
         "copy": None,
+        "attention": None,
+        "no_attention": "on the CPU there is no floor",
     }
 
 
 def _square_product_seconds(size: int, rounds: int) -> list[float]:
-    """Seconds of _ACCELERATOR_PRODUCTS products one after the other, for each round."""
+    """Seconds of _PRODUCTS products one after the other, for each round."""
     import jax
     import jax.numpy as jnp
 
     # Random, as equal numbers need less power; its powers keep their size.
     a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(jnp.bfloat16)
-
-    @jax.jit
-    def products(a: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, _ACCELERATOR_PRODUCTS, lambda _, b: a @ b, a)
-
-    products(a).block_until_ready()
+    products = _chained_products()
+    b = products(a, a).block_until_ready()
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        products(a).block_until_ready()
+        for _ in range(_PRODUCTS // _PRODUCTS_OF_CALL):
+            b = products(a, b)
+        b.block_until_ready()
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _chained_products() -> Callable[[Any, Any], Any]:
+    """The compiled a @ (a @ (... b)) of _PRODUCTS_OF_CALL products.
+
+    Written out: a compiled loop copies what it carries in every pass, which is 6% of a product's time.
+    """
+    import jax
+
+    @jax.jit
+    def products(a: jax.Array, b: jax.Array) -> jax.Array:
+        for _ in range(_PRODUCTS_OF_CALL):
+            b = a @ b
+        return b
+
+    return products
 
 
 def _copy_rate() -> float:
@@ -104,14 +128,41 @@ def _copy_rate() -> float:
     import jax.numpy as jnp
 
     a = jnp.zeros(_COPIED_BYTES // 4, jnp.float32)
-    copy = jax.jit(lambda a: a + 1.0, donate_argnums=())
-    a.block_until_ready()
-    copy(a).block_until_ready()
+    copy = jax.jit(lambda a: a + 1.0)
+    seconds = _seconds_of(lambda: copy(a), _COPIES)
+    return 2 * _COPIED_BYTES / seconds / 1e9
+
+
+def _attention(request: Request) -> dict[str, Any]:
+    """Seconds of one layer's causal attention by cuDNN in bfloat16, forward and backward."""
+    import jax
+    import jax.numpy as jnp
+
+    config = GPT2Config(**request.model)
+    shape = (request.batch_size, request.sequence_length, config.num_heads, config.channels // config.num_heads)
+    q, k, v, gradient = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(1), 4))
+
+    @jax.jit
+    def both_ways(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+        attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        return jax.vjp(attend, q, k, v)[1](gradient)
+
+    try:
+        return {"attention": _seconds_of(lambda: both_ways(q, k, v, gradient), _ATTENTIONS), "no_attention": ""}
+    except Exception as error:  # the card, jax or cuDNN may lack it, and each says so in a class of its own
+        return {"attention": None, "no_attention": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _seconds_of(call: Callable[[], Any], count: int) -> float:
+    """Seconds of one of `count` calls, whose results are waited for at the end, after one that is not timed."""
+    import jax
+
+    jax.block_until_ready(call())
     started = time.perf_counter()
-    for _ in range(_COPIES):
-        b = copy(a)
-    b.block_until_ready()
-    return 2 * _COPIED_BYTES * _COPIES / (time.perf_counter() - started) / 1e9
+    for _ in range(count):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - started) / count
 
 
 def main() -> None:

@@ -104,10 +104,11 @@ def bench_train(
 
     False when a system failed that should have run.
     """
-    if min(work.batch_size, steps) < 1 or not 1 <= work.sequence_length <= work.config.max_sequence_length:
+    if min(work.batch_size, work.micro_batches, steps) < 1 or not 1 <= work.sequence_length <= work.config.max_sequence_length:
         raise Gpt2JaxError(
-            f"expected --batch-size and --steps of at least 1 and --sequence-length 1 to {work.config.max_sequence_length}, "
-            f"found {work.batch_size}, {steps} and {work.sequence_length}"
+            "expected --batch-size, --micro-batches and --steps of at least 1 and --sequence-length 1 to "
+            f"{work.config.max_sequence_length}, "
+            f"found {work.batch_size}, {work.micro_batches}, {steps} and {work.sequence_length}"
         )
     if quick:
         steps = min(steps, _QUICK_STEPS)
@@ -152,6 +153,8 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
         implementations=few if quick else list(IMPLEMENTATIONS),
         rounds=_PEAK_ROUNDS,
         seconds=_QUICK_PEAK_SECONDS if quick else _PEAK_SECONDS,
+        batch_size=work.batch_size,
+        sequence_length=work.sequence_length,
     )
     _say("measuring the matrix products alone, for the peak ...")
     # In a process of its own: none of the libraries' threads are left.

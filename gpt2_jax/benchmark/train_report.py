@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_jax.benchmark.chart import Bar, draw_bars
+from gpt2_jax.benchmark.floor import Rates, floor_seconds
 from gpt2_jax.benchmark.gpu import Sample
 from gpt2_jax.benchmark.machine import percent, ratio, spread
 from gpt2_jax.benchmark.train_system import Result
@@ -70,6 +71,7 @@ class Measured:
     reason: str = ""
     failed: bool = False
     gpu: Sample | None = None  # medians while it had its turns
+    group: int = 1  # the systems of one group were measured in turn
 
     @property
     def seconds_per_step(self) -> float:
@@ -108,18 +110,29 @@ def record(
     load: dict[str, Any],
 ) -> dict[str, Any]:
     """The JSON line."""
+    floor = _floor(work, peak)
     return {
         "bench": "train",
         "model": work.model_name,
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
         "micro_batches": work.micro_batches,
-        "systems": [_system_record(one, work) for one in measured if one.result is not None],
+        "systems": [
+            {
+                **_system_record(one, work),
+                "times_speed_of": _times_speed_of(one, measured),
+                "share_of_floor": _share(one, floor),
+            }
+            for one in measured
+            if one.result is not None
+        ],
         "refused": [{**one.system._asdict(), "reason": anonymous(one.reason)} for one in measured if one.result is None],
         "matmul_peak_gflops": peak["gflops"],
         "matmul_peak_rounds": peak["rounds"],
         "matmul_peak_spread": peak["spread"],
         "copy_gbytes_per_second": peak["copy"],
+        "attention_seconds": peak["attention"],
+        "floor_seconds": floor,
         "scaling": [
             {
                 "batch_size": grown.batch_size,
@@ -142,6 +155,8 @@ def _system_record(one: Measured, work: Workload) -> dict[str, Any]:
         "name": one.system.name,
         "matmul": one.result.matmul,
         "dtype": one.system.dtype,
+        "setting": one.system.setting,
+        "group": one.group,
         "precision": one.result.precision,
         "weight_gradient_precision": one.result.weight_gradient_precision,
         "seconds_per_step": one.seconds_per_step,
@@ -164,6 +179,13 @@ def _matmul_name(result: Result) -> str:
     return f"{result.matmul} {split}" + ("" if of_dw == split else f" dw {of_dw}")
 
 
+def _dtype_name(one: Measured) -> str:
+    """float32 with the setting of --matmul-precision where no matmul's name tells it."""
+    assert one.result is not None
+    told = one.result.precision in _SPLITS
+    return one.system.dtype if told else f"{one.system.dtype} {one.system.setting}".strip()
+
+
 def _gflops(one: Measured, work: Workload) -> float:
     """GFLOP/s by llm.c's formula."""
     return flops_per_token(work.config, work.sequence_length) * work.tokens / one.seconds_per_step / 1e9
@@ -171,28 +193,35 @@ def _gflops(one: Measured, work: Workload) -> float:
 
 def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], work: Workload, peak: dict[str, Any]) -> str:
     nanogpt = nanogpt_flops_per_token(work.config, work.sequence_length) / flops_per_token(work.config, work.sequence_length)
-    pytorch = {one.system.dtype: one for one in measured if one.result and one.system.name == "pytorch"}
+    pytorch = {(one.system.dtype, one.system.setting): one for one in measured if one.result and one.system.name == "pytorch"}
     lines = [
         "",
-        f"{'':<40}{'':>9}{'steps':>10}{'':>9}{'time, of':>10}{'GFLOP/s by':^20}{'':>11}{'peak':>10}{'compile':>9}"
+        f"{'':<47}{'':>9}{'steps':>10}{'':>9}{'time, of':>10}{'GFLOP/s by':^20}{'':>11}{'peak':>10}{'compile':>9}"
         f"{'loss after':>12}",
-        f"{'system':<17}{'matmul':<14}{'dtype':<9}{'s/step':>9}{'differ by':>10}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}"
+        f"{'system':<17}{'matmul':<14}{'dtype':<16}{'s/step':>9}{'differ by':>10}{'tok/s':>9}{'PyTorch':>10}{'llm.c':>10}"
         f"{'nanoGPT':>10}{'MFU':>11}{'memory':>10}{'s':>9}{'1 step':>12}",
     ]
     for one in measured:
         if one.result is None:
             continue
         seconds, gflops = one.seconds_per_step, _gflops(one, work)
-        of_pytorch = _ratio(one, pytorch.get(one.system.dtype))
+        dtype, setting = one.system.dtype, one.system.setting
+        of_pytorch = _ratio(one, pytorch.get((dtype, setting)) or pytorch.get((dtype, "")))
         loss = f"{one.result.losses[1]:.4f}" if len(one.result.losses) > 1 else "-"
         lines.append(
-            f"{one.system.name:<17}{_matmul_name(one.result):<14}{one.system.dtype:<9}{seconds:>9.3f}"
+            f"{one.system.name:<17}{_matmul_name(one.result):<14}{_dtype_name(one):<16}{seconds:>9.3f}"
             f"{percent(spread(one.result.seconds)):>10}{work.tokens / seconds:>9,.0f}{of_pytorch:>10}{gflops:>10,.1f}"
             f"{gflops * nanogpt:>10,.1f}{_utilization(one, gflops, peak):>11}{gigabytes(one.result.peak_memory_bytes):>10}"
             f"{one.result.compile_seconds:>9.1f}{loss:>12}"
         )
     lines += [f"not {one.system}: {one.reason}" for one in measured if one.result is None]
-    lines += ["", *_gpu_lines(measured), *_memory_lines(measured), *_scaling_lines(by_tokens), *_notes(measured, peak)]
+    lines += [
+        "",
+        *_gpu_lines(measured, work, peak),
+        *_memory_lines(measured),
+        *_scaling_lines(by_tokens),
+        *_notes(measured, peak),
+    ]
     return "\n".join(lines)
 
 
@@ -219,13 +248,54 @@ def _utilization(one: Measured, gflops: float, peak: dict[str, Any]) -> str:
     return "one round" if peak["doubtful"] else f"{gflops / peak['gflops']:.1%}"
 
 
-def _gpu_lines(measured: list[Measured]) -> list[str]:
+def _floor(work: Workload, peak: dict[str, Any]) -> dict[str, float] | None:
+    """The parts of the least time that a step in bfloat16 can take here; None where the rates are not known."""
+    if peak["copy"] is None or peak["attention"] is None:
+        return None
+    rates = Rates(1e9 * peak["gflops"], 1e9 * peak["copy"], peak["attention"])
+    return floor_seconds(work.config, work.batch_size, work.sequence_length, work.micro_batches, rates)
+
+
+def _share(one: Measured, floor: dict[str, float] | None) -> float | None:
+    """The floor's time over the system's."""
+    return None if floor is None or one.system.dtype != "bfloat16" else sum(floor.values()) / one.seconds_per_step
+
+
+def _times_speed_of(one: Measured, measured: list[Measured]) -> dict[str, float]:
+    """How many times the tokens a second of the others that compute in the same precision; none of a single step."""
+    if _made_one_step(one):
+        return {}
+    return {
+        _name(other): other.seconds_per_step / one.seconds_per_step
+        for other in measured
+        if other is not one and other.system[2:] == one.system[2:] and not _made_one_step(other)
+    }
+
+
+def _gpu_lines(measured: list[Measured], work: Workload, peak: dict[str, Any]) -> list[str]:
+    """Of systems on an NVIDIA GPU: the times, what the card did meanwhile, this project's speed, the floor."""
     lines = []
-    for one in measured:
-        if one.gpu is not None and one.result is not None:
-            p10, p90 = (1000 * seconds for seconds in percentiles(one.result.seconds))
-            at = f"{one.gpu.clock:.0f} MHz, {one.gpu.power:.0f} W, {one.gpu.temperature:.0f} degrees Celsius"
-            lines.append(f"{_name(one)}: {1000 * one.seconds_per_step:.2f} ms (p10 {p10:.2f}, p90 {p90:.2f}) at {at}")
+    floor = _floor(work, peak)
+    seen = [one for one in measured if one.gpu is not None and one.result is not None]
+    for one in seen:
+        assert one.gpu is not None
+        assert one.result is not None
+        p10, p90 = (1000 * seconds for seconds in percentiles(one.result.seconds))
+        at = f"{one.gpu.clock:.0f} MHz, {one.gpu.power:.0f} W, {one.gpu.temperature:.0f} degrees Celsius"
+        share = _share(one, floor)
+        of_floor = "" if share is None else f", {share:.1%} of the floor's speed"
+        lines.append(f"{_name(one)}: {1000 * one.seconds_per_step:.2f} ms (p10 {p10:.2f}, p90 {p90:.2f}) at {at}{of_floor}")
+    for one in seen:
+        if one.system.name == "gpt2_jax" and (speeds := _times_speed_of(one, measured)):
+            groups = {_name(other): other.group for other in measured}
+            told = (f"{x:.3f} x {name}{'' if groups[name] == one.group else ' (not in turn)'}" for name, x in speeds.items())
+            lines.append(f"{_name(one)}, tokens a second: {', '.join(told)}")
+    if floor is not None:
+        parts = ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in floor.items())
+        total = sum(floor.values())
+        lines.append(f"floor in bfloat16: {1000 * total:.1f} ms, {work.tokens / total:,.0f} tok/s ({parts})")
+    elif peak["copy"] is not None:
+        lines.append(f"floor: not known, as attention alone was not measured: {anonymous(peak['no_attention'])}")
     return lines
 
 
@@ -287,7 +357,9 @@ def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
         f"MFU: llm.c's count over the best rate of matrix products alone in this run, {peak['gflops']:,.1f} GFLOP/s by",
         f"  {peak['of']} in {peak['rounds']} round(s), which differ by {percent(peak['spread'])}.",
         *([] if peak["copy"] is None else [f"copy: {peak['copy']:,.0f} GB/s of the device's memory read and written."]),
-        "memory: on the CPU the process's largest resident set, libraries included; on a GPU its allocator's peak.",
+        *([] if peak["attention"] is None else [f"attention: {1000 * peak['attention']:.3f} ms, one layer's by cuDNN alone."]),
+        "memory: on the CPU the process's largest resident set, libraries included; on a GPU its allocator's peak,",
+        "  of llm.c what the card has in use more than before it.",
         "loss: PyTorch and plain JAX have the vocabulary's padding in their softmax, which adds about 0.001.",
     ]
 

@@ -30,7 +30,8 @@ _LONGEST = 1800.0  # seconds to get ready or to make a step in, after which a sy
 _ENDING = 10.0  # seconds that a process may need to end
 _TURNS = 3  # of every system, of a third of its steps each
 _FEWEST = 5  # steps that are one turn
-_GPU_ROOM = 1.15
+_GPU_ROOM = 1.15  # times what a system needs: allocators take more than is asked of them
+_LAST_LINES = 12  # of a failed system's errors that are shown
 _PAUSE = 0.05  # seconds between turns: a library's threads may spin for a while after their work
 
 
@@ -57,9 +58,11 @@ class TurnLimits:
 def measure_in_turn(
     systems: Sequence[System], work: Workload, steps: int, limits: TurnLimits, say: Callable[[str], None]
 ) -> list[Measured]:
-    """Time `steps` of every system: as many systems at a time as memory holds."""
+    """Time `steps` of every system: as many systems at a time as memory holds. Those that were measured together have one
+    number of a group."""
     measured: list[Measured] = []
     waiting = list(systems)
+    group = 0
     with contextlib.ExitStack() as stack, gpu.Watch() if work.backend == "cuda" else contextlib.nullcontext() as watch:
         while waiting:
             together: list[_Process] = []
@@ -67,15 +70,24 @@ def measure_in_turn(
                 measured += [Measured(system, None, "no time was left for it") for system in waiting]
                 break
             while waiting and (not together or _another_fits(together, work)):
-                process = stack.enter_context(_Process(waiting.pop(0), work, steps))
-                process.get_ready(limits.share(len(waiting) + 2))  # then the others, and then all take turns
+                process = stack.enter_context(_Process(waiting[0], work, steps))
+                process.get_ready(limits.share(len(waiting) + 1))  # then the others, and then all take turns
+                if process.lacks_memory and any(other.answer is None for other in together):
+                    say(f"{process.system}: not enough memory beside the others")
+                    break
+                waiting.pop(0)
                 if process.answer is None:
                     say(f"{process.system}: ready after {process.ready_seconds:.0f} s")
                 together.append(process)
+            if waiting:
+                say(f"{', '.join(map(str, waiting))}: measured after the others, for which there is not enough memory at once")
+            group += 1
             _take_turns(together, steps, limits, say)
             for process in together:
-                measured.append(process.measured(watch))
+                measured.append(dataclasses.replace(process.measured(watch), group=group))
                 say(progress(measured[-1], work))
+                if measured[-1].failed:
+                    say(process.last_errors())
     return measured
 
 
@@ -138,7 +150,8 @@ class _Process:
             stderr=self._errors,
             text=True,
             start_new_session=True,  # to be killed with the processes that it starts, which have its output open
-            # On a GPU jax takes most of the memory at its start, unless it is told not to.
+            # On a GPU jax takes three quarters of the memory at its start, unless it is told not to; then it takes what a
+            # step needs in the first, which is not timed, and keeps it, so that the timed steps are the same.
             env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
 
@@ -212,6 +225,15 @@ class _Process:
                 self.answer = json.loads(last_line)
             except ValueError:
                 self.answer = {"failed": f"expected a JSON object in its last line, found {last_line!r}"}
+
+    @property
+    def lacks_memory(self) -> bool:
+        return self.answer is not None and bool(self.answer.get("no_memory"))
+
+    def last_errors(self) -> str:
+        """The last lines of its standard error."""
+        self._errors.seek(0)
+        return "\n".join([f"{self.system}, its last words:", *self._errors.read().strip().splitlines()[-_LAST_LINES:]])
 
     def measured(self, watch: gpu.Watch | None = None) -> Measured:
         assert self.answer is not None

@@ -4,7 +4,7 @@ python -m gpt2_jax.benchmark.train_system REQUEST    REQUEST: the JSON object of
 
 After its first step, and after each turn, it prints TURN and the bytes of memory that it has needed, and waits for a line:
 the steps and the seconds of the next turn; there is none at the end of its input. Prints one JSON object last: the fields
-of a `Result`, or {"refused": the reason}.
+of a `Result`, {"refused": the reason}, or {"failed": the exception, "no_memory": whether that was the reason}.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ class Prepared(NamedTuple):
     step: Callable[[], Any]  # starts one step and returns its loss, of which a float must wait
     known: dict[str, Any]  # of the Result by then
     rest: Callable[[], None] = lambda: None  # at the end of a turn
+    peak_bytes: Callable[[], int] = process_peak
 
 
 class Turn(NamedTuple):
@@ -90,8 +92,9 @@ class Turn(NamedTuple):
     seconds: float  # after which no step begins but the first two
 
 
-def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lambda: Turn(1 << 30, math.inf)) -> Result:
-    """Steps on one batch of random tokens from the same random weights in every system, in turns until there is none.
+def measure_system(request: Request, await_turn: Callable[[int], Turn | None] = lambda _: Turn(1 << 30, math.inf)) -> Result:
+    """Steps on one batch of random tokens from the same random weights in every system, in turns until there is none;
+    `await_turn` is told the bytes of memory that the system has needed.
 
     NotImplementedError with the reason for a system that cannot be had.
     """
@@ -99,7 +102,7 @@ def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lam
     shape = (2, request.micro_batches, request.batch_size, request.sequence_length)
     x_ABT, y_ABT = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
     prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain, "llmc": prepare_llmc}.get(request.name, _pytorch)
-    step, result, rest = prepare(request, config, random_parameters(config.layout), x_ABT, y_ABT)
+    step, result, rest, peak_bytes = prepare(request, config, random_parameters(config.layout), x_ABT, y_ABT)
     in_a_row = 1 if request.backend == "cpu" else _STEPS_IN_A_ROW
     losses: list[float] = []
 
@@ -113,7 +116,7 @@ def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lam
     first = [time_steps() for _ in range(2 if request.name in COMPILED else 1)]
     timed: list[float] = []
     rest()
-    while len(timed) < request.steps and (turn := await_turn()):
+    while len(timed) < request.steps and (turn := await_turn(peak_bytes())):
         # Not timed: a library may have to take memory anew that it gave back, and the caches hold another's.
         spent = last = time_steps()
         left = min(turn.steps, request.steps - len(timed))
@@ -130,7 +133,7 @@ def measure_system(request: Request, await_turn: Callable[[], Turn | None] = lam
     result = {"precision": precision, "weight_gradient_precision": precision, **result}
     if request.name in COMPILED:
         result["compile_seconds"] = first[0] - statistics.median(timed)
-    return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": _peak(request), **result})
+    return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": peak_bytes(), **result})
 
 
 def random_parameters(layout: ParameterLayout) -> np.ndarray:
@@ -193,7 +196,7 @@ def _gpt2_jax(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: n
         ).total,
         "compiled_bytes": None if counted is None else counted.total,
     }
-    return Prepared(step, known)
+    return Prepared(step, known, peak_bytes=lambda: memory.measured_peak()[0])
 
 
 def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
@@ -201,6 +204,7 @@ def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: 
     import jax.numpy as jnp
 
     from gpt2_jax.benchmark import plain_jax
+    from gpt2_jax.compute import memory
 
     if request.micro_batches > 1:
         raise NotImplementedError("plain JAX has one micro-batch here")
@@ -226,7 +230,8 @@ def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: 
         tree, state, loss = compiled(tree, state, x, y)
         return jax.block_until_ready((tree, state, loss))[2] if request.backend == "cpu" else loss
 
-    return Prepared(step, {"matmul": "xla", "compile_seconds": compile_seconds, "device": device})
+    known = {"matmul": "xla", "compile_seconds": compile_seconds, "device": device}
+    return Prepared(step, known, peak_bytes=lambda: memory.measured_peak()[0])
 
 
 def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
@@ -250,6 +255,9 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
         torch.set_float32_matmul_precision("highest" if request.matmul_precision == "highest" else "high")
     model = pytorch_model.model_from_buffer(params, config, low_residual=tuned).to(device)
     optimizer = pytorch_model.make_optimizer(model, _LEARNING_RATE, _WEIGHT_DECAY)
+    if request.name == "pytorch_tuned" and request.micro_batches > 1:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     forward = model
     if request.name in COMPILED:
         forward = torch.compile(model, mode="max-autotune" if request.name == "pytorch_tuned" else "default")
@@ -267,11 +275,14 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), pytorch_model.GRADIENT_CLIP)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # CUDA graphs keep the gradients of a backward pass in memory of their own, which the next one writes over: where
+        # gradients are added up, they are added to tensors that stay.
+        optimizer.zero_grad(set_to_none=request.name != "pytorch_tuned" or request.micro_batches == 1)
         return total
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return Prepared(step, {"matmul": "pytorch", "compile_seconds": 0.0, "device": name})
+    known = {"matmul": "pytorch", "compile_seconds": 0.0, "device": name}
+    return Prepared(step, known, peak_bytes=torch.cuda.max_memory_allocated if device.type == "cuda" else process_peak)
 
 
 def prepare_llmc(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
@@ -286,58 +297,66 @@ def prepare_llmc(request: Request, config: GPT2Config, params: np.ndarray, x_ABT
     tokens = x_ABT.size
     write_token_shard(shard, np.random.default_rng(0).integers(0, config.vocab_size, 4 * tokens + 1))
     shape = f"-e {request.model_name} -b {request.batch_size} -t {request.sequence_length} -d {tokens}"
-    training = f"-x {10 * request.steps + 100} -l {_LEARNING_RATE} -c {_WEIGHT_DECAY} -v 0 -s 0 -h 0 -n 0 -m 1"
+    steps = 10 * request.steps + 100
+    # It divides by the interval of its validations (-v), so there is one before the first step and none until the last.
+    training = f"-x {steps} -l {_LEARNING_RATE} -c {_WEIGHT_DECAY} -v {steps} -m 1 -s 0 -h 0 -n 0"
     fastest = "-r 0 -ge 2"  # nothing computed anew, and GELU in the products
     words = [os.path.abspath(request.llmc_program), "-i", shard, "-j", shard, *f"{shape} {training} {fastest}".split()]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.name)
+    used_by_others = gpu.used_memory()
+    # Into a pipe it would write many steps' lines at once, into a terminal each when it is made.
+    ours, its = os.openpty()
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=its, stderr=its, cwd=folder.name)
+    os.close(its)
+    lines = open(ours, encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in end()
     last = ""
 
     def end() -> None:
         process.kill()
-        process.communicate()
+        process.wait()
+        lines.close()
         folder.cleanup()
 
     atexit.register(end)
 
     def step() -> float:
         nonlocal last
-        assert process.stdout is not None
         process.send_signal(signal.SIGCONT)
-        for last in process.stdout:
-            if match := re.match(r"step +\d+/\d+ \| loss +([0-9.]+)", last):
-                return float(match[1])
-        raise RuntimeError(f"{request.llmc_program}: expected a line for each step, found at its end: {last.strip()}")
+        with suppress(OSError):  # of a terminal whose other end is closed
+            for line in lines:
+                last = line.strip() or last
+                if match := re.match(r"step +\d+/\d+ \| loss +([0-9.]+)", line):
+                    return float(match[1])
+        raise RuntimeError(f"{request.llmc_program}: expected a line for each step, found at its end: {last}")
+
+    def peak_bytes() -> int:
+        return int(gpu.used_memory() - used_by_others)
 
     known = {"matmul": "llm.c", "compile_seconds": 0.0, "device": "of llm.c"}
-    return Prepared(step, known, lambda: process.send_signal(signal.SIGSTOP))
+    return Prepared(step, known, lambda: process.send_signal(signal.SIGSTOP), peak_bytes)
 
 
-def _peak(request: Request) -> int:
-    """Bytes: of the device's allocator on an accelerator, else of the process, whose libraries are counted too."""
-    if request.name == "llmc":
-        return int(gpu.memory_of_processes())
-    if not request.name.startswith("pytorch"):
-        from gpt2_jax.compute.memory import measured_peak
-
-        return measured_peak()[0]
-    import torch
-
-    return int(torch.cuda.max_memory_allocated()) if request.backend == "cuda" else process_peak()
-
-
-def _await_turn(request: Request) -> Turn | None:
-    print(f"{TURN}{process_peak() if request.backend == 'cpu' else _peak(request)}", flush=True)
+def _await_turn(peak_bytes: int) -> Turn | None:
+    print(f"{TURN}{peak_bytes}", flush=True)
     line = sys.stdin.readline().split()
     return Turn(int(line[0]), float(line[1])) if line else None
+
+
+_NO_MEMORY = ("out of memory", "RESOURCE_EXHAUSTED", "OutOfMemoryError", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
 def main() -> None:
     request = Request(**json.loads(sys.argv[1]))
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # compile times are measured
+    answer: dict[str, Any]
     try:
-        answer = dataclasses.asdict(measure_system(request, partial(_await_turn, request)))
+        answer = dataclasses.asdict(measure_system(request, _await_turn))
     except NotImplementedError as error:
         answer = {"refused": str(error)}
+    except Exception as error:
+        # The last line of what Python prints may be a remark of jax's on its frames.
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        answer = {"failed": text.strip().splitlines()[0], "no_memory": any(words in text for words in _NO_MEMORY)}
     print(json.dumps(answer))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import time
 import jax
 import pytest
 
-from gpt2_jax.benchmark import gpu, machine, peak, train, train_report, train_rounds, train_system
+from gpt2_jax.benchmark import floor, gpu, machine, peak, train, train_report, train_rounds, train_system
 from gpt2_jax.benchmark.records import recording
 from gpt2_jax.benchmark.train_report import System, Workload
 from gpt2_jax.benchmark.train_system import Request, Result, Turn, measure_system
@@ -68,7 +69,6 @@ def test_the_peers_optimizer_is_this_projects():
 
 
 @pytest.mark.torch
-@pytest.mark.torch
 def test_micro_batches_are_added_up(users_jax):
     """Two of three sequences train as one of six would that has the same tokens."""
     two, one = (request("gpt2_jax", batch_size=size, micro_batches=count) for size, count in ((3, 2), (6, 1)))
@@ -77,37 +77,49 @@ def test_micro_batches_are_added_up(users_jax):
     assert measure_system(dataclasses.replace(two, name="pytorch")).losses == pytest.approx(losses, abs=2e-6 * losses[0])
 
 
+# As llm.c: it divides by the interval of its validations, and leaves it to the C library when its lines are written.
 TRAINER = """#!{python}
 import sys, time
-assert sys.argv[sys.argv.index("-d") + 1] == "96", sys.argv
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+assert flags["-d"] == "96", flags
 for step in range(1, 1000):
+    if (step - 1) % int(flags["-v"]) == 0:
+        print("val loss 11.0")
     time.sleep(0.02)
-    print(f"step {{step:4d}}/1000 | loss {{9 - step / 100:f}} (+nanz)| norm 1.0 (+nanz)| lr 3.00e-04 | 20.00 ms", flush=True)
+    print(f"step {{step:4d}}/1000 | loss {{9 - step / 100:f}} (+nanz)| norm 1.0 (+nanz)| lr 3.00e-04 | 20.00 ms")
+    {then}
 """
 
 
-@pytest.fixture
-def trainer(tmp_path):
-    path = tmp_path / "train_gpt2cu"
-    path.write_text(TRAINER.format(python=sys.executable), encoding="utf-8")
+def llmc_trainer(folder, then=""):
+    path = folder / "train_gpt2cu"
+    path.write_text(TRAINER.format(python=sys.executable, then=then), encoding="utf-8")
     path.chmod(0o755)
     return str(path)
 
 
-def test_llmcs_trainer_waits_for_its_turns(trainer):
+@pytest.mark.skipif(sys.platform == "win32", reason="llm.c's trainer for NVIDIA GPUs is a program of Linux")
+def test_llmcs_trainer_waits_for_its_turns(tmp_path):
+    trainer = llmc_trainer(tmp_path)
     turns = iter([(0.0, Turn(3, 1e9)), (0.5, Turn(3, 1e9)), (0.0, None)])
 
-    def await_turn():
+    def await_turn(peak_bytes):
+        assert peak_bytes == 0  # without nvidia-smi
         seconds, turn = next(turns)
         time.sleep(seconds)
         return turn
 
-    asked = request("llmc", "bfloat16", matmul="", backend="cuda", steps=6, micro_batches=2, llmc_program=trainer)
+    asked = request(
+        "llmc", "bfloat16", matmul="", backend="cuda", steps=6, micro_batches=2, model_name="d12", llmc_program=trainer
+    )
     result = measure_system(asked, await_turn)
     assert len(result.seconds) == 6
     assert all(0.01 < seconds < 0.2 for seconds in result.seconds)
     # It made no steps in the half second in which it waited: one by the time that it was stopped, perhaps.
     assert result.losses == pytest.approx([9 - step / 100 for step in range(1, 10)], abs=0.011)
+    ends = llmc_trainer(tmp_path, then='sys.exit("no more tokens")')
+    with pytest.raises(RuntimeError, match="found at its end: no more tokens"):
+        measure_system(dataclasses.replace(asked, llmc_program=ends))
     with pytest.raises(NotImplementedError, match=r"--llmc-program"):
         measure_system(dataclasses.replace(asked, llmc_program=""))
     with pytest.raises(NotImplementedError, match="in bfloat16"):
@@ -128,34 +140,52 @@ def test_what_the_gpu_does_in_a_systems_turns(monkeypatch, tmp_path):
     for text in ("echo '[N/A], 1, 2, 3'", "exit 9", "echo"):
         program.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
         assert gpu.look() is None
+    # The GPU that CUDA shows to the systems, not the machine's first.
+    program.write_text('#!/bin/sh\ncase "$*" in *--id=3*) echo 7 ;; esac\n', encoding="utf-8")
+    assert gpu.used_memory() == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert gpu.used_memory() == 7 * 2**20
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_record_has_all_that_repeats_it(monkeypatch, capsys, tmp_path):
     answers_by_name(monkeypatch, {"pytorch": answer("pytorch")})
     folder = tmp_path / "records" / "first"
-    with recording(str(folder), ["--systems", "pytorch:float32"]) as picture:
+    words = ["--systems", "pytorch:float32", "--record", "docs/records/first", "--llmc-program", "/home/janedoe/train_gpt2cu"]
+    with recording(str(folder), words) as picture:
         train.bench_train(WORK, ["pytorch:float32"], plot=picture)
     shown = capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {"README.md", "figures.json", "log.txt", "steps.png"}
     assert (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1] == shown.splitlines()[-1]
     assert json.loads((folder / "figures.json").read_text(encoding="utf-8")) == json.loads(shown.splitlines()[-1])
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "--systems pytorch:float32`" in text
+    command = "gpt2-jax bench-train --systems pytorch:float32 --record docs/records/first --llmc-program train_gpt2cu"
+    assert f"- command: `{command}`\n" in text
     assert "- machine: " in text
+    assert f"jax {jax.__version__}" in text.partition("- libraries: ")[2].splitlines()[0]
     assert "pytorch" in text.split("```")[1]
     with pytest.raises(Gpt2JaxError, match="--record: expected to make the folder") as refused, recording(str(folder), []):
         pass
     assert refused.value.hint == f"--record {folder}-2"
+    broken = tmp_path / "broken"
+    monkeypatch.setattr(train, "measure_in_turn", interrupted)
+    with pytest.raises(KeyboardInterrupt), recording(str(broken), []):
+        train.bench_train(WORK, ["pytorch:float32"])
+    assert [path.name for path in broken.iterdir()] == ["log.txt"]
+    assert "48 tokens a training step" in (broken / "log.txt").read_text(encoding="utf-8")
 
 
 def test_no_step_begins_without_a_turn():
     turns = iter([Turn(3, 1e9), Turn(5, 0.0), Turn(2, 1e9), None])
-    result = measure_system(request("pytorch", steps=50), lambda: next(turns))
+    result = measure_system(request("pytorch", steps=50), lambda _: next(turns))
     # The first, one before each turn, and those that are timed.
     assert (len(result.seconds), len(result.losses)) == (3 + 1 + 2, 1 + 3 + 1 + 2 + 3)
-    result = measure_system(request("pytorch", steps=50), lambda: None)
+    result = measure_system(request("pytorch", steps=50), lambda _: None)
     assert len(result.seconds) == len(result.losses) == 1
-    result = measure_system(request("pytorch", steps=2), lambda: Turn(5, 1e9))
+    result = measure_system(request("pytorch", steps=2), lambda _: Turn(5, 1e9))
     assert (len(result.seconds), len(result.losses)) == (2, 4)
 
 
@@ -231,6 +261,8 @@ PEAK = {
     "doubtful": False,
     "totals": [{"implementation": "naive", "precision": "F32_F32_F32", "seconds": 95.0}],
     "copy": None,
+    "attention": None,
+    "no_attention": "a test",
 }
 
 
@@ -242,7 +274,7 @@ def answers(monkeypatch, answer_of, *, steps=0):
         def __init__(self, system, work, steps_asked):
             self.system, self.work, self.turns, self.spans, self.peak_bytes = system, work, 0, [], 1000
             self.seconds = self.ready_seconds = 0.0
-            self.answer = None
+            self.answer, self._errors = None, io.StringIO()
 
         def __exit__(self, *_):
             pass
@@ -294,6 +326,8 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         "name": "pytorch",
         "matmul": "pytorch",
         "dtype": "float32",
+        "setting": "",
+        "group": 1,
         "precision": "F32_F32_F32",
         "weight_gradient_precision": "F32_F32_F32",
         "seconds_per_step": 2.0,
@@ -305,6 +339,8 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         "gflops": pytest.approx(flops / 2.0 / 1e9),
         "peak_memory_bytes": 3_000_000_000,
         "compile_seconds": 12.5,
+        "times_speed_of": {"gpt2_jax:threaded:float32": 0.5},
+        "share_of_floor": None,
     }
     assert record["refused"] == [{"name": "jax_plain", "matmul": "", "dtype": "float32", "setting": "", "reason": "no reason"}]
     assert record["matmul_peak_gflops"] == 100.0
@@ -413,6 +449,7 @@ def test_a_peak_that_cannot_be_measured_is_one_clear_error(monkeypatch):
     [
         (dataclasses.replace(WORK, sequence_length=17), {}),
         (dataclasses.replace(WORK, batch_size=0), {}),
+        (dataclasses.replace(WORK, micro_batches=0), {}),
         (WORK, {"steps": 0}),
         (WORK, {"plot": "no/such/folder/a.png"}),
     ],
@@ -464,6 +501,104 @@ def test_steps_are_taken_in_turn_where_memory_holds_all_systems(monkeypatch, bac
     monkeypatch.setattr(train_rounds, "free_memory", lambda: free)
     in_turn(System("jax_plain", "", "float32"), PYTORCH, work=dataclasses.replace(WORK, backend=backend))
     assert found == events
+
+
+def test_a_system_without_memory_beside_the_others_is_measured_after_them(monkeypatch, capsys):
+    monkeypatch.setattr(train_rounds, "free_memory", lambda: 9999)
+    tries = []
+
+    def answer_of(system, work):
+        tries.append(system.name)
+        if system.name == "pytorch" and tries.count("pytorch") == 1:
+            return {"failed": "OutOfMemoryError: CUDA out of memory.", "no_memory": True}
+        return answer()
+
+    answers(monkeypatch, answer_of)
+    said = []
+    systems = [System("jax_plain", "", "float32"), PYTORCH]
+    # The first has not ended when the second asks for memory.
+    ready = train_rounds._Process.get_ready
+    monkeypatch.setattr(
+        train_rounds._Process, "get_ready", lambda self, timeout: self.system is PYTORCH and ready(self, timeout)
+    )
+    measured = train_rounds.measure_in_turn(systems, WORK, 2, train_rounds.TurnLimits(), said.append)
+    assert [(one.system.name, one.group, one.failed) for one in measured] == [("jax_plain", 1, False), ("pytorch", 2, False)]
+    assert "pytorch:float32: not enough memory beside the others" in said
+    # Alone, it is a failure.
+    tries.clear()
+    (alone,) = train_rounds.measure_in_turn([PYTORCH], WORK, 2, train_rounds.TurnLimits(), said.append)
+    assert (alone.failed, said[-1]) == (True, "pytorch:float32, its last words:")
+
+
+FLOOR = {"gflops": 718e3, "copy": 3020.0, "attention": 16.7e-3 / 12}  # of an H100
+
+
+def test_the_floor_is_the_sum_of_what_must_be_done():
+    """Against what was measured of the parts on an H100: products 67 ms, classifier 4.4, GELU 4.8, norms 1.7 and 3.2 to 4."""
+    config = config_from_descriptor("d12")
+    rates = floor.Rates(1e9 * FLOOR["gflops"], 1e9 * FLOOR["copy"], FLOOR["attention"])
+    parts = floor.floor_seconds(config, 64, 1024, 1, rates)
+    near = {"products": 67.7, "attention": 16.7, "classifier": 4.4, "GELU backward": 4.8, "norms forward": 1.7}
+    near |= {"norms backward": 3.3, "bias gradients": 1.2, "AdamW, norm": 1.3}
+    assert {name: 1000 * parts[name] for name in near} == pytest.approx(near, abs=0.06)
+    assert 101e-3 < sum(parts.values()) < 103e-3
+    eight = floor.floor_seconds(config, 64, 1024, 8, rates)
+    assert eight["products"] == pytest.approx(8 * parts["products"])
+    assert eight["AdamW, norm"] == parts["AdamW, norm"]
+    assert set(eight) - set(parts) == {"gradients added up"}
+
+
+def test_the_report_of_a_gpu(capsys):
+    """The floor, the shares of it, and how many times the others' speed: of the same precision, those not in turn marked."""
+    work = Workload("d12", config_from_descriptor("d12"), 64, 1024, "cuda")
+    sample = gpu.Sample(1700.0, 690.0, 60.0, 0.0)
+
+    def measured(name, dtype, seconds, setting="", group=1):
+        matmul = "auto" if name == "gpt2_jax" else ""
+        result = Result(**answer("xla", (seconds, seconds)))
+        return train_report.Measured(System(name, matmul, dtype, setting), result, gpu=sample, group=group)
+
+    systems = [
+        measured("gpt2_jax", "bfloat16", 0.110),
+        measured("gpt2_jax", "float32", 0.300),
+        measured("gpt2_jax", "float32", 0.900, "highest"),
+        measured("pytorch_best", "bfloat16", 0.1254),
+        measured("pytorch", "bfloat16", 0.220, group=2),
+        measured("pytorch", "float32", 0.330),
+        measured("pytorch", "float32", 0.990, "highest"),
+    ]
+    peaks = PEAK | FLOOR
+    lines = train_report.table(systems, [], work, peaks).splitlines()
+    (of_floor,) = (line for line in lines if line.startswith("floor in bfloat16: 101.6 ms, 645,"))
+    assert "products 67.67, attention 16.70" in of_floor
+    first = "gpt2_jax:xla:bfloat16: 110.00 ms (p10 110.00, p90 110.00) at 1700 MHz, 690 W, 60 degrees Celsius, 92.3% of"
+    assert any(line.startswith(first) for line in lines)
+    speeds = "gpt2_jax:xla:bfloat16, tokens a second: 1.140 x pytorch_best:bfloat16, 2.000 x pytorch:bfloat16 (not in turn)"
+    assert speeds in lines
+    assert "gpt2_jax:xla:float32:highest, tokens a second: 1.100 x pytorch:float32:highest" in lines
+    rows = {tuple(line.split()[:4]): line for line in lines if line.startswith(("gpt2_jax ", "pytorch "))}
+    # The ratio of times is to PyTorch in the same precision.
+    assert "0.91" in rows["gpt2_jax", "xla", "float32", "0.300"]
+    assert "0.91" in rows["gpt2_jax", "xla", "float32", "highest"]
+    line = train_report.record(systems, [], work, peaks, {}, {})
+    assert [one["setting"] for one in line["systems"]] == ["", "", "highest", "", "", "", "highest"]
+    assert line["systems"][0]["share_of_floor"] == pytest.approx(0.1016 / 0.110, abs=1e-3)
+    assert line["systems"][1]["share_of_floor"] is None
+    without = train_report.table(systems, [], work, peaks | {"attention": None, "no_attention": "no cuDNN"})
+    assert "floor: not known, as attention alone was not measured: no cuDNN" in without
+
+
+def test_what_the_floor_is_made_of_can_be_measured(users_jax):
+    products = peak._chained_products()
+    a = jax.numpy.ones((64, 64), jax.numpy.bfloat16)
+    text = products.lower(a, a).compile().as_text()
+    # No copy between the products, which a loop would make.
+    assert text.count(" dot(") + text.count("custom-call(") + text.count("fusion(") >= peak._PRODUCTS_OF_CALL
+    assert "while(" not in text
+    model = dataclasses.asdict(CONFIG)
+    found = peak._attention(peak.Request("cuda", model, 48, [], 1, 1.0, batch_size=3, sequence_length=16))
+    assert found["attention"] is None  # there is no cuDNN on the CPU
+    assert found["no_attention"]
 
 
 def test_free_memory_is_the_machines_or_the_containers_if_that_is_less(tmp_path):
