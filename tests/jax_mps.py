@@ -152,6 +152,7 @@ def residual_bytes(backend: Any) -> int:
     from gpt2_jax.config import ComputeSettings
     from gpt2_jax.families.gpt2 import config_from_descriptor
     from gpt2_jax.models.gpt2 import block
+    from gpt2_jax.ops.summed import summed, value_of
     from gpt2_jax.ops.writer import empty_slots
 
     plan = make_plan(ComputeSettings(dtype="float32"), backend, config_from_descriptor("d12"))
@@ -160,7 +161,7 @@ def residual_bytes(backend: Any) -> int:
     def blocks(flat_N: jax.Array, x_BTC: jax.Array) -> jax.Array:
         def forward(flat_N: jax.Array, x_BTC: jax.Array, slots: Any) -> tuple[jax.Array, jax.Array]:
             weights = Weights(plan, flat_N, slots)
-            return weights.layers(block, x_BTC), weights.flat_N
+            return value_of(plan, weights.layers(block, summed(x_BTC))), weights.flat_N
 
         (y_BTC, _), pull_back = jax.vjp(forward, flat_N, x_BTC, empty_slots(plan))
         kept = {id(leaf): leaf for leaf in jax.tree.leaves(pull_back) if isinstance(leaf, jax.Array) and leaf is not flat_N}

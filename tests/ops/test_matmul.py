@@ -185,7 +185,7 @@ def test_the_library_is_in_the_installed_package():
 
 
 def test_only_what_needs_other_hardware_is_skipped_here():
-    assert {name for name, _ in plan_of(matmul="auto").linear.refusals} <= {"amx", "accelerate", "cublas"}
+    assert {name for name, _ in plan_of(matmul="auto").linear.refusals} <= {"amx", "accelerate", "cublas", "apple"}
 
 
 def test_openblas_is_found_without_loading_it(monkeypatch):
