@@ -141,13 +141,16 @@ def ffi_call(target: str, result: Any, *args: Any, aliases: dict[int, int] | Non
     return ffi_module().ffi_call(target, result, *args, **attributes)
 
 
+def serves_several_devices() -> bool:
+    """Whether `shard_map` is there. In jax 0.4.34 its forerunner ended the process on several devices of the CPU."""
+    import jax
+
+    return jax.__version_info__ >= (0, 6, 1)
+
+
 def shard_map(function: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
     """`function` run by every device of the mesh on its own part. Which results are equal on all devices is not checked:
     custom calls and custom gradients have no rule for it."""
     import jax
 
-    if jax.__version_info__ >= (0, 6, 1):
-        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    from jax.experimental.shard_map import shard_map as experimental
-
-    return experimental(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -159,6 +159,10 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig, 
         raise Gpt2JaxError(
             f"--deterministic: expected a device whose bits are the same in every run, found {backend.name}", "--backend cpu"
         )
+    if devices > 1 and not jax_compat.serves_several_devices():
+        raise Gpt2JaxError(
+            f"--devices: expected jax 0.6.1 or newer for several devices, found jax {jax.__version__}", "--devices 1"
+        )
     zero = zero if devices > 1 else 0
     if zero:
         _check_divides(config, devices)

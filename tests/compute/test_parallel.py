@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from gpt2_jax import jax_compat
 from gpt2_jax.compute import parallel
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.compute.step import compile_step, create_state, make_step, state_shapes
@@ -18,6 +19,8 @@ from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
 from tests.conftest import CPU, TINY, available
+
+pytestmark = pytest.mark.skipif(not jax_compat.serves_several_devices(), reason="this jax does not serve several devices")
 
 SETTINGS = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
 # Sums that are scattered by jax itself, as on GPUs.

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_jax import jax_compat
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.training import checkpoint
 from gpt2_jax.training.run import train
 from tests.conftest import CPU, TINY, change
+
+pytestmark = pytest.mark.skipif(not jax_compat.serves_several_devices(), reason="this jax does not serve several devices")
 
 
 @pytest.fixture
