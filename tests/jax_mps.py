@@ -26,7 +26,7 @@ _MODULE = "jax_plugins.mps.ops"
 
 
 class UnavailableError(Exception):
-    """The wheel is not here and cannot be downloaded."""
+    """The wheel is not here and cannot be downloaded, or is for another jax."""
 
 
 def load_operations() -> ModuleType:
@@ -43,7 +43,10 @@ def load_operations() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"jax-mps {VERSION} is for a newer jax: {error}") from None
     module.register_fused_ops()
     module.patch_jax_functions()
     return module
