@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from gpt2_jax.benchmark.pytorch_model import GPT2, make_optimizer, model_from_buffer
-from gpt2_jax.buffer.schedules import learning_rate_schedule
+from gpt2_jax.compute.step import schedule_of
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import open_data
+from gpt2_jax.errors import announce
 from gpt2_jax.files import atomic_write
-from gpt2_jax.llmc.rounding import rounded_to_nearest
-from gpt2_jax.models.weights import load_weights
+from gpt2_jax.interop.pytorch import clip_gradients
 from gpt2_jax.report.log import RunLog
+from gpt2_jax.training.run import starting_weights
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,14 @@ def follow(config: RunConfig, log: RunLog, steps: int, device: str, say: Callabl
 
 
 def _losses(config: RunConfig, device: str) -> Iterator[float]:
-    sizes, params = load_weights(config.model, config.run.seed)
-    if config.compute.dtype == "bfloat16":
-        params = rounded_to_nearest(params)  # as the run began
+    sizes, params = starting_weights(config, announce)
     data, settings = open_data(config, sizes), config.optimizer
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
-    schedule = learning_rate_schedule(
-        settings.schedule,
-        settings.learning_rate,
-        steps=steps,
-        warmup_steps=settings.warmup_steps,
-        final_fraction=settings.final_learning_rate_fraction,
-    )
+    schedule = schedule_of(settings, steps)
     model = model_from_buffer(params, sizes, true_vocabulary=True).to(device)
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
     for group in optimizer.param_groups:
         group.update(betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
-    max_norm = settings.gradient_clip or math.inf
     for step in range(steps):
         batch = data.next_batch()
         for group in optimizer.param_groups:
@@ -74,7 +66,7 @@ def _losses(config: RunConfig, device: str) -> Iterator[float]:
         loss = 0.0
         for x_BT, y_BT in zip(batch.x_ABT, batch.y_ABT, strict=True):
             loss += _add_gradient(model, x_BT, y_BT, 1.0 / len(batch.x_ABT), config.compute.dtype, device)
-        _clip(model, max_norm)
+        clip_gradients(model.parameters(), settings.gradient_clip or math.inf)
         optimizer.step()
         yield loss
 
@@ -85,15 +77,6 @@ def _add_gradient(model: GPT2, x_BT: np.ndarray, y_BT: np.ndarray, scale: float,
         loss = model(x, y) * scale
     loss.backward()
     return float(loss.detach())
-
-
-def _clip(model: GPT2, max_norm: float) -> None:
-    """As llm.c does; clip_grad_norm_ would add 1e-6 to the denominator."""
-    gradients = [parameter.grad for parameter in model.parameters()]
-    norm = torch.sqrt(sum(torch.sum(torch.square(gradient)) for gradient in gradients))
-    if norm > max_norm:
-        for gradient in gradients:
-            gradient *= max_norm / norm
 
 
 def draw(curves: Curves, path: Path, title: str) -> None:

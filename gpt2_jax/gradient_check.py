@@ -18,7 +18,7 @@ from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_sta
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
+from gpt2_jax.interop.pytorch import clip_gradients, make_pytorch_model, pytorch_gradients, pytorch_loss
 
 if TYPE_CHECKING:
     import torch
@@ -127,11 +127,7 @@ def pytorch_training_losses(
         loss = pytorch_loss(model, x_BT, y_BT)[1]
         loss.backward()
         losses.append(float(loss.detach()))
-        # clip_grad_norm_ would add 1e-6 to the denominator.
-        norm = torch.sqrt(sum(torch.sum(torch.square(p.grad), dtype=torch.float64) for p in parameters))
-        if norm > GRADIENT_CLIP:
-            for parameter in parameters:
-                parameter.grad *= GRADIENT_CLIP / norm
+        clip_gradients(parameters, GRADIENT_CLIP)
         optimizer.step()
     return losses
 

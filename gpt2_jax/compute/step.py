@@ -14,7 +14,7 @@ from jax import lax
 
 from gpt2_jax.buffer.adamw import AdamWState, adamw
 from gpt2_jax.buffer.rounding import stochastically_rounded
-from gpt2_jax.buffer.schedules import learning_rate_schedule
+from gpt2_jax.buffer.schedules import Schedule, learning_rate_schedule
 from gpt2_jax.buffer.weights import Weights
 from gpt2_jax.compute import parallel
 from gpt2_jax.compute.plan import Plan
@@ -190,6 +190,14 @@ def micro_batch_gradient(
             return loss, *writer_of(plan).finish(plan, grads_N, slots, accumulate)
 
 
+def schedule_of(settings: OptimizerSettings, steps: int) -> Schedule:
+    """The learning rate of each update of a run of so many steps."""
+    warmup, end = settings.warmup_steps, settings.final_learning_rate_fraction
+    return learning_rate_schedule(
+        settings.schedule, settings.learning_rate, steps=steps, warmup_steps=warmup, final_fraction=end
+    )
+
+
 def make_step(plan: Plan, settings: OptimizerSettings, steps: int, *, rounds: bool = False) -> jax.stages.Wrapped:
     """The step to compile: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32, for a run of so many steps; of
     D devices (A, D * B, T), rank r's rows being [r * B, (r + 1) * B).
@@ -198,10 +206,7 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int, *, rounds: bo
     leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
     the new parameters to bfloat16's values; several devices need `rounds` for it, and from --zero 1 on seeds (D, S).
     """
-    warmup, end = settings.warmup_steps, settings.final_learning_rate_fraction
-    schedule = learning_rate_schedule(
-        settings.schedule, settings.learning_rate, steps=steps, warmup_steps=warmup, final_fraction=end
-    )
+    schedule = schedule_of(settings, steps)
     optimizer = adamw(
         schedule,
         parallel.buffer_layout(plan),

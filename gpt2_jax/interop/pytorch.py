@@ -5,7 +5,7 @@ Needs the packages of the extra 'test'; nothing is downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,6 +67,17 @@ def pytorch_gradients(model: torch.nn.Module, config: GPT2Config) -> np.ndarray:
         assert parameter.grad is not None  # every parameter of a GPT-2 takes part in its loss
         select(tensors[name])[...] = parameter.grad.numpy()
     return grads
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> None:
+    """Scale gradients whose norm is larger down to it, as llm.c does; clip_grad_norm_ would add 1e-6 to the denominator."""
+    import torch
+
+    gradients = [parameter.grad for parameter in parameters]
+    norm = torch.sqrt(sum(torch.sum(torch.square(gradient), dtype=torch.float64) for gradient in gradients))
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient *= max_norm / norm
 
 
 def _correspondence(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import Backend, num_devices, open_device
@@ -28,6 +29,7 @@ from gpt2_jax.data.tokenizer import other_ids, tokenizer_beside
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.evaluate import unigram_cross_entropy
 from gpt2_jax.families.family import is_descriptor
+from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.checkpoint_set import newest_step, set_paths
 from gpt2_jax.llmc.model_file import read_model_config
@@ -171,6 +173,13 @@ def _compile(prepared: Prepared, display: Display) -> jax.stages.Compiled:
     return compiled
 
 
+def starting_weights(config: RunConfig, say: Callable[[str], None]) -> tuple[GPT2Config, np.ndarray]:
+    """The sizes and the flat buffer (num_parameters,) float32 that a run begins with; `say` as in `load_weights`."""
+    sizes, params = load_weights(config.model, config.run.seed, say=say)
+    begins_in_bfloat16 = config.compute.dtype == "bfloat16" and is_descriptor(config.model.init)  # as llm.c's build does
+    return sizes, rounded_to_nearest(params) if config.rounds_parameters or begins_in_bfloat16 else params
+
+
 def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, stack: ExitStack) -> Run:
     """Make or load the weights, and the folder; the stack undoes at the run's end what has to be undone."""
     config, plan, data, folder = prepared.config, prepared.plan, prepared.data, prepared.folder
@@ -179,13 +188,10 @@ def _start(prepared: Prepared, compiled: jax.stages.Compiled, display: Display, 
         display.line(f"loading the checkpoint of step {prepared.resumes_from} ...")
         masters = not config.rounds_parameters
         resumed = checkpoint.load_checkpoint(config.run.out_dir, prepared.resumes_from, master_weights=masters)
-        params = resumed.params
+        params = rounded_to_nearest(resumed.params) if config.rounds_parameters else resumed.params
     else:
         display.line(f"making the weights of {config.model.init} ...")
-        params = load_weights(config.model, config.run.seed, say=display.line)[1]
-    begins_in_bfloat16 = config.compute.dtype == "bfloat16" and resumed is None and is_descriptor(config.model.init)
-    if config.rounds_parameters or begins_in_bfloat16:
-        params = rounded_to_nearest(params)  # as llm.c's bfloat16 build begins
+        params = starting_weights(config, display.line)[1]
     state = create_state(plan, params)
     if resumed is not None:
         state = resume.resumed_state(plan, state, config, resumed, data.train, display, computed_by=computed_by)
