@@ -16,7 +16,7 @@ from gpt2_jax.benchmark.machine import OthersWork, describe_machine, load_lines,
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS
 from gpt2_jax.benchmark.train_report import Measured, System, Workload, plot_systems, record, table, title
 from gpt2_jax.benchmark.train_rounds import TurnLimits, measure_in_turn
-from gpt2_jax.benchmark.train_system import DTYPES, SYSTEMS
+from gpt2_jax.benchmark.train_system import DTYPES, ON_NVIDIA_IN_BFLOAT16, SYSTEMS
 from gpt2_jax.compute.backend import cpu_backend
 from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.config import ComputeSettings
@@ -42,14 +42,14 @@ def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> lis
     known = [
         System(name, implementation, dtype, setting)
         for name in SYSTEMS
-        if backend == "cuda" or patterns or name not in ("pytorch_best", "pytorch_tuned", "llmc")
+        if backend == "cuda" or patterns or name not in ON_NVIDIA_IN_BFLOAT16
         for implementation in (("auto", *matmul.IMPLEMENTATIONS) if name == "gpt2_jax" else ("",))
         for dtype in DTYPES
         for setting in _settings(name, implementation, dtype, backend)
     ]
     if not patterns and quick:
         return [s for s in known if s.matmul == "auto" or s.name == "pytorch" or (s.name, s.dtype) == ("jax_plain", "float32")]
-    known = [s for s in known if s.dtype == "bfloat16" or s.name not in ("pytorch_best", "pytorch_tuned", "llmc")]
+    known = [s for s in known if s.dtype == "bfloat16" or s.name not in ON_NVIDIA_IN_BFLOAT16]
     if not patterns:
         known = [s for s in known if s.name != "pytorch_tuned"]  # its search takes minutes
         # 'auto' is one of the others on the CPU, and the only one elsewhere.

@@ -43,6 +43,8 @@ from gpt2_jax.ops.cpu import library as custom_calls
 # "pytorch_tuned" that and torch.compile's longest search, with CUDA graphs.
 SYSTEMS = ("gpt2_jax", "pytorch_best", "pytorch_tuned", "llmc", "jax_plain", "pytorch", "pytorch_compiled")
 COMPILED = ("pytorch_compiled", "pytorch_best", "pytorch_tuned")
+WITH_CUDNN = ("pytorch_best", "pytorch_tuned")
+ON_NVIDIA_IN_BFLOAT16 = (*WITH_CUDNN, "llmc")
 DTYPES = ("float32", "bfloat16")
 TURN = "waits for its turn, having needed bytes: "
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-4, 0.1
@@ -245,7 +247,7 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
         raise NotImplementedError("PyTorch is compared with on the CPU and on NVIDIA GPUs")
     if request.backend == "cuda" and not torch.cuda.is_available():
         raise NotImplementedError("this PyTorch sees no NVIDIA GPU")
-    tuned = request.name in ("pytorch_best", "pytorch_tuned")
+    tuned = request.name in WITH_CUDNN
     if tuned and (request.backend, request.dtype) != ("cuda", "bfloat16"):
         raise NotImplementedError("cuDNN's attention is for NVIDIA GPUs, in bfloat16")
     device = torch.device(request.backend)

@@ -8,7 +8,6 @@ Further dimensions: L layers, S positions of the cache, D head size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -19,6 +18,7 @@ from jax import lax
 from gpt2_jax.buffer.weights import Weights
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.models import gpt2 as model
+from gpt2_jax.ops.attention import attention, by_heads
 from gpt2_jax.ops.classifier import logits
 from gpt2_jax.ops.summed import Summed, summed
 from gpt2_jax.ops.threaded import Site
@@ -82,13 +82,14 @@ class _CachedWeights(Weights):
 
     def attention(self, *qkv: Summed) -> Summed:
         """Attention (B, T, C) of q over the cache, into which k and v are written first."""
-        q, k, v = (_by_heads(x.value, self.plan.config.num_heads) for x in qkv)
+        q, k, v = (by_heads(self.plan, x.value) for x in qkv)
         keys, values = (
             lax.dynamic_update_slice_in_dim(old, new, self._start, axis=1)
             for old, new in zip(self.cache[self._layer], (k, v), strict=True)
         )
         self.cache[self._layer] = keys, values
-        return summed(_attention(q, keys, values, self._start).reshape(qkv[0].value.shape))
+        seen_TS = _seen(q.shape[1], keys.shape[1], self._start)
+        return summed(attention(q, keys, values, seen_TS).reshape(qkv[0].value.shape))
 
     def layers(self, block: Callable[[Weights, Summed], Summed], x: Summed) -> Summed:
         for layer in range(self.plan.config.num_layers):
@@ -97,16 +98,7 @@ class _CachedWeights(Weights):
         return x
 
 
-def _by_heads(x_BTC: jax.Array, num_heads: int) -> jax.Array:
-    return x_BTC.reshape(*x_BTC.shape[:-1], num_heads, x_BTC.shape[-1] // num_heads)
-
-
-def _attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, start: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / sqrt(D), cached positions up to one's own) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
-    T, S, D = q_BTHD.shape[1], k_BSHD.shape[1], q_BTHD.shape[3]
-    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD, preferred_element_type=jnp.float32)
+def _seen(T: int, S: int, start: jax.Array) -> jax.Array:
+    """Which of S cached positions each of T new ones sees: those up to its own."""
     own_TS = start + lax.broadcasted_iota(jnp.int32, (T, S), 0)
-    seen_TS = lax.broadcasted_iota(jnp.int32, (T, S), 1) <= own_TS
-    scores_BHTS = jnp.where(seen_TS[None, None], scores_BHTS * (1.0 / math.sqrt(D)), -jnp.inf)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(q_BTHD.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHD)
+    return lax.broadcasted_iota(jnp.int32, (T, S), 1) <= own_TS

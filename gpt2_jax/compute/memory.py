@@ -59,10 +59,7 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     buffer = 4 * plan.layout.num_parameters
     states = 1 if plan.backend.donates else 2
     softmax = s * H * T if attention_of(plan).keeps_scores else 4 * H
-    kept = 16 if norms_of(plan).keeps_input else 14
-    attention_and_mlp = kept * s * C + softmax  # of one layer, bytes a token
-    if plan.norm_linear.name == "apple" and s < 4:
-        attention_and_mlp += 2 * 4 * C
+    attention_and_mlp = (12 * s + 2 * norms_of(plan).keeps(s)) * C + softmax  # of one layer, bytes a token
     a_layer = {
         "none": attention_and_mlp,
         "gelu": attention_and_mlp - 4 * s * C,

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import jax_compat
 from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.ops.writer import squared_norms
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
@@ -146,8 +147,7 @@ def mean(plan: Plan, value: jax.Array) -> jax.Array:
 
 def squares(plan: Plan, grads: jax.Array) -> jax.Array:
     """Each tensor's sum of squares (S,) of the gradient that `mean_gradient` returned, the same on every device."""
-    layout = buffer_layout(plan)
-    own = jnp.stack([jnp.sum(jnp.square(lax.slice(grads, (tensor.offset,), (tensor.stop,)))) for tensor in layout.tensors])
+    own = squared_norms(grads, buffer_layout(plan).tensors)
     return _sum(plan, own) if plan.zero else own
 
 

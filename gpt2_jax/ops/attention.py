@@ -39,26 +39,31 @@ def attention_of(plan: Plan) -> Attention:
 
 def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) -> jax.Array:
     """softmax(q kᵀ / sqrt(D), positions up to one's own) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
-    T, D = q_BTHD.shape[1], q_BTHD.shape[3]
-    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BTHD, preferred_element_type=jnp.float32)
-    causal_TS = jnp.tril(jnp.ones((T, T), dtype=bool))
-    scores_BHTS = jnp.where(causal_TS[None, None], scores_BHTS * (1.0 / math.sqrt(D)), -jnp.inf)
+    T = q_BTHD.shape[1]
+    return attention(q_BTHD, k_BTHD, v_BTHD, jnp.tril(jnp.ones((T, T), dtype=bool)))
+
+
+def attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, seen_TS: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / sqrt(D), positions that are seen) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
+    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD, preferred_element_type=jnp.float32)
+    scores_BHTS = jnp.where(seen_TS[None, None], scores_BHTS * (1.0 / math.sqrt(q_BTHD.shape[-1])), -jnp.inf)
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(q_BTHD.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BTHD)
+    return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHD)
 
 
-def _by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
+def by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
+    """(B, T, C) as (B, T, H, D)."""
     H = plan.config.num_heads
     return x_BTC.reshape(*x_BTC.shape[:-1], H, x_BTC.shape[-1] // H)
 
 
 def _reference(plan: Plan, layer: int, qkv: jax.Array) -> jax.Array:
-    out_BTHD = causal_attention(*(_by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
+    out_BTHD = causal_attention(*(by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
     return out_BTHD.reshape(*out_BTHD.shape[:-2], -1)
 
 
 def _cudnn(plan: Plan, layer: int, q_BTC: jax.Array, k_BTC: jax.Array, v_BTC: jax.Array) -> jax.Array:
-    q, k, v = (_by_heads(plan, x) for x in (q_BTC, k_BTC, v_BTC))
+    q, k, v = (by_heads(plan, x) for x in (q_BTC, k_BTC, v_BTC))
     # XLA forgets to make all but the first of several equal backward passes deterministic, and then fails
     # (github.com/openxla/xla/pull/46500). A window of the whole sequence and more changes no result, and makes them differ.
     window = (q_BTC.shape[1] + layer, 0) if plan.deterministic else None
@@ -74,7 +79,7 @@ def _known_sums(plan: Plan, dout_sums_C: jax.Array, dqkv: Sequence[jax.Array]) -
 
 
 def _plugin(plan: Plan, layer: int, qkv: jax.Array) -> jax.Array:
-    out_BTHD = fused.attention(causal_attention, *(_by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
+    out_BTHD = fused.attention(causal_attention, *(by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
     return out_BTHD.reshape(*out_BTHD.shape[:-2], -1)
 
 

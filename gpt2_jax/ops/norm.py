@@ -40,7 +40,8 @@ class Norms(NamedTuple):
 
     norm: ThreadedOp  # names: gain, shift; x (..., C) -> (x, its norm)
     norm_linear: ThreadedOp  # names: gain, shift, weight, bias; x (..., C) -> (x, the linear layer of its norm in parts)
-    keeps_input: bool = True  # for norm_linear's backward, beside the norm
+    # (bytes of an activation): those that norm_linear keeps of a channel for its backward, of input and norm
+    keeps: Callable[[int], int] = lambda s: 2 * s
 
 
 def norms_of(plan: Plan) -> Norms:
@@ -241,19 +242,23 @@ TABLE = (
         "folded_kernel",
         _refuses_kernel,
         "gain and shift become part of the weight, a norm is one pass",
-        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx)), keeps_input=False),
+        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx)), keeps=lambda s: s),
     ),
     Implementation(
         "folded",
         _refuses_folded,
         "gain and shift become part of the weight",
-        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx)), keeps_input=False),
+        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx)), keeps=lambda s: s),
     ),
     Implementation(
         "apple",
         plugin.refuses("layer_norm"),
         "one operation, keeps its input only",
-        functions=Norms(_plugin, partial(_followed_by_linear, _plugin)),
+        functions=Norms(
+            _plugin,
+            partial(_followed_by_linear, _plugin),
+            keeps=lambda s: 2 * s + (4 if s < 4 else 0),  # the input in float32 as well
+        ),
     ),
     Implementation(
         "xla",

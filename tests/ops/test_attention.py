@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.ops.attention import attention_of, causal_attention
-from tests.conftest import available
+from gpt2_jax.ops.attention import _known_sums, attention_of, causal_attention
+from tests.conftest import available, plan_of
 from tests.implementations import plan_of_kind, plan_with, rows_of
 from tests.ops.seams import assert_within, in_dtype, random
 
@@ -131,3 +131,19 @@ def test_cudnn_takes_heads_that_it_can():
     assert refusals(64) is refusals(128) is None
     assert "not 20" in refusals(20)
     assert "not 136" in refusals(136)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_known_column_sums_are_those_of_the_cotangents(seed):
+    """In float32, of 2 x 7 rows: the keys' add up to nothing, the values' to the sum of the result's."""
+    plan = plan_of()
+    H, D = plan.config.num_heads, plan.config.channels // plan.config.num_heads
+    q, k, v, dout = np.random.default_rng(seed).normal(size=(4, 2, 7, H, D)).astype(np.float32)
+    _, pull_back = jax.vjp(causal_attention, q, k, v)
+    dqkv = [part.reshape(2, 7, H * D) for part in pull_back(jnp.asarray(dout))]
+    known = _known_sums(plan, jnp.asarray(dout.sum((0, 1)).reshape(-1)), dqkv)
+    assert not known[1].any()
+    for part, sums in zip(dqkv, known, strict=True):
+        # So many roundings of terms of this size.
+        bound = 64 * 2.0**-24 * np.abs(part).sum((0, 1)).max()
+        np.testing.assert_allclose(sums, part.sum((0, 1)), rtol=0, atol=bound)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
+from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY
+
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
@@ -31,7 +33,7 @@ def refusal(plan: Plan) -> str | None:
     NotImplementedError where no GPU is found.
     """
     if "cuda_libraries" in plan.backend.lacks:
-        return "on NVIDIA GPUs only"
+        return ON_NVIDIA_ONLY
     if plan.dtype != "bfloat16":
         return "in bfloat16 only"
     return None if device().capability >= _OLDEST else f"GPUs of compute capability {_OLDEST[0]}.{_OLDEST[1]} on"
