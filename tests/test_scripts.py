@@ -151,7 +151,7 @@ def test_check_gradients_prints_every_tensor_and_its_status_can_be_trusted(tiny_
     assert output.endswith("all within tolerance\n")
 
     program = (
-        "import runpy, sys, gpt2_jax.ops.norm as norm; norm.LAYERNORM_EPSILON = 1e-3; "
+        "import runpy, sys, gpt2_jax.ops.layer_norm as norm; norm.LAYERNORM_EPSILON = 1e-3; "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script = str(REPOSITORY / "scripts" / "check_gradients.py")

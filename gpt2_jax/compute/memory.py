@@ -49,7 +49,8 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     k, v, the softmax of every head, the attention's output, and the MLP's 4 C before and 4 C after GELU (Korthikanti et
     al. 2022, equation 1, without dropout); 2 C are the final LayerNorm's input and output, V the logits in float32 and
     their gradient. What is recomputed is there for one layer at a time. Attention that keeps no scores keeps one float32
-    for every row of the softmax; where LayerNorm is folded into the weight behind it, its input is not kept; jax-mps's
+    for every row of the softmax; where LayerNorm is folded into the weight behind it, its input is not kept, but the folded
+    weights of q, k, v and the MLP's first layer are, 7 C s bytes a channel, unless the LayerNorms are made anew; jax-mps's
     LayerNorm, which computes in float32, keeps its input so too; a classifier in chunks has the logits of one chunk, and
     may have their gradient in the same memory.
     """
@@ -66,13 +67,17 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
         "layernorm": 10 * s * C + softmax,
         "block": s * C,
     }[plan.recompute if saves_memory(plan) else "none"]
+    folds_anew = saves_memory(plan) and plan.recompute in ("layernorm", "block")
+    folded = 7 * C * C * s * L if norms_of(plan).folds and not folds_anew else 0
     classifier = classifier_of(plan)
     a_row = classifier.bytes_of_logit(s) * config.padded_vocab_size
     return MemoryEstimate(
         parameters=buffer * states // shares + (buffer if plan.zero else 0),  # its part, and the gathered ones
         gradients=buffer * (1 if plan.writes_in_place or num_micro_batches == 1 else 2),
         moments=2 * buffer * states // shares,
-        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + classifier.most_rows(B * T) * a_row,
+        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C)
+        + folded
+        + classifier.most_rows(B * T) * a_row,
     )
 
 

@@ -202,7 +202,7 @@ def _low_gradient(
     (name,) = site.names
     losses: list[jax.Array] = []
     dh: list[jax.Array] = []
-    dw: jax.Array | float = 0.0
+    dw: jax.Array | None = None
     for h_RC, y_R in _chunks(h_BTC, y_BT, _most_low_rows(y_BT.size)):
         if dh:
             # Both products have read the last rows' logits by then, whose memory these rows take.
@@ -210,8 +210,11 @@ def _low_gradient(
         losses_R, dlogits_RV = of_rows(site, _low_logits(site, h_RC, flat_N), y_R, scale / y_BT.size)
         losses.append(losses_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, name)))
-        dw += weight_gradient(site.plan, dlogits_RV, h_RC).astype(_FLOAT32)
-    gradient_N, slot = write_gradient(site, gradient_N, name, jnp.asarray(dw))
+        of_rows_VC = weight_gradient(site.plan, dlogits_RV, h_RC)
+        # The first stays in its dtype until the second comes, so that both are read once.
+        dw = of_rows_VC if dw is None else dw.astype(_FLOAT32) + of_rows_VC.astype(_FLOAT32)
+    assert dw is not None
+    gradient_N, slot = write_gradient(site, gradient_N, name, dw)
     return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape), gradient_N, {name: slot}
 
 

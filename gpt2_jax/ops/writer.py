@@ -249,7 +249,8 @@ def _refuses_in_place(plan: Plan) -> str | None:
     return None
 
 
-def _refuses_update(plan: Plan) -> str | None:
+def refuses_updates(plan: Plan) -> str | None:
+    """Why parts of the gradient buffer cannot be written in place on an accelerator; None when they can."""
     if "slice_updates" in plan.backend.lacks:
         return f"on {plan.backend.name} an update of a slice may copy the whole buffer"
     # jax makes the place of an update an int32, without a word where it does not fit; XLA then takes it for 0.
@@ -267,7 +268,7 @@ TABLE = (
     ),
     Implementation(
         "update_slice",
-        _refuses_update,
+        refuses_updates,
         "a slice of the donated buffer is updated in place",
         functions=Writer(_product_by_update, _array_by_update, _rows_by_update, _finish_by_update, _squares_by_a_pass, True),
     ),

@@ -48,10 +48,14 @@ def _call(dy_MO: jax.Array, w_OI: jax.Array, x_MI: jax.Array, *, tune: bool = Tr
 
 @cache
 def _tune(M: int, O: int, I: int) -> None:
-    """Call the product once outside of XLA's CUDA graphs, where the library can time cuBLASLt's algorithms."""
+    """Call the product once outside of XLA's CUDA graphs, where the library can time cuBLASLt's algorithms.
+
+    On random numbers: a GPU at its power limit multiplies zeros faster, and not every algorithm by as much.
+    """
+    numbers = np.random.default_rng(0).standard_normal(1 << 16).astype(jnp.bfloat16)
     with jax.ensure_compile_time_eval():
-        zeros = [jnp.zeros(shape, jnp.bfloat16) for shape in ((M, O), (O, I), (M, I))]
-        jax.block_until_ready(jax.jit(_call)(*zeros))
+        operands = [jnp.resize(numbers, shape) for shape in ((M, O), (O, I), (M, I))]
+        jax.block_until_ready(jax.jit(_call)(*operands))
 
 
 @cache
