@@ -1,4 +1,4 @@
-"""Several devices that train one model: the only file that sends anything from one device to another.
+"""Several devices that train one model: how a state lies on them, and what of it travels when.
 
 A rank is a device: its place on the one mesh axis. Rank r keeps row r of every sharded buffer (D, N/D), which is llm.c's
 ZeRO-1 part of rank r (`layout.part(D)`). What travels, by --zero:
@@ -26,12 +26,13 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import jax_compat
 from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.ops import collectives
+from gpt2_jax.ops.collectives import AXIS
 from gpt2_jax.ops.writer import squared_norms
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
-AXIS = "data"
 EVERYWHERE = P()  # the same values on every device
 BY_RANK = P(AXIS)  # the leading axis is divided among the devices
 BATCHES = P(None, AXIS)  # (A, D * B, T): the second is
@@ -105,23 +106,15 @@ def row_of(plan: Plan, buffer: jax.Array) -> jax.Array:
 
 
 def gathered_weights(plan: Plan, row: jax.Array) -> jax.Array:
-    """The whole parameter buffer (N,) float32 of the devices' rows, whose values are those of the dtype of products.
-
-    With bfloat16 each value travels as 2 bytes: gathered as integers, since XLA would gather float32 and convert it after.
-    """
+    """The whole parameter buffer (N,) float32 of the devices' rows, whose values are those of the dtype of products."""
     if plan.zero == 0:
         return row
-    if plan.dtype == "float32":
-        return _joined(plan.layout, lax.all_gather(row, AXIS))
-    # reduce_precision is a rounding that XLA does not take for the conversion's inverse and remove.
-    narrow = lax.reduce_precision(row, 8, 7).astype(jnp.bfloat16)
-    bits = lax.all_gather(lax.bitcast_convert_type(narrow, jnp.uint16), AXIS)
-    return lax.bitcast_convert_type(_joined(plan.layout, bits), jnp.bfloat16).astype(jnp.float32)
+    return _joined(plan.layout, collectives.gathered_weights(plan, row)).astype(jnp.float32)
 
 
 def whole_buffer(plan: Plan, row: jax.Array) -> jax.Array:
     """The whole buffer (N,) of the devices' rows, every bit of it."""
-    return row if plan.zero == 0 else _joined(plan.layout, lax.all_gather(row, AXIS))
+    return row if plan.zero == 0 else _joined(plan.layout, collectives.gathered(row))
 
 
 def mean_gradient(plan: Plan, grads_N: jax.Array) -> jax.Array:
@@ -132,53 +125,24 @@ def mean_gradient(plan: Plan, grads_N: jax.Array) -> jax.Array:
     # Keeps XLA from pulling the making of the gradient into the passes over the buffer.
     grads_N = lax.optimization_barrier(grads_N)
     if plan.zero:
-        return _scattered_sum(plan, _divided(plan.layout, grads_N, D)) / D
-    if not _adds_in_rank_order(plan):
-        return lax.psum(grads_N, AXIS) / D
-    size = grads_N.shape[0]
-    padded = jnp.pad(grads_N, (0, -size % D)).reshape(D, -1)
-    return lax.all_gather(_scattered_sum(plan, padded), AXIS, tiled=True)[:size] / D
+        return collectives.scattered_sum(plan, _divided(plan.layout, grads_N, D)) / D
+    return collectives.whole_sum(plan, grads_N) / D
 
 
 def mean(plan: Plan, value: jax.Array) -> jax.Array:
     """The mean of a small array over all devices."""
-    return value if plan.devices == 1 else _sum(plan, value) / plan.devices
+    return value if plan.devices == 1 else collectives.sum_everywhere(plan, value) / plan.devices
 
 
 def squares(plan: Plan, grads: jax.Array) -> jax.Array:
     """Each tensor's sum of squares (S,) of the gradient that `mean_gradient` returned, the same on every device."""
     own = squared_norms(grads, buffer_layout(plan).tensors)
-    return _sum(plan, own) if plan.zero else own
+    return collectives.sum_everywhere(plan, own) if plan.zero else own
 
 
 def buffer_layout(plan: Plan) -> ParameterLayout:
     """The layout of what one device keeps of parameters and moments."""
     return plan.layout.part(plan.devices) if plan.zero else plan.layout
-
-
-def _sum(plan: Plan, value: jax.Array) -> jax.Array:
-    if not _adds_in_rank_order(plan):
-        return lax.psum(value, AXIS)
-    return _in_order(lax.all_gather(value, AXIS))
-
-
-def _scattered_sum(plan: Plan, pieces: jax.Array) -> jax.Array:
-    """Of every device's pieces (D, n), one for each rank, the sum of those for this device."""
-    if not _adds_in_rank_order(plan):
-        return lax.psum_scatter(pieces, AXIS, scatter_dimension=0, tiled=True)[0]
-    return _in_order(lax.all_to_all(pieces, AXIS, 0, 0, tiled=True))
-
-
-def _adds_in_rank_order(plan: Plan) -> bool:
-    return "reduce_scatter" in plan.backend.lacks
-
-
-def _in_order(values: jax.Array) -> jax.Array:
-    """The sum over the leading axis, one after another, so that the bits depend on the order of ranks alone."""
-    total = values[0]
-    for rank in range(1, values.shape[0]):
-        total = total + values[rank]
-    return total
 
 
 def _divided(layout: ParameterLayout, buffer: jax.Array, num_parts: int) -> jax.Array:
