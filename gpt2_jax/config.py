@@ -166,8 +166,9 @@ class ComputeSettings:
     devices: int = 1
     """Devices of this machine that train together, each on its own --batch-size; 0: all accelerators, or the one CPU. Not
     yet measured on several GPUs."""
-    zero: Literal[0, 1] = 1
-    """What several devices divide (ZeRO's stages): 0 nothing, 1 parameters and moments, of which each keeps its part."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """What several devices divide (ZeRO's stages): 0 nothing, 1 parameters and moments, of which each keeps its part; 2 also
+    gradients, scattered in each micro-batch; 3 also the weights at work, gathered op by op, forward and backward."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make every announced fallback an error: a library that was not built, a jax that lacks what is needed."""
 

@@ -7,6 +7,8 @@ ZeRO-1 part of rank r (`layout.part(D)`). What travels, by --zero:
 | --- | --- | --- | --- |
 | 0 | whole on every device | all-reduce, once a step | do not travel |
 | 1 | rows | reduce-scatter, once a step | all-gather, once a step, in the dtype of products |
+| 2 | rows | reduce-scatter of each layer, in every micro-batch | as 1 |
+| 3 | rows | as 2 | all-gather of each op's, forward and backward, in every micro-batch |
 
 On one device every function here gives back what it is given.
 """
@@ -73,13 +75,28 @@ def _is_spec(value: Any) -> bool:
     return isinstance(value, P)
 
 
-def describe(plan: Plan) -> str:
-    """For people: the stage, and the bytes that each of several devices sends in a step."""
-    N, D = plan.layout.num_parameters, plan.devices
-    width = plan.compute_dtype.itemsize
-    sent = (4 + width if plan.zero else 8) * N * (D - 1) // D
-    what = "parameters and moments are divided" if plan.zero else "every device keeps all parameters and moments"
-    return f"ZeRO stage {plan.zero}: {what}; {sent / 1e6:.1f} MB travel from each in a step"
+_DIVIDED = {
+    0: "every device keeps all parameters and moments",
+    1: "parameters and moments are divided",
+    2: "parameters, moments and gradients are divided",
+    3: "parameters, moments and gradients are divided, weights are gathered op by op",
+}
+
+
+def bytes_sent(plan: Plan, num_micro_batches: int) -> int:
+    """Bytes that each of several devices sends in a step of so many micro-batches, and receives."""
+    D, w = plan.devices, plan.compute_dtype.itemsize
+    of_parameter = {0: 8, 1: 4 + w, 2: 4 * num_micro_batches + w, 3: (4 + 2 * w) * num_micro_batches}[plan.zero]
+    if plan.zero == 3 and plan.recompute == "block":
+        of_parameter += w * num_micro_batches
+    return of_parameter * plan.layout.num_parameters * (D - 1) // D
+
+
+def describe(plan: Plan, num_micro_batches: int) -> str:
+    """For people: mesh and stage, and the bytes that each of several devices sends in a step."""
+    sent = bytes_sent(plan, num_micro_batches) / 1e6
+    where = f"{plan.devices} on the one axis '{AXIS}'"
+    return f"{where}, ZeRO stage {plan.zero}: {_DIVIDED[plan.zero]}; {sent:.1f} MB travel from each in a step"
 
 
 def zeros(plan: Plan, shapes: Any, specs: Any) -> Any:
@@ -106,8 +123,9 @@ def row_of(plan: Plan, buffer: jax.Array) -> jax.Array:
 
 
 def gathered_weights(plan: Plan, row: jax.Array) -> jax.Array:
-    """The whole parameter buffer (N,) float32 of the devices' rows, whose values are those of the dtype of products."""
-    if plan.zero == 0:
+    """The parameter buffer that a micro-batch reads: the whole one (N,) float32 of the devices' rows, whose values are those
+    of the dtype of products; with stage 3 the row, of which ops gather what they need."""
+    if plan.zero in (0, 3):
         return row
     return _joined(plan.layout, collectives.gathered_weights(plan, row)).astype(jnp.float32)
 
@@ -118,10 +136,13 @@ def whole_buffer(plan: Plan, row: jax.Array) -> jax.Array:
 
 
 def mean_gradient(plan: Plan, grads_N: jax.Array) -> jax.Array:
-    """The mean of all devices' gradients: whole with stage 0, else this device's row (N/D,)."""
+    """The mean of all devices' gradients: whole with stage 0, else this device's row (N/D,). From stage 2 on the row of
+    their sum is given."""
     D = plan.devices
     if D == 1:
         return grads_N
+    if plan.zero >= 2:
+        return grads_N / D
     # Keeps XLA from pulling the making of the gradient into the passes over the buffer.
     grads_N = lax.optimization_barrier(grads_N)
     if plan.zero:
@@ -162,6 +183,11 @@ def _joined(layout: ParameterLayout, rows: jax.Array) -> jax.Array:
         piece = lax.slice(rows, (0, tensor.offset), (num_parts, tensor.stop)).reshape(num_parts, tensor.num_layers, -1)
         pieces.append(piece.transpose(1, 0, 2).reshape(-1))
     return lax.concatenate(pieces, 0)
+
+
+def gradient_layout(plan: Plan) -> ParameterLayout:
+    """The layout of the gradient that a micro-batch makes on one device."""
+    return plan.layout.part(plan.devices) if plan.zero >= 2 else plan.layout
 
 
 @cache

@@ -22,6 +22,7 @@ from gpt2_jax.compute.stability import Verdict, empty_windows, judge
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops.classifier import classifier_of
+from gpt2_jax.ops.sharded import at_hand
 from gpt2_jax.ops.threaded import Site
 from gpt2_jax.ops.writer import empty_slots, writer_of
 
@@ -171,7 +172,10 @@ def micro_batch_gradient(
 ) -> _Sums:
     """`scale` times the mean loss of one micro-batch, and its gradient, or with `accumulate` that added to `grads_N`."""
     x_BT, y_BT = batch
-    grads_N = jnp.zeros_like(params_N) if grads_N is None else grads_N
+    if grads_N is None:
+        grads_N = jnp.zeros((parallel.gradient_layout(plan).num_parameters,), jnp.float32)
+    # A buffer that is not written in place is passed on untouched: any will do.
+    buffer_N = grads_N if plan.writes_in_place else jnp.zeros_like(params_N)
 
     def forward(flat_N: jax.Array, slots: Any) -> tuple[jax.Array, jax.Array]:
         weights = Weights(plan, flat_N, slots, accumulate=accumulate)
@@ -180,11 +184,14 @@ def micro_batch_gradient(
     with plan.precision():
         (h_BTC, _), pull_back = jax.vjp(forward, params_N, empty_slots(plan))
         with jax.named_scope("classifier"):
-            site = Site(plan, (model.CLASSIFIER,), accumulate=accumulate)
+            site, table = at_hand(Site(plan, (model.CLASSIFIER,), accumulate=accumulate), params_N, h_BTC)
             classify = classifier_of(plan).loss_and_gradient
-            loss, dh_BTC, grads_N, of_classifier = classify(site, h_BTC, y_BT, params_N, grads_N, scale)
-        grads_N, slots = pull_back((dh_BTC, grads_N))
+            written = buffer_N if table is params_N else jnp.zeros_like(table)
+            loss, dh_BTC, written, of_classifier = classify(site, h_BTC, y_BT, table, written, scale)
+            buffer_N = written if table is params_N else buffer_N
+        buffer_N, slots = pull_back((dh_BTC, buffer_N))
         with jax.named_scope("gradient"):
+            grads_N = buffer_N if plan.writes_in_place else grads_N
             # The token table has its gradient from both ends of the model.
             slots |= {name: (slots[name][0] + slot,) for name, slot in of_classifier.items()}
             return loss, *writer_of(plan).finish(plan, grads_N, slots, accumulate)

@@ -112,3 +112,16 @@ def test_two_gpus_send_gradients_once_and_weights_as_two_bytes(lowered, micro_ba
     plan, text = lowered(micro_batches, devices=2, deterministic=True)
     small = [("all_gather", f"1x{S}xf32"), ("all_gather", "1xf32")]
     assert travels(text) == sorted([("all_gather", f"1x{N // 2}xui16"), ("all_to_all", f"2x{N // 2}xf32"), *small])
+
+
+@can_alias
+@several
+def test_two_gpus_gather_each_ops_weights_and_scatter_each_layers_gradients(lowered):
+    plan, text = lowered(devices=2, zero=3)
+    found = travels(text)
+    gathers = [kind for name, kind in found if name == "all_gather"]
+    # A layer has four ops, gathered forward and backward; the last norm's too; the embedding's and the classifier's once.
+    assert len(gathers) == 8 * CONFIG.num_layers + 4
+    assert {kind.partition("x")[2].partition("x")[2] for kind in gathers} == {"ui16"}
+    assert [name for name, _ in found].count("reduce_scatter") == CONFIG.num_layers + 1
+    assert f"tensor<{plan.layout.num_parameters}x" not in text
