@@ -15,6 +15,7 @@ On one device every function here gives back what it is given.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,31 @@ def describe(plan: Plan, num_micro_batches: int) -> str:
     return f"{where}, ZeRO stage {plan.zero}: {_DIVIDED[plan.zero]}; {sent:.1f} MB travel from each in a step"
 
 
+_MEASURED_ELEMENTS, _EXCHANGES, _MEASUREMENTS = 1 << 24, 4, 3
+
+
+def measured_bandwidth(plan: Plan) -> float:
+    """Bytes a second that each of several devices sends while all scatter and gather a long array, as a step does."""
+    D = plan.devices
+    size = min(plan.layout.num_parameters, _MEASURED_ELEMENTS) // D * D
+
+    def exchange(values: jax.Array) -> jax.Array:
+        for _ in range(_EXCHANGES):
+            values = collectives.gathered(collectives.scattered_sum(plan, values.reshape(D, -1))).reshape(-1)
+        return values
+
+    values = zeros(plan, jax.ShapeDtypeStruct((D * size,), jnp.float32), BY_RANK)
+    jitted = jax.jit(on_every_device(plan, exchange, (BY_RANK,), BY_RANK))
+    compiled = jitted.lower(values).compile(compiler_options=plan.compiler_options())
+    jax.block_until_ready(compiled(values))
+    seconds = []
+    for _ in range(_MEASUREMENTS):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(values))
+        seconds.append(time.perf_counter() - started)
+    return 2 * _EXCHANGES * 4 * size * (D - 1) / D / min(seconds)
+
+
 def zeros(plan: Plan, shapes: Any, specs: Any) -> Any:
     """Arrays of zeros of these shapes on the devices as the specs say."""
     numpy = jnp if plan.devices == 1 else np
@@ -143,8 +169,6 @@ def mean_gradient(plan: Plan, grads_N: jax.Array) -> jax.Array:
         return grads_N
     if plan.zero >= 2:
         return grads_N / D
-    # Keeps XLA from pulling the making of the gradient into the passes over the buffer.
-    grads_N = lax.optimization_barrier(grads_N)
     if plan.zero:
         return collectives.scattered_sum(plan, _divided(plan.layout, grads_N, D)) / D
     return collectives.whole_sum(plan, grads_N) / D

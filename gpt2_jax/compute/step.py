@@ -36,7 +36,7 @@ class TrainState:
     optimizer: AdamWState
     windows: jax.Array  # (2, 128) float32, of stability.py
     # Where gradients are written in place: the last step's, (num_parameters,), whose memory the next step overwrites; of D
-    # devices each has its own, (D, num_parameters).
+    # devices each has its own, (D * num_parameters,): without a second axis, whose removal XLA would make a copy of.
     grads: jax.Array | None = None
 
 
@@ -62,8 +62,7 @@ def create_state(plan: Plan, params_N: np.ndarray | jax.Array) -> TrainState:
 def _fresh_state(plan: Plan, params: Any, numpy: Any = jnp) -> TrainState:
     # Two arrays, not one twice: the state's buffers are donated to the step.
     moments = AdamWState(numpy.zeros((), numpy.int32), numpy.zeros_like(params), numpy.zeros_like(params))
-    shape = (plan.layout.num_parameters,) if plan.devices == 1 else (plan.devices, plan.layout.num_parameters)
-    grads = numpy.zeros(shape, numpy.float32) if plan.writes_in_place else None
+    grads = numpy.zeros(plan.devices * plan.layout.num_parameters, numpy.float32) if plan.writes_in_place else None
     return TrainState(params=params, optimizer=moments, windows=numpy.array(empty_windows()), grads=grads)
 
 
@@ -142,8 +141,13 @@ def _reduced_gradient(plan: Plan, state: TrainState, x_ABT: jax.Array, y_ABT: ja
         params_N = parallel.gathered_weights(plan, params)
     loss, own, _ = _sums_of_micro_batches(plan, params_N, own, x_ABT, y_ABT)
     with jax.named_scope("scatter"):
+        # Keeps XLA from pulling the making of the gradient into the passes over the buffer. From here on nobody needs it as
+        # it was before, which would be a copy.
+        own = lax.optimization_barrier(own)
         grads = parallel.mean_gradient(plan, own)
-        return (parallel.mean(plan, loss), grads, parallel.squares(plan, grads)), own
+        # The next gradient may be written over any buffer of its size: that of the sum needs no other beside it.
+        written_next = grads if grads.shape == own.shape else own
+        return (parallel.mean(plan, loss), grads, parallel.squares(plan, grads)), written_next
 
 
 def loss_and_gradient(

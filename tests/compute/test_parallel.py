@@ -293,3 +293,19 @@ def test_a_number_of_devices_that_does_not_divide_the_channels_is_refused():
     with pytest.raises(Gpt2JaxError, match=r"divides the model's 32 channels \(2, 4, 8, 16, 32"):
         plan_of(3)
     assert plan_of(3, zero=0).devices == 3
+
+
+def test_the_bytes_that_travel():
+    """By hand, of N parameters on D devices: each sends (D - 1) / D of what it has."""
+    for zero, dtype, micro_batches, of_parameter in (
+        (0, "bfloat16", 3, 8),
+        (1, "bfloat16", 3, 4 + 2),
+        (1, "float32", 3, 4 + 4),
+        (2, "bfloat16", 3, 3 * 4 + 2),
+        (3, "bfloat16", 3, 3 * (4 + 2 * 2)),
+    ):
+        plan = plan_of(4, zero, dtype=dtype)
+        assert parallel.bytes_sent(plan, micro_batches) == of_parameter * N * 3 // 4
+    assert f"4 on the one axis 'data', ZeRO stage 3: {parallel._DIVIDED[3]}; 0.6 MB" in parallel.describe(plan, 3)
+    assert parallel.bytes_sent(plan_of(1), 3) == 0
+    assert parallel.measured_bandwidth(plan) > 0

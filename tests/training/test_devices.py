@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,23 @@ def test_a_resumed_run_has_the_bits_of_a_straight_one(on_devices, tmp_path):
 
 def test_devices_that_cannot_share_a_resumed_runs_step_are_refused(on_devices):
     train(on_devices(1), "tiny", CPU)
-    with pytest.raises(Gpt2JaxError, match=r"share the run's 128 tokens") as caught:
+    with pytest.raises(Gpt2JaxError, match=r"share the run's 128 tokens of a step, found 3 x 2 x 16") as caught:
         train(on_devices(3, steps=4, resume=True), "tiny", CPU)
     assert caught.value.hint == "--devices 2"
+    with pytest.raises(Gpt2JaxError) as caught:
+        train(change(on_devices(4, steps=4, resume=True), data={"batch_size": 4}), "tiny", CPU)
+    assert caught.value.hint == "--devices 2   or --devices 4 --batch-size 2"
+
+
+def test_all_devices_are_taken_and_said(on_devices, monkeypatch, capsys):
+    """--devices 0 where jax shows accelerators: by default each has its batch, and the table says what that makes."""
+    monkeypatch.setattr("gpt2_jax.training.run.num_devices", lambda backend, requested: requested or 4)
+    config = on_devices(0, steps=1, verbose=True)
+    train(change(config, data={"total_batch_size": 0}, evaluation={"validate_every": 0}), "tiny", CPU)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 x 2 x 16 on 4 devices = 128 tokens a step" in shown
+    assert "devices 4 on the one axis 'data', ZeRO stage 1: parameters and moments are divided; 0.2 MB travel" in shown
+    assert re.search(r"between devices: 0\.2 MB from each in a step, at the measured [\d.]+ GB/s .* of it", shown)
 
 
 def test_more_devices_than_there_are_are_refused(on_devices):
