@@ -43,8 +43,8 @@ class _Passes(NamedTuple):
     unfold: Callable[[Site, jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]]], tuple[jax.Array, Slots]]
 
 
-# The norm, 1 / deviation, and the folded weights.
-_Saved = tuple[jax.Array, jax.Array, list[jax.Array]]
+# The norm, 1 / deviation, and the folded weights, which are made anew where weights are gathered for every op.
+_Saved = tuple[jax.Array, jax.Array, list[jax.Array] | None]
 
 
 def _folded_forward(
@@ -57,7 +57,7 @@ def _folded_forward(
     for w_PC, b_P in folded:
         y_MP = lax.dot_general(n_MC, w_PC, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype) + b_P[None]
         parts.append(y_MP.reshape(*x.shape[:-1], -1))
-    return (x, tuple(parts)), (n, rstd, [w_PC for w_PC, _ in folded])
+    return (x, tuple(parts)), (n, rstd, [w_PC for w_PC, _ in folded] if site.plan.zero < 3 else None)
 
 
 def _folded_backward(
@@ -69,6 +69,8 @@ def _folded_backward(
     gradient_N: jax.Array,
 ) -> tuple[Summed | jax.Array, jax.Array, Slots]:
     (n, rstd, folded), (dresidual, dparts) = saved, dy
+    if folded is None:
+        folded = [w_PC for w_PC, _ in passes.fold(site, flat_N, n.dtype)]
     n_MC = n.reshape(-1, n.shape[-1])
     dns, gradients = [], []
     for dpart, w_PC in zip(dparts, folded, strict=True):
@@ -163,6 +165,8 @@ def _kernel_fold(site: Site, flat_N: jax.Array, dtype: jnp.dtype) -> list[tuple[
 def _kernel_unfold(
     site: Site, flat_N: jax.Array, gradient_N: jax.Array, parts: list[tuple[jax.Array, jax.Array]]
 ) -> tuple[jax.Array, Slots]:
+    if refuses_updates(site.plan):
+        return _xla_unfold(site, flat_N, gradient_N, parts)
     names = gain_name, shift_name, weight_name, bias_name = site.names
     gain, shift, weight, _ = (site.view(flat_N, name) for name in names)
     # bfloat16 is what cuBLAS's products give; another implementation's are float32.
@@ -238,7 +242,7 @@ def refuses_kernels(plan: Plan) -> str | None:
     C = plan.config.channels
     if C % 8 != 0 or C > _MOST_CHANNELS:
         return f"rows of a multiple of 8 up to {_MOST_CHANNELS} channels, not {C}"
-    return refuses_updates(plan)
+    return None
 
 
 def refuses(plan: Plan) -> str | None:
