@@ -318,8 +318,8 @@ def _constant(value: ir.Value) -> float | None:
     if not _is(made, "constant"):
         return None
     elements = ir.DenseElementsAttr(made.attributes["value"])
-    value: Any = elements.get_splat_value() if elements.is_splat else None  # an attribute of a float or an integer
-    return None if value is None else float(value.value)
+    number: Any = elements.get_splat_value() if elements.is_splat else None  # an attribute of a float or an integer
+    return None if number is None else float(number.value)
 
 
 def _is_broadcast_back(value: ir.Value, result: ir.Value, axis: int) -> bool:

@@ -327,12 +327,16 @@ def rounding_error(dtype):
     return 2.0**-8 * np.sqrt(num_roundings)
 
 
-@pytest.fixture
-def small_params():
+def parameters_of_small():
     params = initialize_parameters(SMALL)
     params += np.random.default_rng(0).normal(0, 0.02, params.shape).astype(np.float32)
     params[slice(*SMALL.layout["wte"].padding_span)] = 0
     return params
+
+
+@pytest.fixture
+def small_params():
+    return parameters_of_small()
 
 
 @pytest.mark.parametrize(("dtype", "num_steps"), [("float32", 3), ("bfloat16", 2)])
