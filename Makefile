@@ -7,7 +7,7 @@
 # make test-aarch64        the same for arm64 Linux, cross-compiled and run under qemu-user
 # make check-macos         the library cross-compiled for macOS on Apple silicon, and its file checked
 # make wheel               dist/*.whl, in which the custom calls must be
-# make lint                ruff and mypy
+# make lint                ruff, mypy, and zizmor for the GitHub workflows
 # Every target is a plain command or two; see README.md for them without make.
 
 PYTHON ?= python3
@@ -93,6 +93,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --no-progress --quiet .github/workflows
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -36,19 +36,28 @@ _PEAK_SECONDS = 120.0
 _PEAK_ROUNDS = 3
 
 
+# By backend, those that are measured only when they are named.
+_UNASKED = {
+    "cpu": (*ON_NVIDIA_IN_BFLOAT16, "mlx"),  # MLX is made for Apple GPUs
+    "cuda": ("mlx",),
+    "metal": (*ON_NVIDIA_IN_BFLOAT16, "pytorch_compiled"),  # whose compiler is young there
+}
+
+
 def select_systems(patterns: Sequence[str], *, quick: bool, backend: str) -> list[System]:
     """The systems that patterns such as 'pytorch', 'gpt2_jax:simd' or 'jax_plain:bfloat16' name; by default all, or the
     few of `quick`."""
     known = [
         System(name, implementation, dtype, setting)
         for name in SYSTEMS
-        if backend == "cuda" or patterns or name not in ON_NVIDIA_IN_BFLOAT16
+        if patterns or name not in _UNASKED.get(backend, ())
         for implementation in (("auto", *matmul.IMPLEMENTATIONS) if name == "gpt2_jax" else ("",))
         for dtype in DTYPES
         for setting in _settings(name, implementation, dtype, backend)
     ]
     if not patterns and quick:
-        return [s for s in known if s.matmul == "auto" or s.name == "pytorch" or (s.name, s.dtype) == ("jax_plain", "float32")]
+        peers = [*((name, dtype) for name in ("pytorch", "mlx") for dtype in DTYPES), ("jax_plain", "float32")]
+        return [s for s in known if s.matmul == "auto" or (s.name, s.dtype) in peers]
     known = [s for s in known if s.dtype == "bfloat16" or s.name not in ON_NVIDIA_IN_BFLOAT16]
     if not patterns:
         known = [s for s in known if s.name != "pytorch_tuned"]  # its search takes minutes

@@ -41,8 +41,8 @@ from gpt2_jax.ops.cpu import library as custom_calls
 
 # On a GPU "pytorch_compiled" is what nanoGPT does; "pytorch_best" has cuDNN's attention and a residual stream in bfloat16, and
 # "pytorch_tuned" that and torch.compile's longest search, with CUDA graphs.
-SYSTEMS = ("gpt2_jax", "pytorch_best", "pytorch_tuned", "llmc", "jax_plain", "pytorch", "pytorch_compiled")
-COMPILED = ("pytorch_compiled", "pytorch_best", "pytorch_tuned")
+SYSTEMS = ("gpt2_jax", "pytorch_best", "pytorch_tuned", "llmc", "jax_plain", "pytorch", "pytorch_compiled", "mlx")
+COMPILED = ("pytorch_compiled", "pytorch_best", "pytorch_tuned", "mlx")
 WITH_CUDNN = ("pytorch_best", "pytorch_tuned")
 ON_SEVERAL = ("pytorch_ddp", "pytorch_fsdp")  # a process for each device
 ON_NVIDIA_IN_BFLOAT16 = (*WITH_CUDNN, "llmc")
@@ -106,7 +106,8 @@ def measure_system(request: Request, await_turn: Callable[[int], Turn | None] = 
     config = GPT2Config(**request.model)
     x_ABT, y_ABT = batch_of(request, config)
     several = dict.fromkeys(ON_SEVERAL, _pytorch_ranks)
-    prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain, "llmc": prepare_llmc, **several}.get(request.name, _pytorch)
+    known = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain, "llmc": prepare_llmc, "mlx": _mlx, **several}
+    prepare = known.get(request.name, _pytorch)
     step, result, rest, peak_bytes = prepare(request, config, random_parameters(config.layout), x_ABT, y_ABT)
     in_a_row = 1 if request.backend == "cpu" else _STEPS_IN_A_ROW
     losses: list[float] = []
@@ -271,14 +272,14 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
         raise NotImplementedError("PyTorch is not installed: pip install -e '.[test]'") from None
     from gpt2_jax.benchmark import pytorch_model
 
-    if request.backend == "metal":
-        raise NotImplementedError("PyTorch is compared with on the CPU and on NVIDIA GPUs")
+    if request.backend == "metal" and not torch.backends.mps.is_available():
+        raise NotImplementedError("this PyTorch sees no Apple GPU")
     if request.backend == "cuda" and not torch.cuda.is_available():
         raise NotImplementedError("this PyTorch sees no NVIDIA GPU")
     tuned = request.name in WITH_CUDNN
     if tuned and (request.backend, request.dtype) != ("cuda", "bfloat16"):
         raise NotImplementedError("cuDNN's attention is for NVIDIA GPUs, in bfloat16")
-    device = torch.device(request.backend)
+    device = torch.device({"metal": "mps"}.get(request.backend, request.backend))
     torch.set_num_threads(custom_calls.num_threads())
     if request.backend == "cuda":
         # By default TF32, which is XLA's default there too.
@@ -289,7 +290,7 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
     forward = model
-    if request.name in COMPILED:
+    if request.name != "pytorch":
         forward = torch.compile(model, mode="max-autotune" if request.name == "pytorch_tuned" else "default")
     x, y = (torch.from_numpy(tokens).long().to(device) for tokens in (x_ABT, y_ABT))
     cudnn = partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
@@ -310,9 +311,30 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
         optimizer.zero_grad(set_to_none=request.name != "pytorch_tuned" or request.micro_batches == 1)
         return total
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     known = {"matmul": "pytorch", "compile_seconds": 0.0, "device": name}
-    return Prepared(step, known, peak_bytes=torch.cuda.max_memory_allocated if device.type == "cuda" else process_peak)
+    # What PyTorch has of an Apple GPU's memory it keeps, so that its peak is what it has.
+    peaks = {"cuda": torch.cuda.max_memory_allocated, "mps": torch.mps.driver_allocated_memory}
+    return Prepared(step, known, peak_bytes=peaks.get(device.type, process_peak))
+
+
+def _mlx(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
+    try:
+        import mlx.core as mx
+    except ImportError:
+        raise NotImplementedError("MLX is not installed: pip install mlx, or 'mlx[cpu]' on Linux") from None
+    from gpt2_jax.benchmark import mlx_model
+
+    if request.backend == "cuda":
+        raise NotImplementedError("MLX is compared with on Apple GPUs and on the CPU")
+    if request.backend == "metal" and not mx.metal.is_available():
+        raise NotImplementedError("this MLX sees no Apple GPU")
+    mx.set_default_device(mx.gpu if request.backend == "metal" else mx.cpu)
+    model = mlx_model.model_from_buffer(params, config)
+    train_step = mlx_model.make_train_step(model, _LEARNING_RATE, _WEIGHT_DECAY, getattr(mx, request.dtype))
+    x, y = mx.array(x_ABT), mx.array(y_ABT)
+    known = {"matmul": "mlx", "compile_seconds": 0.0, "device": str(mx.default_device())}
+    return Prepared(lambda: train_step(x, y), known, peak_bytes=mx.get_peak_memory)
 
 
 def prepare_llmc(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:

@@ -39,6 +39,7 @@ class Backend:
     | custom_calls | this project's library does not run there |
     | loops | compiled loops |
     | barriers | the compiler takes them out, and merges what is computed anew with what is kept |
+    | fused_reductions | the compiler fuses elementwise operations alone: what a reduction reads is written out first |
     | slice_updates | an update of a slice may copy the whole buffer |
     | cuda_libraries | cuBLAS and cuDNN |
     | determinism | bits that are known to be the same in every run |

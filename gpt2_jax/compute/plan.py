@@ -22,6 +22,7 @@ from gpt2_jax.config import ComputeSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
+from gpt2_jax.ops.apple.classifier import ON_MLX_ONLY
 from gpt2_jax.ops.apple.plugin import ON_JAX_MPS_ONLY
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda.compiler_options import COMPILER_OPTIONS, DETERMINISTIC_COST, DETERMINISTIC_OPTIONS
@@ -119,7 +120,7 @@ class Plan:
                 others.setdefault((choice.name, choice.reason), []).append(seam)
             for name, reason in choice.refusals:
                 # Nobody misses an implementation for another kind of device.
-                if reason not in (matmul.ON_NVIDIA_ONLY, ON_JAX_MPS_ONLY):
+                if reason not in (matmul.ON_NVIDIA_ONLY, ON_JAX_MPS_ONLY, ON_MLX_ONLY):
                     refused.setdefault(reason, []).append(name if seam == "linear" else f"{seam}:{name}")
         rows += [("ops", f"{name} for {', '.join(seams)}: {reason}") for (name, reason), seams in others.items()]
         return rows + [("", f"not {', '.join(names)}: {reason}") for reason, names in refused.items()]

@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax.ops.apple import classifier as apple
-from gpt2_jax.ops.apple import plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import kernels, libraries
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_gradient
@@ -271,6 +270,6 @@ TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
     Implementation("kernel", _refuses_kernel, "loss and gradient in one pass over the logits", functions=_KERNEL),
     Implementation("low_precision", _refuses_low, "logits in the dtype of products", functions=_LOW_PRECISION),
-    Implementation("apple", plugin.refuses("attention"), "no masked copy of the logits", functions=_APPLE),
+    Implementation("apple", apple.refuses, "no masked copy of the logits", functions=_APPLE),
     Implementation("xla", always, "the reference, on every device", functions=_REFERENCE),
 )
