@@ -119,7 +119,7 @@ std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& r
   if (rung == "simd" || rung == "threaded") {
     const bool threaded = rung == "threaded";
     return [threaded](const Matmul& matmul, Executor& executor) {
-      Kernel kernel = best_kernel(cpu_features());
+      Kernel kernel = best_kernel(matmul.precision);
       kernel.multiply = multiply_nothing;
       InlineExecutor alone;
       packed_matmul(matmul, kernel, threaded ? executor : alone);
@@ -236,8 +236,10 @@ void bench_gpt2_products(int64_t tokens, int num_threads, const std::string& run
   ThreadPool pool(num_threads - 1);  // the calling thread works too
   PoolExecutor executor(pool, num_threads);
   std::printf("GPT-2 124M, %d tokens, %d thread(s), kernel %s; a layer's products count 12 times\n",
-              static_cast<int>(tokens), num_threads, best_kernel(cpu_features()).name);
-  std::vector<const Kernel*> kernels_here = {&best_kernel(cpu_features())};
+              static_cast<int>(tokens), num_threads, best_kernel(Precision::kF32_F32_F32).name);
+  std::vector<const Kernel*> kernels_here = {&best_kernel(Precision::kF32_F32_F32)};
+  const Kernel* const narrow = &best_kernel(Precision::kBF16_BF16_F32);
+  if (narrow != kernels_here[0]) kernels_here.push_back(narrow);
   if (find_implementation("amx")->unavailable().empty()) {
     kernels_here.push_back(amx_kernel(Precision::kBF16_BF16_F32));
   }

@@ -46,7 +46,7 @@ struct Candidate {
   std::vector<Shape> shapes;        // tested with every combination of types
   std::vector<Shape> large_shapes;  // tested with some combinations
   Shape shape_of_bits;              // tested for the same bits with any number of threads
-  bool tiles;         // multiplies parts or digits; has no F32_F32_F32
+  std::vector<Precision> precisions;
   bool in_turn;       // each small shape with one of the four transpositions, not with all
   bool sums_squares;  // sets sum_of_squares
   std::function<void(const Matmul&, Executor&)> run;
@@ -119,6 +119,10 @@ TileKernels model_with_blocks_of_amx() {
   return model_kernels().with_blocks(amx_kernel(Precision::kBF16_BF16_F32)->blocks);
 }
 
+const std::vector<Precision> kOfFloat32 = {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32};
+const std::vector<Precision> kOfTiles = {Precision::kBF16_BF16_F32, Precision::kBF16_BF16_F32_X3,
+                                         Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6};
+
 std::vector<Shape> without_empty(std::vector<Shape> shapes) {
   const auto is_empty = [](const Shape& s) { return s.m == 0 || s.n == 0 || s.k == 0; };
   shapes.erase(std::remove_if(shapes.begin(), shapes.end(), is_empty), shapes.end());
@@ -138,7 +142,7 @@ std::vector<Candidate> candidates() {
     const bool fast = name != "naive" && name != "blocked";
     all.push_back(
         {name, small, fast ? kLargeShapes : std::vector<Shape>(),
-         fast && !is_foreign(name) ? ragged : none, name == "amx", fast, true,
+         fast && !is_foreign(name) ? ragged : none, name == "amx" ? kOfTiles : kOfFloat32, fast, true,
          [&rung](const Matmul& matmul, Executor& executor) { multiply(rung, matmul, executor); }});
   }
   // Their small products have several blocks of each kind with small blocks, too.
@@ -148,7 +152,19 @@ std::vector<Candidate> candidates() {
       const std::string name = std::string(kernel.name) + (small_blocks ? ", small blocks" : "");
       if (small_blocks) kernel.blocks = kSmallBlocks;
       all.push_back({name, without_empty(small), small_blocks ? std::vector<Shape>() : kLargeShapes,
-                     ragged, false, small_blocks, true,
+                     ragged, kOfFloat32, small_blocks, true,
+                     [kernel](const Matmul& matmul, Executor& executor) {
+                       packed_matmul(matmul, kernel, executor);
+                     }});
+    }
+  }
+  for (Kernel kernel : dot_kernels()) {
+    if (kernel.features & ~cpu_features_seen()) continue;
+    for (const bool small_blocks : {false, true}) {
+      const std::string name = std::string(kernel.name) + (small_blocks ? ", small blocks" : "");
+      if (small_blocks) kernel.blocks = kSmallBlocks;
+      all.push_back({name, without_empty(small), small_blocks ? std::vector<Shape>() : kLargeShapes,
+                     ragged, {Precision::kBF16_BF16_F32}, true, true,
                      [kernel](const Matmul& matmul, Executor& executor) {
                        packed_matmul(matmul, kernel, executor);
                      }});
@@ -159,7 +175,7 @@ std::vector<Candidate> candidates() {
       packed_matmul(matmul, kernels.of(matmul.precision), executor);
       CHECK(!TileModel::configured(), "tiles left configured");
     };
-    all.push_back({kernels.name, without_empty(small), {}, {67, 131, 200}, true, true, true, run});
+    all.push_back({kernels.name, without_empty(small), {}, {67, 131, 200}, kOfTiles, true, true, run});
   }
   if (has_amx_kernel()) {
     // The block sizes of amx. Only large shapes, since others do not fill a block: the model is
@@ -168,23 +184,17 @@ std::vector<Candidate> candidates() {
     const auto run = [kernels](const Matmul& matmul, Executor& executor) {
       packed_matmul(matmul, kernels.of(matmul.precision), executor);
     };
-    all.push_back({"model, blocks of AMX", {}, {{40, 70, 801}}, none, true, true, true, run});
+    all.push_back({"model, blocks of AMX", {}, {{40, 70, 801}}, none, kOfTiles, true, true, run});
   }
   return all;
 }
 
 std::vector<Types> all_types(const Candidate& candidate) {
-  const std::vector<Precision> precisions =
-      candidate.tiles
-          ? std::vector<Precision>{Precision::kBF16_BF16_F32, Precision::kBF16_BF16_F32_X3,
-                                   Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6}
-          : std::vector<Precision>{Precision::kF32_F32_F32, Precision::kBF16_BF16_F32};
-
   std::vector<Types> all;
   for (const DType a : {DType::kFloat32, DType::kBFloat16}) {
     for (const DType b : {DType::kFloat32, DType::kBFloat16}) {
       for (const DType out : {DType::kFloat32, DType::kBFloat16}) {
-        for (const Precision precision : precisions) {
+        for (const Precision precision : candidate.precisions) {
           all.push_back({a, b, out, precision});
         }
       }
@@ -218,7 +228,9 @@ void test_against_float64(const Candidate& candidate) {
     }
   }
   Types wide;
-  if (candidate.tiles) wide.precision = Precision::kBF16_BF16_F32_X3;
+  // The precision of most products of parts, or what the candidate has.
+  wide.precision = candidate.precisions == kOfTiles ? Precision::kBF16_BF16_F32_X3
+                                                    : candidate.precisions.front();
   for (const Shape& shape : candidate.large_shapes) {
     for (int transposes = 0; transposes < 4; ++transposes) run(shape, transposes, wide);
   }
@@ -261,8 +273,10 @@ void test_same_bits(const Candidate& candidate) {
   ThreadPool pool(3);
   const Types narrow = {DType::kBFloat16, DType::kFloat32, DType::kBFloat16,
                         Precision::kBF16_BF16_F32};
+  Types wide;
+  wide.precision = candidate.precisions.front();
   const std::pair<Types, Epilogue> cases[] = {
-      {Types(), Epilogue::kStore}, {Types(), Epilogue::kAccumulate}, {narrow, Epilogue::kBias}};
+      {wide, Epilogue::kStore}, {wide, Epilogue::kAccumulate}, {narrow, Epilogue::kBias}};
   for (const auto& [types, epilogue] : cases) {
     Random random(5);
     Problem problem(candidate.shape_of_bits, true, true, types, random, epilogue);
@@ -355,7 +369,7 @@ void test_six_products_against_float32() {
     matmul.b = {b.data(), 0, matmul.n, DType::kFloat32, false};
     matmul.out = out.data(), matmul.out_leading_dimension = matmul.n;
     InlineExecutor executor;
-    packed_matmul(matmul, best_kernel(0), executor);
+    packed_matmul(matmul, best_kernel(0, matmul.precision, false), executor);
     const double float32 = largest_error(matmul, a, b, out);
     const TileKernels kernels = model_with_blocks_of_amx();
     for (const Precision precision : {Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6}) {

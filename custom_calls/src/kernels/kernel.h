@@ -105,17 +105,23 @@ struct Kernel {
   BlockSizes blocks;
 };
 
-// All kernels of this build that multiply float32, best first; the last needs no feature.
+// Kernels of this build, best first.
 struct KernelTable {
   const Kernel* begin_;
   const Kernel* end_;
   const Kernel* begin() const { return begin_; }
   const Kernel* end() const { return end_; }
 };
+// Those that multiply float32; the last needs no feature.
 KernelTable kernels();
+// Those that multiply pairs of bfloat16; there may be none.
+KernelTable dot_kernels();
 
-// The best one for these features.
-const Kernel& best_kernel(uint32_t features);
+// The best one for these features and a precision, F32_F32_F32 or BF16_BF16_F32. `dot_products_pay`:
+// whether pairs of bfloat16 are multiplied faster than float32 (cpu_features.h).
+const Kernel& best_kernel(uint32_t features, Precision precision, bool dot_products_pay);
+// The same for this CPU and GPT2_JAX_CPU_FEATURES.
+const Kernel& best_kernel(Precision precision);
 
 // The AMX kernel for a precision; nullptr when this build has none.
 const Kernel* amx_kernel(Precision precision);
@@ -125,6 +131,7 @@ void multiply_f32_4x8_generic(const PanelBlock&);
 void multiply_f32_6x16_avx2(const PanelBlock&);
 void multiply_f32_14x32_avx512(const PanelBlock&);
 void multiply_f32_8x12_neon(const PanelBlock&);
+void multiply_bf16_32x32_avx512bf16(const PanelBlock&);
 
 // Packing into panels of float32, step by step (panel[p * lanes + lane]), and the way out of sums
 // stored row by row; each for the panels of one kernel.

@@ -44,6 +44,15 @@ constexpr Kernel kKernels[] = {
 };
 
 #if defined(GPT2_JAX_HAS_AMX)
+constexpr BlockSizes kDotBlocks = {/*panel_bytes=*/16 << 10, /*item_lanes=*/128,
+                                   /*shared_lanes=*/4096, /*cached_lanes=*/512,
+                                   /*shared_bytes=*/1 << 20, /*sums_bytes=*/16 << 20,
+                                   /*stream_bytes=*/4 << 20};
+constexpr Kernel kDotKernels[] = {
+    {"bf16_32x32_avx512bf16", kAvx512Code | kAvx512bf16, kPanelLanes, kPanelLanes, kTileDepth,
+     /*element_bytes=*/2, /*trailer_bytes=*/0, kAnyDepth, /*left_runs_along_k=*/true, nullptr,
+     nullptr, pack_tiles_avx512, multiply_bf16_32x32_avx512bf16, finish_tiles_avx512, kDotBlocks}};
+
 constexpr CpuFeatures kAmxCode = kAvx512Code | kAvx512bf16 | kAmxTile;
 
 // A packed panel of 24 KiB leaves half of Sapphire Rapids' L1 for the other operand. With digits
@@ -68,10 +77,27 @@ constexpr Kernel kAmxDigits = {"s8_32x32_amx", kAmxCode | kAmxInt8, kPanelLanes,
 
 KernelTable kernels() { return {kKernels, kKernels + sizeof(kKernels) / sizeof(kKernels[0])}; }
 
-const Kernel& best_kernel(uint32_t features) {
+KernelTable dot_kernels() {
+#if defined(GPT2_JAX_HAS_AMX)
+  return {kDotKernels, kDotKernels + sizeof(kDotKernels) / sizeof(kDotKernels[0])};
+#else
+  return {nullptr, nullptr};
+#endif
+}
+
+const Kernel& best_kernel(uint32_t features, Precision precision, bool dot_products_pay) {
+  if (precision == Precision::kBF16_BF16_F32 && dot_products_pay) {
+    for (const Kernel& kernel : dot_kernels()) {
+      if (has_all(features, kernel.features)) return kernel;
+    }
+  }
   const Kernel* kernel = kernels().begin();
-  while (kernel->features & ~features) ++kernel;
+  while (!has_all(features, kernel->features)) ++kernel;
   return *kernel;
+}
+
+const Kernel& best_kernel(Precision precision) {
+  return best_kernel(cpu_features(), precision, dot_products_pay());
 }
 
 const Kernel* amx_kernel([[maybe_unused]] Precision precision) {
