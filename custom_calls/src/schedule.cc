@@ -1,6 +1,9 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
 
 #include "cut.h"
 #include "operand.h"
@@ -130,7 +133,7 @@ struct Sums {
   float* at(int64_t p, int64_t q) const { return data + p * p_stride + q * q_stride; }
 };
 
-// The packed part of the shared operand: `lanes` in the blocks of k [first_block, last_block).
+// A packed part of the shared operand: `lanes` in the blocks of k [first_block, last_block).
 struct SharedBlock {
   Range lanes;
   int64_t first_block, last_block;
@@ -141,6 +144,11 @@ struct SharedBlock {
 // One work item's lanes.
 struct Item {
   Range streamed, shared;
+};
+
+// What this thread will probably pack next: to be prefetched.
+struct Next {
+  Range lanes, k;
 };
 
 // A prefetch of `lanes` of the streamed operand in one block of k, beside `blocks` block products.
@@ -219,8 +227,8 @@ void pack(const Plan& plan, const Lanes& operand, const Range& lanes, const Rang
 }
 
 // Computes one work item: packs its streamed lanes block by block of k and multiplies them with its
-// shared lanes. `next` is the range of streamed lanes that this thread will probably get next.
-void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Range& next,
+// shared lanes.
+void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item, const Next& next,
                   const Sums& sums, unsigned char* packed, float* squares) {
   const Kernel& kernel = plan.kernel;
   const Lanes &streamed_lanes = plan.streamed(), &shared_lanes = plan.shared();
@@ -240,8 +248,8 @@ void compute_item(const Plan& plan, const SharedBlock& shared, const Item& item,
     Prefetch prefetch;
     if (kb + 1 < shared.last_block) {
       prefetch = prefetch_of(plan, item.streamed, plan.k_cut[kb + 1], p_count * q_count);
-    } else if (next.size > 0) {
-      prefetch = prefetch_of(plan, next, plan.k_cut[shared.first_block], p_count * q_count);
+    } else if (next.lanes.size > 0) {
+      prefetch = prefetch_of(plan, next.lanes, next.k, p_count * q_count);
     }
 
     const int64_t p_bytes = streamed_lanes.panel_bytes(k.size);
@@ -312,6 +320,7 @@ struct Cuts {
   Cut streamed;       // one block, unless sums must wait for later blocks of k
   Cut shared;         // the lanes of the shared operand that are packed at a time
   int64_t k_at_once;  // its blocks of k that are packed at a time
+  int64_t k_cached;   // those of them that all items multiply before they go on to the next
 };
 
 Cuts cut_operands(const Plan& plan) {
@@ -325,15 +334,45 @@ Cuts cut_operands(const Plan& plan) {
   const int64_t block_bytes = plan.shared().packed_bytes(cuts.shared.block, plan.k_cut.block);
   cuts.k_at_once =
       even_block(plan.k_cut.count(), std::max<int64_t>(sizes.shared_bytes / block_bytes, 1), 1);
+  cuts.k_cached =
+      even_block(cuts.k_at_once, std::max<int64_t>(sizes.cached_bytes / block_bytes, 1), 1);
   const int64_t streamed = plan.streamed().count;
   cuts.streamed = {streamed, streamed};
-  if (cuts.k_at_once < plan.k_cut.count()) {
+  if (cuts.k_cached < plan.k_cut.count()) {
     const int64_t sums_bytes = ceil_div(cuts.shared.block, q_width) * plan.block_sums() * 4;
     const int64_t panels = std::max<int64_t>(sizes.sums_bytes / sums_bytes, 1);
     cuts.streamed.block = even_block(streamed, panels * p_width, p_width);
   }
   return cuts;
 }
+
+// Counts the parts of k that are done of each item, so that an item adds its next part to sums that
+// are complete. Parts have rising indices in parallel_for, so the part before has begun already, on a
+// thread that is running: waiting for it cannot deadlock. It is rare, as many items lie between.
+class PartsDone {
+ public:
+  explicit PartsDone(int64_t items) : done_(static_cast<size_t>(items)) {}
+
+  // Lasts while a part of an item is computed. Waits first for the part before it.
+  class Turn {
+   public:
+    Turn(PartsDone& parts, int64_t item, int64_t part)
+        : done_(parts.done_.empty() ? nullptr : &parts.done_[static_cast<size_t>(item)]) {
+      if (done_ == nullptr) return;
+      while (done_->load(std::memory_order_acquire) < part) std::this_thread::yield();
+    }
+    ~Turn() {
+      if (done_ != nullptr) done_->fetch_add(1, std::memory_order_release);
+    }
+    Turn(const Turn&) = delete;
+
+   private:
+    std::atomic<int64_t>* const done_;
+  };
+
+ private:
+  std::vector<std::atomic<int64_t>> done_;
+};
 
 }  // namespace
 
@@ -345,10 +384,10 @@ void packed_matmul(const Matmul& matmul, const Kernel& kernel, Executor& executo
   const int64_t workers = executor.num_threads();
   const int64_t p_width = plan.streamed().panel_lanes(), q_width = plan.shared().panel_lanes();
   //   sums that wait for                            are kept
-  //   a later part of the shared operand's k        for all items
+  //   a later part of the shared operand            for all items
   //   the next block of k within the item           by each worker
   //   nothing, as k is a single block               in one block of sums for each worker
-  const bool sums_wait = cuts.k_at_once < plan.k_cut.count();
+  const bool sums_wait = cuts.k_cached < plan.k_cut.count();
   const int64_t q_total = ceil_div(cuts.shared.block, q_width);
   const int64_t p_total = ceil_div(cuts.streamed.block, p_width);
   const int64_t q_item = ceil_div(size.shared.size, q_width);
@@ -375,27 +414,35 @@ void packed_matmul(const Matmul& matmul, const Kernel& kernel, Executor& executo
         const int64_t last_block = std::min(kb + cuts.k_at_once, plan.k_cut.count());
         const Range all_shared = cuts.shared[shared_index];
         const Range all_streamed = cuts.streamed[streamed_block];
-        const SharedBlock shared = {all_shared, kb, last_block,
-                                    reinterpret_cast<unsigned char*>(shared_memory), shared_block};
-
+        auto* const shared_packed = reinterpret_cast<unsigned char*>(shared_memory);
         const Cut pack_cut = {all_shared.size, round_up(64, q_width), all_shared.first};
         parallel_for(executor, pack_cut.count() * (last_block - kb), [&](int64_t index) {
           const Range lanes = pack_cut[index % pack_cut.count()];
           const int64_t block = index / pack_cut.count();
           const Range k = plan.k_cut[kb + block];
           pack(plan, plan.shared(), lanes, k,
-               shared.packed + block * shared_block +
+               shared_packed + block * shared_block +
                    plan.shared().packed_bytes(lanes.first - all_shared.first, k.size));
         });
 
         const Cut streamed_cut = {all_streamed.size, size.streamed.size, all_streamed.first};
         const Cut shared_cut = {all_shared.size, size.shared.size, all_shared.first};
         const int64_t count = streamed_cut.count() * shared_cut.count();
-        parallel_for_with_workers(executor, count, [&](int64_t index, int worker) {
-          const Item item = {streamed_cut[index / shared_cut.count()],
-                             shared_cut[index % shared_cut.count()]};
-          const int64_t next = (index + workers) / shared_cut.count();
-          const Range next_lanes = next < streamed_cut.count() ? streamed_cut[next] : Range{0, 0};
+        const Cut parts = {last_block - kb, cuts.k_cached, kb};
+        PartsDone done(sums_wait ? count : 0);
+        // One part of k after another, so that it stays in L2 while all lanes pass by.
+        parallel_for_with_workers(executor, parts.count() * count, [&](int64_t index, int worker) {
+          const int64_t part = index / count, number = index % count;
+          const auto lanes_of = [&](int64_t i) { return streamed_cut[i / shared_cut.count()]; };
+          const Range blocks = parts[part];
+          const SharedBlock shared = {all_shared, blocks.first, blocks.first + blocks.size,
+                                      shared_packed + (blocks.first - kb) * shared_block,
+                                      shared_block};
+          const Item item = {lanes_of(number), shared_cut[number % shared_cut.count()]};
+          Next next = {{0, 0}, {0, 0}};
+          if (const int64_t after = index + workers; after < parts.count() * count) {
+            next = {lanes_of(after % count), plan.k_cut[parts[after / count].first]};
+          }
           float* const own = worker_memory + worker * worker_floats;
           Sums sums = {own + worker_packed / 4, q_item * block_sums, block_sums};
           if (sums_wait) {
@@ -405,7 +452,8 @@ void packed_matmul(const Matmul& matmul, const Kernel& kernel, Executor& executo
           } else if (plan.k_cut.count() == 1) {
             sums.p_stride = sums.q_stride = 0;
           }
-          compute_item(plan, shared, item, next_lanes, sums, reinterpret_cast<unsigned char*>(own),
+          const PartsDone::Turn turn(done, number, part);
+          compute_item(plan, shared, item, next, sums, reinterpret_cast<unsigned char*>(own),
                        squares);
         });
       }

@@ -21,7 +21,7 @@ namespace gpt2_jax {
 //                     panel while they are in the caches; meanwhile the next block is prefetched.
 //
 // So threads wait for one another twice in a product: after the shared operand was packed, and at the
-// end. Only when that operand does not fit BlockSizes::shared_bytes is this done in parts.
+// end. Only when that operand does not fit BlockSizes::shared_bytes is this repeated for its parts.
 //
 // Either op(a) or op(b) becomes the left panels, whichever needs fewer transpositions. With op(b) on
 // the left the kernel computes the transposed product, which is transposed back when it is stored.

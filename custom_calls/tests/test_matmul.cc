@@ -59,7 +59,8 @@ bool is_foreign(const std::string& rung) { return rung == "accelerate" || rung =
 // products have several of each kind.
 constexpr BlockSizes kSmallBlocks = {/*panel_bytes=*/12 << 10,  /*item_lanes=*/64,
                                      /*shared_lanes=*/64,       /*cached_lanes=*/32,
-                                     /*shared_bytes=*/24 << 10, /*sums_bytes=*/24 << 10,
+                                     /*shared_bytes=*/48 << 10, /*cached_bytes=*/24 << 10,
+                                     /*sums_bytes=*/24 << 10,
                                      /*stream_bytes=*/4 << 10};
 
 // The kernels on tiles for bfloat16 parts and for digits.

@@ -81,6 +81,7 @@ struct BlockSizes {
   int64_t cached_lanes;  // lanes of it that are multiplied with all of the item's lanes in turn: to
                          // fit L2 with those
   int64_t shared_bytes;  // of the shared operand, packed at a time; to fit a part of L3
+  int64_t cached_bytes;  // of that, multiplied by all items before the next; to fit L2
   int64_t sums_bytes;    // at most, of sums waiting for the next block of k; to fit a part of L3
   int64_t stream_bytes;  // an output larger than this is written to memory, bypassing the caches
 };

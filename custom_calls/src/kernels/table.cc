@@ -22,11 +22,13 @@ constexpr Kernel float32_kernel(const char* name, uint32_t features, int left_la
 // 24 KiB for a panel leave a part of 32 KiB of L1 for the panels that pass by.
 constexpr BlockSizes kFloat32Blocks = {/*panel_bytes=*/24 << 10, /*item_lanes=*/96,
                                        /*shared_lanes=*/4096, /*cached_lanes=*/132,
-                                       /*shared_bytes=*/1 << 20, /*sums_bytes=*/16 << 20,
+                                       /*shared_bytes=*/16 << 20, /*cached_bytes=*/1 << 20,
+                                       /*sums_bytes=*/16 << 20,
                                        /*stream_bytes=*/4 << 20};
 constexpr BlockSizes kAvx512Blocks = {/*panel_bytes=*/48 << 10, /*item_lanes=*/96,
                                       /*shared_lanes=*/4096, /*cached_lanes=*/256,
-                                      /*shared_bytes=*/1 << 20, /*sums_bytes=*/16 << 20,
+                                      /*shared_bytes=*/16 << 20, /*cached_bytes=*/1 << 20,
+                                       /*sums_bytes=*/16 << 20,
                                       /*stream_bytes=*/4 << 20};
 
 constexpr Kernel kKernels[] = {
@@ -46,7 +48,8 @@ constexpr Kernel kKernels[] = {
 #if defined(GPT2_JAX_HAS_AMX)
 constexpr BlockSizes kDotBlocks = {/*panel_bytes=*/16 << 10, /*item_lanes=*/128,
                                    /*shared_lanes=*/4096, /*cached_lanes=*/512,
-                                   /*shared_bytes=*/1 << 20, /*sums_bytes=*/16 << 20,
+                                   /*shared_bytes=*/16 << 20, /*cached_bytes=*/1 << 20,
+                                       /*sums_bytes=*/16 << 20,
                                    /*stream_bytes=*/4 << 20};
 constexpr Kernel kDotKernels[] = {
     {"bf16_32x32_avx512bf16", kAvx512Code | kAvx512bf16, kPanelLanes, kPanelLanes, kTileDepth,
@@ -59,7 +62,8 @@ constexpr CpuFeatures kAmxCode = kAvx512Code | kAvx512bf16 | kAmxTile;
 // both panels are read three times, and 16 KiB of sums lie beside them, so some reads come from L2.
 constexpr BlockSizes kAmxBlocks = {/*panel_bytes=*/24 << 10, /*item_lanes=*/128,
                                    /*shared_lanes=*/512, /*cached_lanes=*/512,
-                                   /*shared_bytes=*/4 << 20, /*sums_bytes=*/16 << 20,
+                                   /*shared_bytes=*/4 << 20, /*cached_bytes=*/4 << 20,
+                                   /*sums_bytes=*/16 << 20,
                                    /*stream_bytes=*/4 << 20};
 constexpr Kernel kAmxParts = {"bf16_32x32_amx", kAmxCode | kAmxBf16, kPanelLanes, kPanelLanes,
                               kTileDepth, /*element_bytes=*/2, /*trailer_bytes=*/0, kAnyDepth,
