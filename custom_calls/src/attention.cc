@@ -55,7 +55,7 @@ class Head {
     matmul.accumulate = accumulate;
     matmul.precision = a_.precision;
     InlineExecutor alone;
-    implementation_.run(matmul, alone);
+    multiply(implementation_, matmul, alone);
   }
 
  private:

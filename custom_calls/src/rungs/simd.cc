@@ -1,5 +1,5 @@
-#include "cpu_features.h"
 #include "executor.h"
+#include "kernels/kernel.h"
 #include "rungs/rungs.h"
 #include "schedule.h"
 
@@ -7,7 +7,7 @@ namespace gpt2_jax {
 
 void run_simd(const Matmul& matmul, Executor&) {
   InlineExecutor this_thread;
-  packed_matmul(matmul, best_kernel(cpu_features()), this_thread);
+  packed_matmul(matmul, best_kernel(matmul.precision), this_thread);
 }
 
 }  // namespace gpt2_jax

@@ -1,11 +1,11 @@
-#include "cpu_features.h"
+#include "kernels/kernel.h"
 #include "rungs/rungs.h"
 #include "schedule.h"
 
 namespace gpt2_jax {
 
 void run_threaded(const Matmul& matmul, Executor& executor) {
-  packed_matmul(matmul, best_kernel(cpu_features()), executor);
+  packed_matmul(matmul, best_kernel(matmul.precision), executor);
 }
 
 }  // namespace gpt2_jax
