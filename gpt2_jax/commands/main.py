@@ -23,6 +23,7 @@ COMMANDS = {
     "starter-pack": "the four files that llm.c's programs test and train with",
     "bench-matmul": "time the matrix products of a training step",
     "bench-train": "time whole training steps beside plain JAX and PyTorch",
+    "bench-generate": "time the generating of text beside transformers",
 }
 
 

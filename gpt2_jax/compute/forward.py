@@ -56,9 +56,9 @@ def make_token_loss_function(plan: Plan) -> jax.stages.Wrapped:
 
 
 @partial(jax.jit, static_argnums=0)
-def next_token_logits(plan: Plan, params_N: jax.Array, x_1T: jax.Array, position: jax.Array) -> jax.Array:
-    """Logits (vocab_size,) float32 of the token after `position` (int32 scalar) of the one sequence x."""
-    return logits_at(plan, params_N, x_1T, position)[0]
+def next_token_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array, position: jax.Array) -> jax.Array:
+    """`logits_at`, compiled."""
+    return logits_at(plan, params_N, x_BT, position)
 
 
 def _hidden_states(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
