@@ -11,16 +11,25 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tiktoken
 
 from gpt2_jax.compute.backend import Backend, open_device, select_backend, set_cpu_devices
 from gpt2_jax.compute.decode import DecodingWeights, decoding_weights
+from gpt2_jax.compute.forward import make_token_loss_function
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.config import BackendName, ComputeSettings, ModelSettings, RunConfig, config_from_tables, find_config, load_config
-from gpt2_jax.data.tokenizer import gpt2_tokenizer, tokenizer_beside, tokenizer_from_file
-from gpt2_jax.errors import announce
+from gpt2_jax.data.tokenizer import (
+    gpt2_tokenizer,
+    num_bytes_of_tokens,
+    refuse_larger_vocabulary,
+    tokenizer_beside,
+    tokenizer_from_file,
+)
+from gpt2_jax.errors import Gpt2JaxError, announce
+from gpt2_jax.evaluate import TextLoss, text_loss
 from gpt2_jax.families.family import FamilyConfig
-from gpt2_jax.generate import SEED, Sample, Sampling, samples
+from gpt2_jax.generate import SEED, Sample, Sampling, compiled_length, prompt_tokens, samples
 from gpt2_jax.models.weights import load_weights, model_source
 from gpt2_jax.training import run
 
@@ -81,6 +90,59 @@ class Model:
             seed=seed,
             say=say,
         )
+
+    def evaluate(
+        self,
+        text: str | np.ndarray,
+        *,
+        sequence_length: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 4,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> TextLoss:
+        """How well the model foretells a text, or token ids (num_tokens,), in windows of `sequence_length` tokens (default:
+        the model's positions, or the text's length if that is less) that begin `stride` tokens after one another (default:
+        half of that). `before_batch` is called before each batch of windows.
+
+        A text is tokenized as a document, behind an end-of-text token. Where the tokenizer is not the model's, a text is
+        refused, and the bytes of token ids count as none. Gpt2JaxError for that, for windows that do not fit the model, and
+        as `text_loss`.
+        """
+        if isinstance(text, str):
+            refuse_larger_vocabulary(self.tokenizer, self.config.vocab_size)
+            text = np.array(prompt_tokens(text, self.tokenizer))
+        length, stride = self.window(len(text), sequence_length, stride)
+        return text_loss(
+            self.token_losses,
+            self.params,
+            text,
+            self._bytes_of_token,
+            length=length,
+            stride=stride,
+            batch_size=batch_size,
+            before_batch=before_batch,
+        )
+
+    def window(self, num_tokens: int, sequence_length: int | None = None, stride: int | None = None) -> tuple[int, int]:
+        """The length and the stride of `evaluate`'s windows over so many tokens; Gpt2JaxError for those that do not fit."""
+        longest = self.config.max_sequence_length
+        length = sequence_length or min(longest, compiled_length(max(1, num_tokens - 1), longest))
+        stride = stride or max(1, length // 2)
+        for flag, value, most in (("--sequence-length", length, longest), ("--stride", stride, length)):
+            if not 1 <= value <= most:
+                raise Gpt2JaxError(f"{flag}: expected 1 to {most}, found {value}", f"{flag} {most}")
+        return length, stride
+
+    @cached_property
+    def token_losses(self) -> jax.stages.Wrapped:
+        """The compiled losses (params, x (B, T), y (B, T)) -> (B, T) float32 of every target, in nats."""
+        return make_token_loss_function(self.plan)
+
+    @cached_property
+    def _bytes_of_token(self) -> np.ndarray:
+        if self.config.vocab_size < self.tokenizer.n_vocab:
+            return np.zeros(self.config.vocab_size, np.int64)
+        return num_bytes_of_tokens(self.tokenizer, self.config.vocab_size)
 
     @cached_property
     def _weights(self) -> DecodingWeights:

@@ -16,7 +16,7 @@ import tiktoken
 from gpt2_jax.compute.decode import Cache, DecodingWeights, decoding_weights, empty_cache, extend
 from gpt2_jax.compute.forward import next_token_logits
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.data.tokenizer import END_OF_TEXT, encode, num_sampled_ids, other_ids, text_of
+from gpt2_jax.data.tokenizer import END_OF_TEXT, encode, num_sampled_ids, other_ids, refuse_larger_vocabulary, text_of
 from gpt2_jax.errors import Gpt2JaxError, announce
 from gpt2_jax.llmc.random import XorShift
 
@@ -132,7 +132,7 @@ def _samples(
         yield tokens
 
 
-def _compiled_length(length: int, longest: int) -> int:
+def compiled_length(length: int, longest: int) -> int:
     """The length that is compiled for texts of this one: a power of two, so that few are, or all positions."""
     return min(max(_SHORTEST_COMPILED_LENGTH, 1 << (length - 1).bit_length()), longest)
 
@@ -151,7 +151,7 @@ def _uncached_logits(plan: Plan, weights: DecodingWeights, num_samples: int, mos
 
     def next_logits(text_BT: np.ndarray, length: int) -> np.ndarray:
         T = text_BT.shape[1]
-        x_BT = _padded(text_BT, _compiled_length(T, longest))
+        x_BT = _padded(text_BT, compiled_length(T, longest))
         return np.asarray(next_token_logits(plan, weights.flat_N, x_BT, np.int32(T - 1)))
 
     return next_logits
@@ -164,7 +164,7 @@ def _cached_logits(plan: Plan, weights: DecodingWeights, num_samples: int, most_
     window moves and every token gets another position: nothing of the cache holds then, and full passes go on.
     """
     longest = plan.config.max_sequence_length
-    room = _compiled_length(min(most_tokens, longest), longest)
+    room = compiled_length(min(most_tokens, longest), longest)
     uncached = _uncached_logits(plan, weights, num_samples, most_tokens)
     cache: Cache | None = None
 
@@ -174,7 +174,7 @@ def _cached_logits(plan: Plan, weights: DecodingWeights, num_samples: int, most_
             cache = None
             return uncached(text_BT, length)
         if cache is None:
-            x_BT, start = _padded(text_BT, _compiled_length(length, longest)), 0
+            x_BT, start = _padded(text_BT, compiled_length(length, longest)), 0
             cache = empty_cache(plan, num_samples, room)
         else:
             x_BT, start = text_BT[:, -1:], length - 1
@@ -280,6 +280,8 @@ def check_request(max_tokens: int, num_samples: int, stop: Sequence[str], seed: 
     """Gpt2JaxError, naming the flag, for a request that no model can meet."""
     if max_tokens < 1:
         raise Gpt2JaxError(f"--max-tokens: expected at least 1, found {max_tokens}", "--max-tokens 256")
+    if isinstance(stop, str):  # a sequence of strings too: its characters
+        raise Gpt2JaxError(f"--stop: expected a list of strings, found {stop!r}", f"stop=[{stop!r}]")
     for string in stop:
         if not 1 <= len(string) <= _LONGEST_STOP:
             found = f"one of {len(string)}"
@@ -312,11 +314,7 @@ def samples(
     told to `say`. Gpt2JaxError for one with fewer: it was trained with another tokenizer; and as `generate_samples`.
     """
     vocab_size = plan.config.vocab_size
-    if vocab_size < tokenizer.n_vocab:
-        raise Gpt2JaxError(
-            f"tokenizer: expected at most the model's {vocab_size} tokens, found {tokenizer.n_vocab}",
-            "--tokenizer FILE.bin   (the tokenizer file that the model was trained with)",
-        )
+    refuse_larger_vocabulary(tokenizer, vocab_size)
     check_request(max_tokens, num_samples, stop, seed)
     if remark := other_ids(tokenizer, vocab_size):
         say(remark)

@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gpt2_jax.benchmark.generate_system import COPIED_BYTES, COPY, SYSTEMS, Request
@@ -67,7 +68,7 @@ def check_workload(work: Workload) -> None:
             raise Gpt2JaxError(f"{flag}: expected {lowest} to {highest}, found {value}", f"{flag} {min(highest, 64)}")
 
 
-def bench_generate(work: Workload, rounds: int, say: Callable[[str], None] = print) -> bool:
+def bench_generate(work: Workload, rounds: int, say: Callable[[str], None] = partial(print, flush=True)) -> bool:
     """Print the table and, last, one JSON object; False when a system failed that should have run."""
     check_workload(work)
     machine = describe_machine()
