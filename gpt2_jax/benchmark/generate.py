@@ -18,7 +18,6 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from gpt2_jax.benchmark.generate_system import COPIED_BYTES, COPY, SYSTEMS, Request
@@ -68,8 +67,8 @@ def check_workload(work: Workload) -> None:
             raise Gpt2JaxError(f"{flag}: expected {lowest} to {highest}, found {value}", f"{flag} {min(highest, 64)}")
 
 
-def bench_generate(work: Workload, rounds: int, say: Callable[[str], None] = partial(print, flush=True)) -> bool:
-    """Print the table and, last, one JSON object; False when a system failed that should have run."""
+def bench_generate(work: Workload, rounds: int, say: Callable[[str], None]) -> bool:
+    """Say the table and, last, one JSON object; False when a system failed that should have run."""
     check_workload(work)
     machine = describe_machine()
     say(machine_line(machine))

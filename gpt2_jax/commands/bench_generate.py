@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from gpt2_jax.benchmark.machine import limit_threads
@@ -57,4 +58,4 @@ def main(words: list[str]) -> None:
         arguments.length,
         arguments.tokens,
     )
-    sys.exit(0 if bench_generate(work, arguments.rounds) else 1)
+    sys.exit(0 if bench_generate(work, arguments.rounds, partial(print, flush=True)) else 1)
