@@ -26,6 +26,7 @@ from gpt2_jax.llmc.random import XorShift
 from gpt2_jax.llmc.token_shard import open_token_shard
 from gpt2_jax.models.initialize import initialize_parameters
 from tests.conftest import TINY, available, plan_of
+from tests.implementations import plan_of_kind
 
 
 def llmc_sample_softmax(logits, coin):
@@ -100,10 +101,12 @@ def test_generation_takes_each_next_token_from_the_whole_text(tiny_params):
     assert len(set(found)) > 4
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("prompt_length", [1, 64, 70])
-def test_the_cache_changes_no_token(prompt_length, dtype, temperature):
+@pytest.mark.parametrize("matmul", available(["xla", "threaded", "amx"]))
+@pytest.mark.parametrize(
+    ("prompt_length", "dtype", "temperature"),
+    [(1, "float32", 0), (64, "float32", 1.0), (70, "float32", 0), (1, "bfloat16", 1.0), (70, "bfloat16", 0)],
+)
+def test_the_cache_changes_no_token(prompt_length, dtype, temperature, matmul):
     """Prompts of one token, of a whole compiled length, and of one that is padded; the text outgrows the 128 positions."""
     config = dataclasses.replace(TINY, max_sequence_length=128)
     # Large weights: the likeliest token depends on the whole text, and two logits are seldom within rounding of each other.
@@ -132,9 +135,9 @@ def test_a_backend_without_the_cache_says_so_and_never_compiles_it(english_model
     assert said == ["generating: without a cache, which is not checked on cpu; every token costs a full forward pass"]
 
 
-@pytest.mark.parametrize("matmul", available(["xla", "threaded", "simd", "amx"]))
-def test_the_cache_gives_the_full_passes_logits(tiny_params, matmul):
-    plan, params = plan_of(matmul=matmul), jnp.asarray(tiny_params)
+@pytest.mark.parametrize("kind", ["xla", *available(["threaded", "simd", "amx"]), "nvidia"])
+def test_the_cache_gives_the_full_passes_logits(tiny_params, kind):
+    plan, params = plan_of_kind(kind), jnp.asarray(tiny_params)
     x = np.random.default_rng(1).integers(0, 203, (2, 12)).astype(np.int32)
     expected = np.asarray(jax.jit(lambda x: all_logits(plan, params, x))(x))
     weights = decoding_weights(plan, params)
