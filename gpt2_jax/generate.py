@@ -25,6 +25,7 @@ _LARGEST_SEED = 2**64 - 1  # XorShift's state
 _MOST_SAMPLES = 1024
 _LONGEST_STOP = 1000  # characters of a stop string
 _SHORTEST_COMPILED_LENGTH = 64
+_SORTED_AT_FIRST = 256  # tokens, to find those that top_p leaves
 _LARGEST_EXPONENT = 80.0  # exp in float32 overflows from 88.7
 
 
@@ -215,16 +216,32 @@ def sample(logits_V: np.ndarray, coin: np.float32, sampling: Sampling = Sampling
         scaled_K = scaled_K - scaled_K.max()
     weights_K = np.exp(scaled_K)
     if sampling.top_p < 1:
-        order = np.argsort(-weights_K, kind="stable")
-        sums = np.cumsum(weights_K[order], dtype=np.float64)
-        reached = int(np.searchsorted(sums, sampling.top_p * sums[-1]))  # the token with which the sum is reached stays
-        weights_K[order[reached + 1 :]] = 0
+        weights_K[_unlikely(weights_K, sampling.top_p)] = 0
     if sampling.min_p > 0:
         weights_K[weights_K < np.float32(sampling.min_p) * weights_K.max()] = 0
     target = np.float32(coin * weights_K.sum(dtype=np.float64))
     index = int(np.searchsorted(np.cumsum(weights_K, dtype=np.float32), target, side="right"))
     index = min(index, scaled_K.size - 1)
     return index if ids_K is None else int(ids_K[index])
+
+
+def _unlikely(weights_K: np.ndarray, top_p: float) -> np.ndarray:
+    """Which tokens come behind those whose weights, the largest first, first reach the fraction `top_p` of all, (K,) bool.
+    Of equal weights the earlier ones come first."""
+    enough = top_p * weights_K.sum(dtype=np.float64)
+    # Few tokens reach it as a rule, and sorting all of them would take longer than the forward pass on a GPU.
+    number = _SORTED_AT_FIRST
+    while True:
+        number = min(number, weights_K.size)
+        ids = np.flatnonzero(weights_K >= np.partition(weights_K, -number)[-number])
+        order = ids[np.argsort(-weights_K[ids], kind="stable")]
+        sums = np.cumsum(weights_K[order], dtype=np.float64)
+        if sums[-1] >= enough or ids.size == weights_K.size:
+            break
+        number *= 8
+    is_unlikely = np.ones(weights_K.size, dtype=bool)
+    is_unlikely[order[: int(np.searchsorted(sums, enough)) + 1]] = False  # the token with which the sum is reached stays
+    return is_unlikely
 
 
 class Sample:

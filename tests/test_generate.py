@@ -77,6 +77,20 @@ def test_unlikely_tokens_are_left_out(options, expected):
     assert {sample(logits, coin, Sampling(**options)) for coin in COINS} == expected
 
 
+@given(logits=st.lists(st.integers(-6, 3), min_size=1, max_size=40), top_p=st.floats(0.01, 0.99), at_first=st.integers(1, 50))
+def test_top_p_by_sorting_all(logits, top_p, at_first):
+    """However few are sorted at first; many weights are equal."""
+    from gpt2_jax import generate as module
+
+    weights = np.exp(np.array(logits, np.float32))
+    order = np.argsort(-weights, kind="stable")
+    sums = np.cumsum(weights[order], dtype=np.float64)
+    kept = order[: int(np.argmax(sums >= top_p * sums[-1] * (1 - 2**-50))) + 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SORTED_AT_FIRST", at_first)
+        assert np.flatnonzero(~module._unlikely(weights, top_p)).tolist() == sorted(kept)
+
+
 def test_temperature_zero_is_the_likeliest_and_low_temperature_nearly():
     logits = np.array([0.0, 3.0, 1.0, 2.9], np.float32)
     assert sample(logits, np.float32(0.99), Sampling(temperature=0)) == 1
