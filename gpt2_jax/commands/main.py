@@ -11,6 +11,7 @@ from gpt2_jax.names import nearest
 COMMANDS = {
     "train": "train a GPT-2, and leave llm.c checkpoints, a log and a loss curve",
     "generate": "continue a text with a trained model",
+    "evaluate": "loss, perplexity, bits per byte, HellaSwag, LAMBADA",
     "prepare": "make token shards for training",
     "check-gradients": "compare loss, logits, gradients and ten steps with PyTorch",
     "check-curve": "train PyTorch as a run was trained, and compare the losses",
@@ -24,6 +25,7 @@ COMMANDS = {
     "bench-matmul": "time the matrix products of a training step",
     "bench-train": "time whole training steps beside plain JAX and PyTorch",
     "bench-scale": "time training steps on several devices beside PyTorch's DDP and FSDP2",
+    "bench-generate": "time the generating of text beside transformers",
 }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
@@ -25,12 +26,31 @@ if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
 
+def attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, seen_TS: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / sqrt(D), positions that are seen) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
+    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD, preferred_element_type=jnp.float32)
+    scores_BHTS = jnp.where(seen_TS[None, None], scores_BHTS * (1.0 / math.sqrt(q_BTHD.shape[-1])), -jnp.inf)
+    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(q_BTHD.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHD)
+
+
+def _cached_by_xla(plan: Plan, q_BTC: jax.Array, keys_BHSD: jax.Array, values_BHSD: jax.Array, start: jax.Array) -> jax.Array:
+    T, S = q_BTC.shape[1], keys_BHSD.shape[2]
+    own_TS = start + lax.broadcasted_iota(jnp.int32, (T, S), 0)
+    seen_TS = lax.broadcasted_iota(jnp.int32, (T, S), 1) <= own_TS
+    k_BSHD, v_BSHD = jnp.swapaxes(keys_BHSD, 1, 2), jnp.swapaxes(values_BHSD, 1, 2)
+    return attention(by_heads(plan, q_BTC), k_BSHD, v_BSHD, seen_TS).reshape(q_BTC.shape)
+
+
 class Attention(NamedTuple):
     compute: Callable[..., jax.Array]  # (plan, layer, *qkv) -> (B, T, C)
     parts: int  # arrays that hold q, k and v: 1 or 3
     keeps_scores: bool  # for the backward: B H T T elements
     # (plan, ...) as SumsOf: the column sums of the cotangents of q, k and v, where they are known without adding
     sums: Callable[[Plan, jax.Array, Sequence[jax.Array]], Sequence[jax.Array]] | None = None
+    # (plan, q (B, T, C), keys (B, H, S, D), values, start): q stands at the positions from `start` on and sees those up to
+    # its own; (B, T, C). Has no derivative.
+    cached: Callable[[Plan, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] = _cached_by_xla
 
 
 def attention_of(plan: Plan) -> Attention:
@@ -41,14 +61,6 @@ def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) ->
     """softmax(q kᵀ / sqrt(D), positions up to one's own) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
     T = q_BTHD.shape[1]
     return attention(q_BTHD, k_BTHD, v_BTHD, jnp.tril(jnp.ones((T, T), dtype=bool)))
-
-
-def attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, seen_TS: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / sqrt(D), positions that are seen) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
-    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD, preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.where(seen_TS[None, None], scores_BHTS * (1.0 / math.sqrt(q_BTHD.shape[-1])), -jnp.inf)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(q_BTHD.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHD)
 
 
 def by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
@@ -105,8 +117,18 @@ _custom_call.defvjp(_custom_call_forward, _custom_call_backward)
 
 
 def _attributes(plan: Plan) -> dict[str, Any]:
-    names = {"implementation": plan.linear.name, "precision": plan.product_precision}
-    return {"num_heads": np.int64(plan.config.num_heads), **names}
+    return {"num_heads": np.int64(plan.config.num_heads), **_products(plan)}
+
+
+def _products(plan: Plan) -> dict[str, Any]:
+    return {"implementation": plan.linear.name, "precision": plan.product_precision}
+
+
+def _cached_by_custom_call(
+    plan: Plan, q_BTC: jax.Array, keys_BHSD: jax.Array, values_BHSD: jax.Array, start: jax.Array
+) -> jax.Array:
+    result, names = jax.ShapeDtypeStruct(q_BTC.shape, q_BTC.dtype), _products(plan)
+    return library.call(library.CACHED_ATTENTION, result, q_BTC, keys_BHSD, values_BHSD, start, **names)
 
 
 def _refuses_cudnn(plan: Plan) -> str | None:
@@ -120,7 +142,7 @@ def _refuses_cudnn(plan: Plan) -> str | None:
     return None
 
 
-_BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False)
+_BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False, cached=_cached_by_custom_call)
 _BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False, sums=_known_sums)
 _BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
 _BY_PLUGIN = Attention(_plugin, parts=1, keeps_scores=False)

@@ -1,3 +1,4 @@
+#include "few_rows.h"
 #include "kernels/kernel.h"
 #include "rungs/rungs.h"
 #include "schedule.h"
@@ -5,6 +6,7 @@
 namespace gpt2_jax {
 
 void run_threaded(const Matmul& matmul, Executor& executor) {
+  if (has_few_rows(matmul)) return few_rows_matmul(matmul, executor);
   packed_matmul(matmul, best_kernel(matmul.precision), executor);
 }
 
