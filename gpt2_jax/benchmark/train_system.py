@@ -331,7 +331,7 @@ def _mlx(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.nda
         raise NotImplementedError("this MLX sees no Apple GPU")
     mx.set_default_device(mx.gpu if request.backend == "metal" else mx.cpu)
     model = mlx_model.model_from_buffer(params, config)
-    train_step = mlx_model.make_train_step(model, _LEARNING_RATE, _WEIGHT_DECAY, getattr(mx, request.dtype))
+    train_step = mlx_model.make_train_step(model, LEARNING_RATE, WEIGHT_DECAY, getattr(mx, request.dtype))
     x, y = mx.array(x_ABT), mx.array(y_ABT)
     known = {"matmul": "mlx", "compile_seconds": 0.0, "device": str(mx.default_device())}
     return Prepared(lambda: train_step(x, y), known, peak_bytes=mx.get_peak_memory)
