@@ -55,7 +55,7 @@ def test_gpus_by_stage_and_number(capsys):
     print_as_if(config, "8 GPUs, 40 GB")
     lines = {line.partition("  ")[0].strip(): line for line in map(str.strip, capsys.readouterr().out.splitlines())}
     assert lines["GB on each of"].split()[4:8] == ["1", "2", "4", "8"]
-    needed = {stage: [float(cell.rstrip("*")) for cell in lines[f"--zero {stage}"].split()[2:]] for stage in range(4)}
+    needed = {stage: [float(cell.rstrip("*")) for cell in lines[f"with --zero {stage}"].split()[3:]] for stage in range(4)}
     assert all(row[0] == needed[0][0] for row in needed.values())
     assert needed[0][0] > 16 * 1.557
     assert needed[3] == sorted(needed[3], reverse=True)
