@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from gpt2_jax import jax_compat
 from gpt2_jax.config import RunConfig
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.training.as_if import print_as_if, read_machine
@@ -44,6 +45,7 @@ def test_it_is_a_dry_run_on_metal_only(config):
         print_as_if(config, "jax-mps, 16 GB")
 
 
+@pytest.mark.skipif(not jax_compat.serves_several_devices(), reason="this jax does not serve several devices")
 def test_gpus_by_stage_and_number(capsys):
     """GPT-2 1558M: whole on each GPU it needs 16 bytes a parameter, with stage 3 on 8 a fraction."""
     config = dataclasses.replace(
