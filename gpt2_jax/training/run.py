@@ -73,7 +73,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
     """
     with Display() as display:
         prepared = prepare(config, name, backend, display.line)
-        config, plan, steps = prepared.config, prepared.plan, prepared.steps
+        config = dataclasses.replace(prepared.config, model=config.model)  # the source of the weights as it was named
+        plan, steps = prepared.plan, prepared.steps
         if prepared.resumes_from is not None and prepared.resumes_from >= steps and not config.run.dry_run:
             done = prepared.resumes_from
             display.line(f"nothing to do: {prepared.folder} is at step {done} of {steps}; a larger --steps goes on")
