@@ -97,7 +97,8 @@ def bench_generate(work: Workload, rounds: int, say: Callable[[str], None]) -> b
                     del processes[system]
                     continue
                 seconds.setdefault(system, []).append(statistics.median(answer["seconds"]))
-            say(f"round {number + 1} of {rounds} done")
+            speeds = (f"{system} {work.batch_size / each[-1]:.2f}" for system, each in seconds.items() if system != COPY)
+            say(f"round {number + 1} of {rounds}, tokens/s: {', '.join(speeds)}")
     record = _record(work, seconds, left_out)
     for line in load_lines(before, others.others(), measure_load()):
         say(line)

@@ -167,8 +167,8 @@ import importlib, sys
 from gpt2_jax.commands.main import COMMANDS
 modules = [f"gpt2_jax.commands.{command.replace('-', '_')}" for command in COMMANDS]
 assert not set(modules) & set(sys.modules)
-for bench in ("gpt2_jax.commands.bench_matmul", "gpt2_jax.commands.bench_train"):
-    importlib.import_module(bench)
+for bench in ("bench_matmul", "bench_train", "bench_generate"):
+    importlib.import_module(f"gpt2_jax.commands.{bench}")
     assert "numpy" not in sys.modules, bench
 for module in modules:
     importlib.import_module(module)
