@@ -53,6 +53,7 @@ def main(words: list[str]) -> None:
 
     from gpt2_jax.compute.metal_check import check_functions
 
+    jax.devices()  # jax loads the plugins that are installed, and jax-mps its operations, whatever the platform is
     if arguments.config and arguments.size:
         raise Gpt2JaxError("expected --size or --config, found both")
     size = arguments.size or "d12"

@@ -11,6 +11,7 @@ passed over here. A part that is divided over two functions of a program is not 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def _match_softmax(divide: ir.Operation) -> str:
     _rule(not _passes(divide.operands[1], "convert", total), "the sum is converted before the division")
     axes = _dimensions(total)
     _rule(len(axes) == 1, "it goes over more than one dimension")
+    _rule(_constant(total.operands[1]) == 0, "the sum does not begin with 0")
     _rule(_is_broadcast_back(divide.operands[1], result, axes[0]), "the sum is not broadcast along its own dimension alone")
     shifted = _made_by(exponential.operands[0])
     x, shift = _expected("subtract", shifted, "the maximum is not subtracted from what the exponential takes").operands
@@ -110,10 +112,10 @@ def _match_softmax(divide: ir.Operation) -> str:
         highest = next((made for each in highest.operands if _reduces(made := _made_by(each), "maximum")), highest)
     highest = _expected("reduce", highest, "what is subtracted is no maximum, but comes from a {}")
     _rule(_reduces(highest, "maximum"), "what is subtracted is no maximum, but another reduction")
+    _rule(_constant(highest.operands[1]) == -math.inf, "the maximum does not begin with -inf")
     _rule(highest.operands[0] == x, "the maximum is of another array than it is subtracted from")
     _rule(_dimensions(highest) == axes, "maximum and sum go over different dimensions")
     _rule(_is_broadcast_back(shift, result, axes[0]), "the maximum is not broadcast along its own dimension alone")
-    _rule(_is_float(result), "it is of integers")
     read_elsewhere = len(list(exponential.results[0].uses)) > 2
     return "its exponential is read elsewhere too, so that the operation is extra work" if read_elsewhere else ""
 
@@ -294,7 +296,7 @@ def _mean(divide: ir.Operation | None) -> tuple[ir.Value, list[int]] | None:
     if not _is(divide, "divide"):
         return None
     total, count = _through(divide.operands[0], "reshape", "broadcast_in_dim"), _constant(divide.operands[1])
-    if not _reduces(total, "add"):
+    if not _reduces(total, "add") or _constant(total.operands[1]) != 0:
         return None
     x, axes = total.operands[0], _dimensions(total)
     return (x, axes) if len(axes) == 1 and count == _shape(x)[axes[0]] else None

@@ -71,7 +71,8 @@ METAL_PLUGINS = (
     MetalPlugin(
         name="metaljax",
         platform="metal",
-        lacks=frozenset({"custom_calls", "loops", "fused_reductions"}),
+        # Its lowering drops barriers, and its compiler merges equal operations.
+        lacks=frozenset({"custom_calls", "loops", "barriers", "fused_reductions"}),
         oldest_macos=(14, 0),
         pair="metaljax 0.11 with jax 0.11, on Python 3.12 or newer",
         install="pip install 'metaljax>=0.11,<0.12' 'jax>=0.11,<0.12'",
