@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -119,8 +120,9 @@ def _sums_of_micro_batches(
         loss, grads_N, known = micro_batch_gradient(plan, params_N, total[1], batch, 1.0 / num_micro_batches, accumulate=True)
         return (total[0] + loss, grads_N, known), None
 
-    shapes = jax.eval_shape(lambda: micro_batch_gradient(plan, params_N, None, (x_ABT[0], y_ABT[0]), 1.0, accumulate=True))
-    total: _Sums = jax.tree_util.tree_map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    sizes = (parallel.gradient_layout(plan).num_parameters,), (writer_of(plan).num_known(plan),)
+    total: _Sums = (zeros(()), zeros(sizes[0]), zeros(sizes[1]))
     if plan.backend.loops:
         total = lax.scan(add, total, (x_ABT, y_ABT))[0]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gpt2_jax.ops.matmul import product, product_dx
 from gpt2_jax.ops.summed import Summed
@@ -20,8 +21,7 @@ def linear_forward(site: Site, x: jax.Array, flat_N: jax.Array) -> tuple[jax.Arr
 def linear_gradients(site: Site, x: jax.Array, dy: Summed, gradient_N: jax.Array) -> tuple[jax.Array, Slots]:
     """Write the gradients of weight and bias; returns the buffer and the slots' cotangents."""
     weight, bias = site.names
-    dy_MO = dy.value.reshape(-1, dy.value.shape[-1])
-    gradient_N, w_slot = write_product(site, gradient_N, weight, dy_MO, x.reshape(-1, x.shape[-1]))
+    gradient_N, w_slot = write_product(site, gradient_N, weight, dy.value, x)
     gradient_N, b_slot = write_gradient(site, gradient_N, bias, dy.sums)
     return gradient_N, {weight: w_slot, bias: b_slot}
 
@@ -32,7 +32,7 @@ def _linear_backward(
     gradient_N, slots = linear_gradients(site, x, dy, gradient_N)
     w_OI = site.view(flat_N, site.names[0])
     # The rows of dy w add up to the sum of dy's rows, times w.
-    dx_sums = jnp.sum(dy.sums[:, None] * w_OI.array(), axis=0)
+    dx_sums = jnp.sum(lax.expand_dims(dy.sums, (1,)) * w_OI.array(), axis=0)
     return Summed(product_dx(site.plan, dy.value, w_OI), dx_sums), gradient_N, slots
 
 

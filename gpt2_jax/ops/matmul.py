@@ -71,30 +71,39 @@ class Products(NamedTuple):
     dx: Callable[[Plan, jax.Array, WeightView], jax.Array]
     # (plan, dy_MO, x_MI): dyᵀ x
     dw: Callable[[Plan, jax.Array, jax.Array], jax.Array]
-    any_rank: bool = False  # forward and dx take x (..., I) and dy (..., O) as they are
+    any_rank: bool = False  # they take x (..., I) and dy (..., O) as they are
 
 
 def products_of(plan: Plan) -> Products:
     return next(row.functions for row in TABLE if row.name == plan.linear.name)
 
 
-def weight_gradient(plan: Plan, dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
-    """dyᵀ x (O, I), the gradient of a weight: float32, or the dtype that the implementation gives it."""
-    return products_of(plan).dw(plan, dy_MO, x_MI)
+def weight_gradient(plan: Plan, dy: jax.Array, x: jax.Array) -> jax.Array:
+    """dyᵀ x (O, I) of dy (..., O) and x (..., I), the gradient of a weight: float32, or the dtype that the implementation
+    gives it."""
+    chosen = products_of(plan)
+    return chosen.dw(plan, dy, x) if chosen.any_rank else chosen.dw(plan, _rows(dy), _rows(x))
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def product(plan: Plan, x: jax.Array, w_OI: WeightView, b_O: WeightView | None, out_dtype: jnp.dtype) -> jax.Array:
     """x wᵀ + b: x (..., I) float32 or bfloat16, w (O, I) and b (O,) float32; (..., O) in `out_dtype`."""
     chosen = products_of(plan)
-    x_MI = x if chosen.any_rank else x.reshape(-1, x.shape[-1])
-    return chosen.forward(plan, x_MI, w_OI, b_O, out_dtype).reshape(*x.shape[:-1], w_OI.shape[0])
+    if chosen.any_rank:
+        return chosen.forward(plan, x, w_OI, b_O, out_dtype)
+    y_MO = chosen.forward(plan, _rows(x), w_OI, b_O, out_dtype)
+    return y_MO.reshape(*x.shape[:-1], w_OI.shape[0])
 
 
 def product_dx(plan: Plan, dy: jax.Array, w_OI: WeightView) -> jax.Array:
     """dy w: dy (..., O), w (O, I) float32; (..., I) in dy's dtype."""
     chosen = products_of(plan)
-    dy_MO = dy if chosen.any_rank else dy.reshape(-1, dy.shape[-1])
-    return chosen.dx(plan, dy_MO, w_OI).reshape(*dy.shape[:-1], w_OI.shape[1])
+    if chosen.any_rank:
+        return chosen.dx(plan, dy, w_OI)
+    return chosen.dx(plan, _rows(dy), w_OI).reshape(*dy.shape[:-1], w_OI.shape[1])
 
 
 def matmul(
@@ -202,13 +211,14 @@ def _attributes(
 
 
 def matmul_into(
-    plan: Plan, target: WeightView, dy_MO: jax.Array, x_MI: jax.Array, *, accumulate: bool
+    plan: Plan, target: WeightView, dy: jax.Array, x: jax.Array, *, accumulate: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Write dyᵀ x to the place of `target` in its buffer, or add it there; returns as `custom_call_into`."""
+    """Write dyᵀ x, of dy (..., O) and x (..., I), to the place of `target` in its buffer, or add it there;
+    returns as `custom_call_into`."""
     name, precision = plan.linear.name, plan.weight_gradient_precision
     assert precision is not None  # every custom call has one
     return custom_call_into(
-        target, dy_MO, x_MI, transpose_a=True, accumulate=accumulate, implementation=name, precision=precision
+        target, _rows(dy), _rows(x), transpose_a=True, accumulate=accumulate, implementation=name, precision=precision
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from gpt2_jax.ops.cpu import library
 
@@ -33,11 +34,11 @@ class Summed:
     sums: jax.Array  # (C,) float32: zero, and read by nobody; the cotangent's are what it is for
 
     def __add__(self, other: Summed) -> Summed:
-        return Summed(self.value + other.value, self.sums + other.sums)
+        return Summed(lax.add(self.value, other.value), lax.add(self.sums, other.sums))
 
 
 def summed(value: jax.Array) -> Summed:
-    return Summed(value, jnp.zeros(value.shape[-1:], _FLOAT32))
+    return Summed(value, lax.full(value.shape[-1:], 0, _FLOAT32))
 
 
 def column_sums(plan: Plan, x: jax.Array) -> jax.Array:

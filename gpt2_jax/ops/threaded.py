@@ -40,7 +40,7 @@ class WeightView:
 
     def array(self) -> jax.Array:
         """The tensor as an array of its own: outside a fusion of XLA's, a copy."""
-        return lax.slice(self.buffer, (self.offset,), (self.offset + math.prod(self.shape),)).reshape(self.shape)
+        return lax.reshape(lax.slice(self.buffer, (self.offset,), (self.offset + math.prod(self.shape),)), self.shape)
 
     def rows(self, start: int, stop: int) -> WeightView:
         """Rows [start, stop)."""

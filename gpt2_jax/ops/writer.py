@@ -42,7 +42,7 @@ AllSlots = dict[str, tuple[jax.Array, ...]]
 class Writer(NamedTuple):
     """The functions of one writer; each returns the gradient buffer and the slot's cotangent."""
 
-    # (site, gradient_N, name, dy_MO, x_MI): dyᵀ x, the gradient of a product's weight
+    # (site, gradient_N, name, dy (..., O), x (..., I)): dyᵀ x, the gradient of a product's weight
     product: Callable[[Site, jax.Array, str, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     # (site, gradient_N, name, gradient): a gradient that is there as an array
     array: Callable[[Site, jax.Array, str, jax.Array], tuple[jax.Array, jax.Array]]
@@ -56,6 +56,8 @@ class Writer(NamedTuple):
     writes_at_once: bool
     # Whether a layer's gradients are scattered over the devices at once; its slots hold this device's parts.
     scatters: bool = False
+    # (plan): how many sums of squares `finish` knows
+    num_known: Callable[[Plan], int] = lambda plan: 0
 
 
 def writer_of(plan: Plan) -> Writer:
@@ -74,16 +76,15 @@ def empty_slots(plan: Plan) -> AllSlots:
     return {tensor.name: (jnp.zeros(shape_of(tensor), _FLOAT32),) * tensor.num_layers for tensor in plan.layout.tensors}
 
 
-def write_product(
-    site: Site, gradient_N: jax.Array, name: str, dy_MO: jax.Array, x_MI: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Write dyᵀ x, the gradient of a product's weight (O, I); returns the buffer and the slot's cotangent."""
-    return writer_of(site.plan).product(site, gradient_N, name, dy_MO, x_MI)
+def write_product(site: Site, gradient_N: jax.Array, name: str, dy: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Write dyᵀ x of dy (..., O) and x (..., I), the gradient of a product's weight; returns the buffer and the slot's
+    cotangent."""
+    return writer_of(site.plan).product(site, gradient_N, name, dy, x)
 
 
 def write_gradient(site: Site, gradient_N: jax.Array, name: str, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Write a tensor's gradient, in the shape of one layer; returns the buffer and the slot's cotangent."""
-    return writer_of(site.plan).array(site, gradient_N, name, gradient.astype(_FLOAT32))
+    return writer_of(site.plan).array(site, gradient_N, name, lax.convert_element_type(gradient, _FLOAT32))
 
 
 def write_rows(
@@ -112,10 +113,8 @@ def squared_norms(gradient_N: jax.Array, tensors: Sequence[PlacedTensor], *, cus
 # it, since XLA may fuse them into loops over the whole buffer.
 
 
-def _product_in_place(
-    site: Site, gradient_N: jax.Array, name: str, dy_MO: jax.Array, x_MI: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return matmul.matmul_into(site.plan, site.view(gradient_N, name), dy_MO, x_MI, accumulate=site.adds(name))
+def _product_in_place(site: Site, gradient_N: jax.Array, name: str, dy: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return matmul.matmul_into(site.plan, site.view(gradient_N, name), dy, x, accumulate=site.adds(name))
 
 
 def _array_in_place(site: Site, gradient_N: jax.Array, name: str, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -143,6 +142,10 @@ def _finish_in_place(plan: Plan, gradient_N: jax.Array, slots: AllSlots, accumul
     # the sum: where rows cancel, roundings may leave less than nothing.
     products = [jnp.sum(jnp.stack(slots[tensor.name][::-1])) for tensor in plan.layout.tensors if tensor.multiplies]
     return gradient_N, jnp.maximum(jnp.stack(products), 0.0)
+
+
+def _num_products(plan: Plan) -> int:
+    return sum(tensor.multiplies for tensor in plan.layout.tensors)
 
 
 def _squares_in_place(plan: Plan, gradient_N: jax.Array, of_products: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -178,9 +181,9 @@ def _update(gradient_N: jax.Array, offset: int, gradient: jax.Array, accumulate:
 
 
 def _product_by_update(
-    site: Site, gradient_N: jax.Array, name: str, dy_MO: jax.Array, x_MI: jax.Array
+    site: Site, gradient_N: jax.Array, name: str, dy: jax.Array, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _array_by_update(site, gradient_N, name, matmul.weight_gradient(site.plan, dy_MO, x_MI))
+    return _array_by_update(site, gradient_N, name, matmul.weight_gradient(site.plan, dy, x))
 
 
 def _array_by_update(site: Site, gradient_N: jax.Array, name: str, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -222,10 +225,8 @@ def _squares_by_a_pass(plan: Plan, gradient_N: jax.Array, known: jax.Array) -> t
 # The reference: gradients are arrays until one concatenation in file order.
 
 
-def _product_as_array(
-    site: Site, gradient_N: jax.Array, name: str, dy_MO: jax.Array, x_MI: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return gradient_N, matmul.weight_gradient(site.plan, dy_MO, x_MI).astype(_FLOAT32)
+def _product_as_array(site: Site, gradient_N: jax.Array, name: str, dy: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gradient_N, matmul.weight_gradient(site.plan, dy, x).astype(_FLOAT32)
 
 
 def _array_as_it_is(site: Site, gradient_N: jax.Array, name: str, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -311,7 +312,15 @@ TABLE = (
         "in_place",
         _refuses_in_place,
         "products write gradients where they belong",
-        functions=Writer(_product_in_place, _array_in_place, _rows_in_place, _finish_in_place, _squares_in_place, True),
+        functions=Writer(
+            _product_in_place,
+            _array_in_place,
+            _rows_in_place,
+            _finish_in_place,
+            _squares_in_place,
+            writes_at_once=True,
+            num_known=_num_products,
+        ),
     ),
     Implementation(
         "update_slice",

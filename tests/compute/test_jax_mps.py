@@ -21,7 +21,7 @@ def found():
     """What tests/jax_mps.py found, in a process that the plugin's Python may change."""
     command = [sys.executable, "-m", "tests.jax_mps"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500)
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
     if "unavailable" in result:

@@ -47,9 +47,8 @@ def loss_and_gradient(
     dlogits_BTU = ((probabilities_BTU - is_target_BTU.astype(_FLOAT32)) * (scale / y_BT.size)).astype(h_BTC.dtype)
     table = site.view(flat_N, name)
     dh_BTC = product_dx(site.plan, dlogits_BTU, _used_rows(site, table))
-    dlogits_RU, h_RC = dlogits_BTU.reshape(-1, dlogits_BTU.shape[-1]), h_BTC.reshape(-1, h_BTC.shape[-1])
     unused = table.shape[0] - site.plan.config.vocab_size
-    dtable_VC = jnp.pad(weight_gradient(site.plan, dlogits_RU, h_RC), ((0, unused), (0, 0)))
+    dtable_VC = jnp.pad(weight_gradient(site.plan, dlogits_BTU, h_BTC), ((0, unused), (0, 0)))
     gradient_N, slot = write_gradient(site, gradient_N, name, dtable_VC)
     return scale * jnp.mean(losses_BT), dh_BTC, gradient_N, {name: slot}
 

@@ -22,12 +22,12 @@ WHY = "the form that jax-mps makes one operation with the bias"
 
 
 def _forward(plan: Plan, x: jax.Array, w_OI: WeightView, b_O: WeightView | None, dtype: jnp.dtype) -> jax.Array:
-    w_IO = rounded(w_OI.array(), x.dtype).T
+    w_IO = lax.transpose(rounded(w_OI.array(), x.dtype), (1, 0))
     y = lax.dot_general(x, w_IO, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=x.dtype)
     if b_O is not None:
         b = rounded(b_O.array(), x.dtype)
-        y = y + lax.broadcast_in_dim(b, y.shape, (y.ndim - 1,))
-    return y.astype(dtype)
+        y = lax.add(y, lax.broadcast_in_dim(b, y.shape, (y.ndim - 1,)))
+    return lax.convert_element_type(y, dtype)
 
 
 def _dx(plan: Plan, dy: jax.Array, w_OI: WeightView) -> jax.Array:
@@ -35,9 +35,10 @@ def _dx(plan: Plan, dy: jax.Array, w_OI: WeightView) -> jax.Array:
     return lax.dot_general(dy, w, (((dy.ndim - 1,), (0,)), ((), ())), preferred_element_type=dy.dtype)
 
 
-def _dw(plan: Plan, dy_MO: jax.Array, x_MI: jax.Array) -> jax.Array:
-    dw_OI = lax.dot_general(dy_MO, x_MI, (((0,), (0,)), ((), ())), preferred_element_type=x_MI.dtype)
-    return dw_OI.astype(jnp.float32)
+def _dw(plan: Plan, dy: jax.Array, x: jax.Array) -> jax.Array:
+    rows = tuple(range(x.ndim - 1))
+    dw_OI = lax.dot_general(dy, x, ((rows, rows), ((), ())), preferred_element_type=x.dtype)
+    return lax.convert_element_type(dw_OI, jnp.float32)
 
 
 FUNCTIONS = (_forward, _dx, _dw)  # in the order of matmul.Products
