@@ -58,22 +58,22 @@ def writer_of(plan: Plan) -> Writer:
 
 def empty_slots(plan: Plan) -> AllSlots:
     """The inputs whose cotangents are the slots: zeros, which no computation reads."""
-    at_once = writer_of(plan).writes_at_once
-    return {
-        tensor.name: (jnp.zeros(() if at_once and tensor.multiplies else tensor.shape, _FLOAT32),) * tensor.num_layers
-        for tensor in plan.layout.tensors
-    }
+    return {tensor.name: (jnp.zeros(slot_shape(plan, tensor), _FLOAT32),) * tensor.num_layers for tensor in plan.layout.tensors}
 
 
 def write_product(
     site: Site, gradient_N: jax.Array, name: str, dy_MO: jax.Array, x_MI: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Write dyᵀ x, the gradient of a product's weight (O, I); returns the buffer and the slot's cotangent."""
+    if not site.plan.layout[name].trains:
+        return _unwritten(site, gradient_N, name)
     return writer_of(site.plan).product(site, gradient_N, name, dy_MO, x_MI)
 
 
 def write_gradient(site: Site, gradient_N: jax.Array, name: str, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Write a tensor's gradient, in the shape of one layer; returns the buffer and the slot's cotangent."""
+    if not site.plan.layout[name].trains:
+        return _unwritten(site, gradient_N, name)
     return writer_of(site.plan).array(site, gradient_N, name, gradient.astype(_FLOAT32))
 
 
@@ -81,7 +81,19 @@ def write_rows(
     site: Site, gradient_N: jax.Array, name: str, indices: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Add rows (..., C) to those of a matrix that `indices` (...) name; returns the buffer and the slot's cotangent."""
+    if not site.plan.layout[name].trains:
+        return _unwritten(site, gradient_N, name)
     return writer_of(site.plan).rows(site, gradient_N, name, indices, rows)
+
+
+def _unwritten(site: Site, gradient_N: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+    """Of a frozen tensor: nobody computes its gradient, and the buffer keeps the zeros that it began with."""
+    return gradient_N, jnp.zeros(slot_shape(site.plan, site.plan.layout[name]), _FLOAT32)
+
+
+def slot_shape(plan: Plan, tensor: PlacedTensor) -> tuple[int, ...]:
+    """The shape of a tensor's slot, of one layer."""
+    return () if writer_of(plan).writes_at_once and tensor.multiplies else tensor.shape
 
 
 def squared_norms(gradient_N: jax.Array, tensors: Sequence[PlacedTensor], *, custom_call: bool = False) -> jax.Array:

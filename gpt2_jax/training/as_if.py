@@ -27,7 +27,8 @@ def print_as_if(config: RunConfig, machine: str) -> None:
     model = model_config_from_settings(config.model)
     if model is None:
         raise Gpt2JaxError(f"--as-if: expected a model by its descriptor, found the file {config.model.init}", "--init d12")
-    plan = make_plan(config.compute, metal_backend(plugin, f"as if it were here, with {size} GB"), model)
+    backend = metal_backend(plugin, f"as if it were here, with {size} GB")
+    plan = make_plan(config.compute, backend, model, optimizer=config.optimizer)
     _, B, T = config.batch_shape
     needed = memory.estimate(plan, B, T, num_micro_batches=config.num_micro_batches)
     kinds = ("parameters", "gradients", "moments", "activations")
