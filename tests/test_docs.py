@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import gpt2_jax
 from gpt2_jax.commands.main import COMMANDS
 from tests.conftest import REPOSITORY
 from tests.test_config import FLAGS
@@ -71,3 +72,26 @@ def test_the_notebook_runs(tmp_path: Path):
     assert "And God said" in said
     images = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     assert len(images) == 1
+
+
+def test_make_help_has_every_target():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE)[1].split()
+    said = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert set(re.findall(r"^make ([\w-]+) ", said, re.MULTILINE)) == set(targets) - {"clean"}
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == gpt2_jax.__version__
+    assert citation["title"] == "gpt2_jax"
+    newest = re.search(r"^## (\S+?),? ", (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert newest == gpt2_jax.__version__
+
+
+def test_the_hooks_before_a_commit_are_those_of_make_lint():
+    (repo,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for hook in repo["hooks"]:
+        command = " ".join(word for word in hook["entry"].split()[1:] if word != "--force-exclude")
+        assert f"ruff {command} ." in makefile

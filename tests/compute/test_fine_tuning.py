@@ -106,9 +106,9 @@ def test_a_model_that_is_only_used_drops_nothing(tiny_params, tiny_batch, matmul
 def test_the_plan_says_who_cannot_drop():
     plan = plan_with("auto", dropout=RATE)
     assert plan.attention.name == "xla"
-    assert any("attention:" in value and "cannot drop" in value for _, value in plan.rows())
     if dict(plan_with("auto").attention.refusals).get("custom_call") is None:
         assert dict(plan.attention.refusals)["custom_call"] == "cannot drop attention weights (--dropout)"
+        assert any("attention:" in value and "cannot drop" in value for _, value in plan.rows())
         assert plan_with("auto").attention.name == "custom_call"
 
 
