@@ -23,6 +23,7 @@ def problems(path: Path) -> list[str]:
     checks = [
         ("presets", presets == there, there, presets),
         ("assets", set(assets) <= set(names), assets, [name for name in names if name.startswith("gpt2_jax/assets/")]),
+        ("types", "gpt2_jax/py.typed" in names, "gpt2_jax/py.typed", "none"),
         ("custom calls", len(libraries) == 1, f"{LIBRARY}.so or .dylib", libraries),
         ("tags", tags[:2] == ["py3", "none"] and tags[2] != "any", "py3-none-PLATFORM", "-".join(tags)),
         ("other files", not strangers, "none", strangers),

@@ -10,12 +10,14 @@ import shlex
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+import gpt2_jax
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import FilePath, read_text_file, with_home
 from gpt2_jax.names import nearest, nearest_path
@@ -295,6 +297,25 @@ def newest_run(folder: str | Path) -> str | None:
     return str(max(runs, key=lambda run: saved_config_path(run).stat().st_mtime_ns)) if runs else None
 
 
+def find_config(name: str) -> Path:
+    """The file of --config: a path, or the name of a preset. Gpt2JaxError, listing the presets, for neither."""
+    path = Path(name)
+    if os.path.isfile(path) or path.suffix == ".toml" or len(path.parts) != 1:
+        return path
+    # A wheel has the presets inside the package, a source checkout beside it; those of the checkout are the newer ones.
+    roots = [Path(root) for root in gpt2_jax.__path__]
+    checkouts = [root.parent for root in roots if (root.parent / "pyproject.toml").exists()]
+    folders = [parent / "configs" for parent in (*roots, *checkouts)]
+    presets = {preset.stem: preset for folder in folders for preset in folder.glob("*.toml")}
+    if name not in presets:
+        close = nearest(name, presets)
+        raise Gpt2JaxError(
+            f"--config: expected a TOML file or one of {', '.join(sorted(presets))}, found {name!r}",
+            f"--config {close[0] if close else 'demo'}",
+        )
+    return presets[name]
+
+
 def load_saved_config(out_dir: str | Path) -> RunConfig | None:
     """The settings of the run in a folder; None where there is none, or one that llm.c wrote."""
     path = saved_config_path(out_dir)
@@ -316,12 +337,17 @@ def load_config(path: str | Path) -> RunConfig:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of an integer or a nesting that Python has no room for
         raise Gpt2JaxError(f"{path}: expected TOML, found: {error}") from None
+    return config_from_tables(tables, str(path))
+
+
+def config_from_tables(tables: Mapping[str, Any], where: str) -> RunConfig:
+    """Settings over the defaults, from tables as TOML has them; `where` names them in the Gpt2JaxErrors of `load_config`."""
     sections = {section.name: section for section in dataclasses.fields(RunConfig)}
     settings: dict[str, Any] = {}
     for section_name, table in tables.items():
-        if section_name not in sections or not isinstance(table, dict):
+        if section_name not in sections or not isinstance(table, Mapping):
             raise Gpt2JaxError(
-                f"{path}: expected only the tables {', '.join(f'[{name}]' for name in sections)}, found {section_name!r}"
+                f"{where}: expected only the tables {', '.join(f'[{name}]' for name in sections)}, found {section_name!r}"
                 + _suggestion(section_name, list(sections))
             )
         section_type = typing.get_type_hints(RunConfig)[section_name]
@@ -330,9 +356,9 @@ def load_config(path: str | Path) -> RunConfig:
         for key, value in table.items():
             if key not in types_by_key:
                 raise Gpt2JaxError(
-                    f"{path}: expected a setting of [{section_name}], found {key!r}" + _suggestion(key, list(types_by_key))
+                    f"{where}: expected a setting of [{section_name}], found {key!r}" + _suggestion(key, list(types_by_key))
                 )
-            values[key] = _checked(f"{path}: {section_name}.{key}", value, types_by_key[key])
+            values[key] = _checked(f"{where}: {section_name}.{key}", value, types_by_key[key])
         settings[section_name] = section_type(**values)
     return with_home(RunConfig(**settings))
 

@@ -209,7 +209,7 @@ def _sample(system: System, params: np.ndarray, x_1T: np.ndarray) -> tuple[np.nd
         params_N = jnp.array(params)
         logits = next_token_logits(system.plan, params_N, x_1T, np.int32(x_1T.shape[1] - 1))
         prompt = [int(token) for token in x_1T[0, : x_1T.shape[1] // 2]]
-        return np.asarray(logits), list(generate(system.plan, params_N, prompt, SAMPLE_TOKENS))
+        return np.asarray(logits)[0], list(generate(system.plan, params_N, prompt, SAMPLE_TOKENS))
 
 
 def _pytorch_gradients(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> dict[str, np.ndarray]:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function
+from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function, target_scores
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.evaluate import num_right_answers, unigram_cross_entropy, validation_loss
+from gpt2_jax.evaluate import (
+    LastWord,
+    TextLoss,
+    last_words,
+    num_right_answers,
+    num_windows,
+    text_loss,
+    unigram_cross_entropy,
+    validation_loss,
+)
+from gpt2_jax.interop.pytorch import make_pytorch_model
 from gpt2_jax.llmc.eval_file import MultipleChoice, check_questions
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.token_shard import open_token_shard, write_token_shard
@@ -132,3 +143,98 @@ def test_questions_that_do_not_fit_the_model_are_refused():
         check_questions(questions, "h.bin", vocab_size=203, sequence_length=longest)
     with pytest.raises(Gpt2JaxError, match="token ids below 100, found"):
         check_questions(questions, "h.bin", vocab_size=100, sequence_length=longest + 1)
+
+
+def brute_force(model, tokens, length, stride):
+    """transformers' own way to a strided loss (its guide on perplexity), one window after another."""
+    import torch
+
+    total, scored = 0.0, 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + length, len(tokens) - 1)
+        new = end - scored
+        x, y = torch.from_numpy(tokens[begin:end])[None], torch.from_numpy(tokens[begin + 1 : end + 1])
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(x).logits[0], y, reduction="none")
+        total += float(losses[-new:].double().sum())
+        scored = end
+        if end == len(tokens) - 1:
+            return total
+    raise AssertionError
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("num_tokens", [2, 9, 17, 40])
+@pytest.mark.parametrize(("length", "stride"), [(16, 16), (16, 5), (7, 1)])
+def test_the_loss_of_a_text_is_transformers(tiny_params, num_tokens, length, stride):
+    tokens = np.random.default_rng(num_tokens).integers(0, 203, num_tokens)
+    sizes = np.arange(203)
+    seen = []
+    found = text_loss(
+        make_token_loss_function(plan_of()),
+        jnp.asarray(tiny_params),
+        tokens,
+        sizes,
+        length=length,
+        stride=stride,
+        batch_size=3,
+        before_batch=lambda: seen.append(1),
+    )
+    expected = brute_force(make_pytorch_model(TINY, tiny_params), tokens, length, stride)
+    # So many roundings of float32 for a cross-entropy of some units.
+    assert found.total == pytest.approx(expected, rel=64 * 2.0**-24)
+    assert (found.num_tokens, found.num_bytes) == (num_tokens - 1, tokens[1:].sum())
+    assert len(seen) == -(-num_windows(num_tokens, length, stride) // 3)
+
+
+def test_what_a_texts_loss_means():
+    loss = TextLoss(10 * math.log(2), 5, 20) + TextLoss(2 * math.log(2), 1, 4)
+    assert loss.loss == pytest.approx(2 * math.log(2))
+    assert loss.perplexity == pytest.approx(4)
+    assert loss.bits_per_byte == pytest.approx(0.5)
+    assert TextLoss(1e6, 1, 1).perplexity == math.inf
+    assert math.isnan(TextLoss(1.0, 1, 0).bits_per_byte)
+
+
+def test_texts_that_have_no_loss_are_refused(tiny_params):
+    loss = partial(
+        text_loss, make_token_loss_function(plan_of()), bytes_of_token=np.ones(203), length=16, stride=16, batch_size=1
+    )
+    with pytest.raises(Gpt2JaxError, match="expected at least 2 tokens, found 1"):
+        loss(jnp.asarray(tiny_params), np.array([1]))
+    with pytest.raises(Gpt2JaxError, match="expected token ids below 203, found 203"):
+        loss(jnp.asarray(tiny_params), np.array([1, 203]))
+    with pytest.raises(Gpt2JaxError, match="expected a finite loss, found nan"):
+        loss(jnp.asarray(tiny_params * np.nan), np.array([1, 2]))
+
+
+@pytest.mark.torch
+def test_last_words_are_scored_as_by_transformers(tiny_params):
+    """One passage is longer than the model, and loses its beginning; some last words are the likeliest."""
+    import torch
+
+    model = make_pytorch_model(TINY, tiny_params)
+
+    def likeliest(context, count):
+        for _ in range(count):
+            with torch.no_grad():
+                scores = model(torch.tensor([context[-16:]])).logits[0, -1, :203]
+            context = [*context, int(scores.argmax())]
+        return context[-count:]
+
+    draw = np.random.default_rng(0).integers(0, 203, 100).tolist()
+    pairs = [(draw[:5], draw[5:7]), (draw[:30], draw[30:31]), (draw[10:13], [203 - 1] * 3)]
+    pairs += [(draw[:number], likeliest(draw[:number], 1 + number % 3)) for number in (1, 4, 9)]
+    passages = [LastWord(*(np.array(part, np.uint16) for part in pair)) for pair in pairs]
+    found = last_words(partial(target_scores, plan_of()), jnp.asarray(tiny_params), passages, 4, longest=16)
+    total, right = 0.0, 0
+    for context, word in pairs:
+        seen = torch.tensor([[*context, *word][:-1][-16:]])
+        with torch.no_grad():
+            logits = model(seen).logits[0, -len(word) :, :203].double()
+        total -= float(torch.log_softmax(logits, -1)[range(len(word)), word].sum())
+        right += logits.argmax(-1).tolist() == word
+    assert (found.num_right, found.num_words) == (right, len(pairs))
+    assert right >= 3
+    assert found.loss == pytest.approx(total / len(pairs), rel=64 * 2.0**-24)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))

@@ -29,7 +29,7 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "gpt2_jax.serving",
         *("gpt2_jax.evaluate", "gpt2_jax.generate", "gpt2_jax.gradient_check", "gpt2_jax.selfcheck", "gpt2_jax.starter_pack"),
-        *("gpt2_jax.convert", "gpt2_jax.logits_check", "gpt2_jax.curve_check"),
+        *("gpt2_jax.convert", "gpt2_jax.logits_check", "gpt2_jax.curve_check", "gpt2_jax.api"),
         *("gpt2_jax.doctor", "gpt2_jax.data", "gpt2_jax.report", "gpt2_jax.training", "gpt2_jax.benchmark"),
     ),
     ("gpt2_jax.commands", "gpt2_jax.__main__"),
@@ -46,6 +46,7 @@ READS_SETTINGS = (
         "gpt2_jax.selfcheck",
         "gpt2_jax.doctor",
         "gpt2_jax.logits_check",
+        "gpt2_jax.api",
     ),
     *("gpt2_jax.benchmark", "scripts"),
 )

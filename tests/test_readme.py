@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
+from gpt2_jax.config import RunConfig, format_config
+from gpt2_jax.llmc.token_shard import write_token_shard
 from tests.conftest import REPOSITORY
 from tests.test_config import FLAGS
 
@@ -54,11 +60,41 @@ def test_every_module_preset_and_script_is_in_the_tree():
 
 
 def test_the_python_runs(tmp_path: Path):
-    program = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    program = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("(2, 192, 64)\n")
     assert (tmp_path / "model.bin").stat().st_size > 1024
+
+
+def test_the_python_of_the_door_runs(tiny_english_run):
+    """Over a run that takes no five minutes in place of the demo."""
+    folder, config = tiny_english_run
+    program = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    assert program.count('"demo"') == 1
+    program = program.replace('"demo"', repr(str(config)))
+    ended = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert 0.1 < float(ended.stdout.splitlines()[-1]) < 100
+
+
+@pytest.fixture
+def tiny_english_run(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder, and in it settings of a run of one step with GPT-2's vocabulary."""
+    write_token_shard(tmp_path / "a_train.bin", np.arange(200))
+    write_token_shard(tmp_path / "a_val.bin", np.arange(100))
+    base = RunConfig()
+    sizes = {"num_layers": 1, "num_heads": 1, "channels": 8, "max_sequence_length": 32}
+    config = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, **sizes),
+        data=dataclasses.replace(base.data, train="a_train.bin", batch_size=1, sequence_length=16),
+        evaluation=dataclasses.replace(base.evaluation, validation_batches=1, sample_every=0),
+        run=dataclasses.replace(base.run, steps=1),
+        compute=dataclasses.replace(base.compute, backend="cpu"),
+    )
+    (tmp_path / "mine.toml").write_text(format_config(config))
+    return tmp_path, tmp_path / "mine.toml"
 
 
 def test_every_command_names_a_script_and_flags_that_exist():

@@ -135,6 +135,7 @@ def test_every_command_of_the_readme_in_an_empty_folder(environment, tmp_path):
     assert (book / "report.png").read_bytes().startswith(b"\x89PNG")
     assert outputs["generate"].startswith("In the beginning")
     assert len(outputs["generate"]) > len("In the beginning\n")
+    assert 0 < json.loads(outputs["evaluate"])["text"]["loss"] < 8
     assert complete_steps(book) == [8]
     assert (tmp_path / "book.bin").read_bytes() == (book / "model_00000008.bin").read_bytes()
 

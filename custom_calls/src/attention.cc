@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "few_rows.h"
 #include "rows/rows.h"
 #include "workspace.h"
 
@@ -14,13 +15,33 @@ namespace {
 // of scores stays in the cache and few masked scores are computed.
 constexpr int64_t kQueries = 128;
 
+// The rung that computes the products of one head: a library with threads of its own would compute
+// one head after another.
+const Implementation& of_one_head(const Implementation& implementation) {
+  return implementation.own_threads ? *find_implementation("simd") : implementation;
+}
+
+void product_of_one_head(const Implementation& implementation, Precision precision, int64_t m,
+                         int64_t n, int64_t k, const Operand& a, const Operand& b, void* out,
+                         int64_t out_leading_dimension, DType out_dtype, bool accumulate = false) {
+  Matmul matmul;
+  matmul.m = m, matmul.n = n, matmul.k = k;
+  matmul.a = a, matmul.b = b;
+  matmul.out = out;
+  matmul.out_leading_dimension = out_leading_dimension;
+  matmul.out_dtype = out_dtype;
+  matmul.accumulate = accumulate;
+  matmul.precision = precision;
+  InlineExecutor alone;
+  implementation.run(matmul, alone);
+}
+
 // One head of one sequence.
 class Head {
  public:
   Head(const Attention& attention, int64_t index)
       : a_(attention),
-        implementation_(attention.implementation->own_threads ? *find_implementation("simd")
-                                                              : *attention.implementation),
+        implementation_(of_one_head(*attention.implementation)),
         batch_(index / attention.heads),
         head_(index % attention.heads) {}
 
@@ -46,16 +67,8 @@ class Head {
 
   void product(int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, void* out,
                int64_t out_leading_dimension, DType out_dtype, bool accumulate = false) const {
-    Matmul matmul;
-    matmul.m = m, matmul.n = n, matmul.k = k;
-    matmul.a = a, matmul.b = b;
-    matmul.out = out;
-    matmul.out_leading_dimension = out_leading_dimension;
-    matmul.out_dtype = out_dtype;
-    matmul.accumulate = accumulate;
-    matmul.precision = a_.precision;
-    InlineExecutor alone;
-    implementation_.run(matmul, alone);
+    product_of_one_head(implementation_, a_.precision, m, n, k, a, b, out, out_leading_dimension,
+                        out_dtype, accumulate);
   }
 
  private:
@@ -69,9 +82,7 @@ void* element(const void* buffer, DType dtype, int64_t index) {
          index * (dtype == DType::kBFloat16 ? 2 : 4);
 }
 
-float scale_of(const Attention& attention) {
-  return 1.0f / std::sqrt(static_cast<float>(attention.head_size));
-}
+float scale_of(int64_t head_size) { return 1.0f / std::sqrt(static_cast<float>(head_size)); }
 
 Operand scratch(const float* data, int64_t columns, bool transposed) {
   return {data, 0, columns, DType::kFloat32, transposed};
@@ -81,7 +92,7 @@ Operand scratch(const float* data, int64_t columns, bool transposed) {
 
 void attention_forward(const Attention& attention, void* out, float* log_sums, Executor& executor) {
   const int64_t T = attention.time, D = attention.head_size;
-  const float scale = scale_of(attention);
+  const float scale = scale_of(attention.head_size);
   parallel_for(executor, attention.batch * attention.heads, [&](int64_t index) {
     const Head head(attention, index);
     const Workspace workspace(std::min(kQueries, T) * T);
@@ -104,7 +115,7 @@ void attention_forward(const Attention& attention, void* out, float* log_sums, E
 void attention_backward(const Attention& attention, const void* out, const float* log_sums,
                         const void* dout, void* dqkv, Executor& executor) {
   const int64_t T = attention.time, D = attention.head_size;
-  const float scale = scale_of(attention);
+  const float scale = scale_of(attention.head_size);
   const bool narrow = attention.dtype == DType::kBFloat16;
   parallel_for(executor, attention.batch * attention.heads, [&](int64_t index) {
     const Head head(attention, index);
@@ -143,6 +154,51 @@ void attention_backward(const Attention& attention, const void* out, const float
                          element(dqkv, attention.dtype, head.part_offset(1, i)));
       row_kernels().copy(D, dv + i * D, narrow,
                          element(dqkv, attention.dtype, head.part_offset(2, i)));
+    }
+  });
+}
+
+void cached_attention(const CachedAttention& attention, void* out, Executor& executor) {
+  const int64_t T = attention.time, D = attention.head_size, width = attention.heads * D;
+  const float scale = scale_of(D);
+  const DType dtype = attention.dtype;
+  const bool narrow = dtype == DType::kBFloat16;
+  const Implementation& implementation = of_one_head(*attention.implementation);
+  parallel_for(executor, attention.batch * attention.heads, [&](int64_t index) {
+    const int64_t batch = index / attention.heads, head = index % attention.heads;
+    const int64_t cached = index * attention.positions * D;
+    const int64_t block = std::min(kQueries, T);
+    const Workspace workspace(block * (attention.start + T) + D);
+    float* const sums = workspace.data();
+    float* const scores = sums + D;
+    for (int64_t first = 0; first < T; first += kQueries) {
+      const int64_t queries = std::min(kQueries, T - first);
+      const int64_t keys = attention.start + first + queries;
+      const int64_t own = (batch * T + first) * width + head * D;
+      product_of_one_head(implementation, attention.precision, queries, keys, D,
+                          {attention.q, own, width, dtype, false},
+                          {attention.keys, cached, D, dtype, true}, scores, keys,
+                          DType::kFloat32);
+      for (int64_t i = 0; i < queries; ++i) {
+        row_kernels().causal_softmax(keys, attention.start + first + i + 1, scale,
+                                     scores + i * keys);
+      }
+      if (queries > kFewRows) {
+        product_of_one_head(implementation, attention.precision, queries, D, keys,
+                            scratch(scores, keys, false),
+                            {attention.values, cached, D, dtype, false},
+                            element(out, dtype, own), width, dtype);
+        continue;
+      }
+      // Few queries: reading the values once is all that takes time.
+      for (int64_t i = 0; i < queries; ++i) {
+        std::fill_n(sums, D, 0.0f);
+        for (int64_t key = 0; key < attention.start + first + i + 1; ++key) {
+          row_kernels().add_to(D, narrow, element(attention.values, dtype, cached + key * D),
+                               scores[i * keys + key], sums);
+        }
+        row_kernels().copy(D, sums, narrow, element(out, dtype, own + i * width));
+      }
     }
   });
 }

@@ -35,4 +35,21 @@ void attention_forward(const Attention& attention, void* out, float* log_sums, E
 void attention_backward(const Attention& attention, const void* out, const float* log_sums,
                         const void* dout, void* dqkv, Executor& executor);
 
+// Attention of new queries over cached keys and values, when a text is made token by token.
+struct CachedAttention {
+  int64_t batch, time, heads, head_size;
+  int64_t positions;  // of the cache
+  int64_t start;      // position of the first query; each query sees the positions up to its own
+  const void* q;      // batch x time x heads x head_size
+  const void* keys;   // batch x heads x positions x head_size
+  const void* values;  // like the keys
+  DType dtype;         // of all, and of out
+  const Implementation* implementation;
+  Precision precision;
+};
+
+// Sets out, which has q's shape. start + time must not exceed the positions. The bits do not depend
+// on the number of threads. Throws std::bad_alloc.
+void cached_attention(const CachedAttention& attention, void* out, Executor& executor);
+
 }  // namespace gpt2_jax

@@ -102,6 +102,55 @@ ffi::Error attention_backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer qkv, 
   });
 }
 
+ffi::Error cached_attention_handler(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys,
+                                    ffi::AnyBuffer values, ffi::Buffer<ffi::S32> start,
+                                    ffi::Result<ffi::AnyBuffer> out,
+                                    std::string_view implementation, std::string_view precision,
+                                    int64_t num_threads) {
+  const NamedBuffer queries = {"q", q}, cache = {"keys", keys};
+  Checker check("gpt2_jax_cached_attention",
+                {queries, cache, {"values", values}, {"start", start}, {"out", *out}});
+  CachedAttention attention = {};
+  attention.dtype = check.dtype(queries);
+  attention.implementation = check.implementation(implementation);
+  attention.precision = check.precision(precision);
+  check.size({"start", start}, 1);
+  check.size({"values", values}, cache.size);
+  check.size({"out", *out}, queries.size);
+  for (const NamedBuffer& other : {cache, NamedBuffer("values", values), NamedBuffer("out", *out)}) {
+    check.expect(check.dtype(other) == attention.dtype, std::string(other.name) + " of q's dtype");
+  }
+  check.expect(queries.dimensions.size() == 3 && cache.dimensions.size() == 4,
+               "q [batch,time,channels] and keys [batch,heads,positions,head size]");
+  if (check.ok()) {
+    attention.batch = cache.dimensions[0];
+    attention.heads = cache.dimensions[1];
+    attention.positions = cache.dimensions[2];
+    attention.head_size = cache.dimensions[3];
+    attention.time = queries.dimensions[1];
+    attention.start = *start.typed_data();
+    check.expect(queries.dimensions[0] == attention.batch &&
+                     queries.dimensions[2] == attention.heads * attention.head_size,
+                 "q and keys of the same batch and channels");
+    check.expect(attention.start >= 0 && attention.start <= attention.positions - attention.time,
+                 std::to_string(attention.time) + " queries within the cached positions, got start " +
+                     std::to_string(attention.start));
+  }
+  attention.q = q.untyped_data();
+  attention.keys = keys.untyped_data();
+  attention.values = values.untyped_data();
+  Matmul scores;
+  scores.m = attention.time, scores.n = attention.positions, scores.k = attention.head_size;
+  scores.a = {attention.q, 0, attention.heads * attention.head_size, attention.dtype, false};
+  scores.b = {attention.keys, 0, attention.head_size, attention.dtype, true};
+  scores.out_leading_dimension = attention.positions;
+  scores.precision = attention.precision;
+  ffi::Error refusal = check.refusal(attention.implementation, scores);
+  if (refusal.failure()) return refusal;
+  XlaExecutor executor(pool, check.num_threads(num_threads));
+  return check.run([&] { cached_attention(attention, out->untyped_data(), executor); });
+}
+
 }  // namespace
 }  // namespace gpt2_jax
 
@@ -125,6 +174,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_attention_backward, gpt2_jax::guarded<gpt
                                   .Arg<xla::ffi::AnyBuffer>()              // dout
                                   .Ret<xla::ffi::AnyBuffer>()              // dqkv
                                   .Attr<int64_t>("num_heads")
+                                  .Attr<std::string_view>("implementation")
+                                  .Attr<std::string_view>("precision")
+                                  .Attr<int64_t>("num_threads"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_cached_attention, gpt2_jax::guarded<gpt2_jax::cached_attention_handler>,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()              // q
+                                  .Arg<xla::ffi::AnyBuffer>()              // keys
+                                  .Arg<xla::ffi::AnyBuffer>()              // values
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // start
+                                  .Ret<xla::ffi::AnyBuffer>()              // out
                                   .Attr<std::string_view>("implementation")
                                   .Attr<std::string_view>("precision")
                                   .Attr<int64_t>("num_threads"));

@@ -96,6 +96,15 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_sums_of_squares(XLA_FFI_CallFrame* call_
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention(XLA_FFI_CallFrame* call_frame);
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_attention_backward(XLA_FFI_CallFrame* call_frame);
 
+// Attention of new queries over cached keys and values; start is where the first query stands.
+//
+//   arguments   q [batch,time,channels], keys and values [batch,heads,positions,head size]: all f32
+//               or all bf16; start s32, one element
+//   result      out, like q
+//   attributes  implementation and precision of the products, as in gpt2_jax_matmul; num_threads
+//               int64
+GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_cached_attention(XLA_FFI_CallFrame* call_frame);
+
 // The row by row computations between the products; rows/rows.h has the formulas. The matrices of a
 // call are all f32 or all bf16, except where f32 is written below. The last dimension is the
 // columns, all others are rows. Attribute: num_threads int64.

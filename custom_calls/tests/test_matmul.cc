@@ -38,9 +38,10 @@ std::vector<Shape> small_shapes() {
   return shapes;
 }
 
-// Slightly more than one block in m, n or k alone, and in several of them.
+// Slightly more than one block in m, n or k alone, and in several of them; the last two have few rows.
 const std::vector<Shape> kLargeShapes = {{1151, 37, 41},  {23, 3203, 29},  {31, 45, 1201},
-                                         {1151, 21, 401}, {11, 3203, 401}, {199, 293, 787}};
+                                         {1151, 21, 401}, {11, 3203, 401}, {199, 293, 787},
+                                         {1, 3203, 401},  {7, 701, 131}};
 
 struct Candidate {
   std::string name;

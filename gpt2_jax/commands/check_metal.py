@@ -15,10 +15,10 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2_jax.commands.command_line import find_config, parse
+from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import metal_backend, select_backend
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
-from gpt2_jax.config import RunConfig, load_config
+from gpt2_jax.config import RunConfig, find_config, load_config
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.files import FilePath

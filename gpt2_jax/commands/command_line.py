@@ -18,11 +18,9 @@ from typing import Annotated, NamedTuple, TypeVar
 
 import tyro
 
-import gpt2_jax
-from gpt2_jax.config import DataSettings, ModelSettings, RunConfig, load_config, load_saved_config
+from gpt2_jax.config import DataSettings, ModelSettings, RunConfig, find_config, load_config, load_saved_config
 from gpt2_jax.errors import Gpt2JaxError, as_typed, program_name
 from gpt2_jax.files import FilePath, with_home
-from gpt2_jax.names import nearest
 
 _Arguments = TypeVar("_Arguments")
 
@@ -94,25 +92,6 @@ def parse_command_line(words: list[str], description: str | None) -> RunCommand:
     name = Path(path or settings.model.init).stem.replace(":", "-")
     names_a_run = seen.config is not None or llmc is not None or seen.resume or _names_model_or_data(words)
     return RunCommand(settings, name, command.print_config, names_a_run, command.as_if)
-
-
-def find_config(name: str) -> Path:
-    """The file of --config: a path, or the name of a preset. Gpt2JaxError, listing the presets, for neither."""
-    path = Path(name)
-    if os.path.isfile(path) or path.suffix == ".toml" or len(path.parts) != 1:
-        return path
-    # A wheel has the presets inside the package, a source checkout beside it; those of the checkout are the newer ones.
-    roots = [Path(root) for root in gpt2_jax.__path__]
-    checkouts = [root.parent for root in roots if (root.parent / "pyproject.toml").exists()]
-    folders = [parent / "configs" for parent in (*roots, *checkouts)]
-    presets = {preset.stem: preset for folder in folders for preset in folder.glob("*.toml")}
-    if name not in presets:
-        close = nearest(name, presets)
-        raise Gpt2JaxError(
-            f"--config: expected a TOML file or one of {', '.join(sorted(presets))}, found {name!r}",
-            f"--config {close[0] if close else 'demo'}",
-        )
-    return presets[name]
 
 
 def _first_look(words: list[str]) -> argparse.Namespace:

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a GPT-2, and leave llm.c checkpoints, a log and a loss curve",
     "generate": "continue a text with a trained model",
     "serve": "a page to type into, and OpenAI's completions, of one model",
+    "evaluate": "loss, perplexity, bits per byte, HellaSwag, LAMBADA",
     "prepare": "make token shards for training",
     "check-gradients": "compare loss, logits, gradients and ten steps with PyTorch",
     "check-curve": "train PyTorch as a run was trained, and compare the losses",
@@ -24,6 +25,7 @@ COMMANDS = {
     "starter-pack": "the four files that llm.c's programs test and train with",
     "bench-matmul": "time the matrix products of a training step",
     "bench-train": "time whole training steps beside plain JAX and PyTorch",
+    "bench-generate": "time the generating of text beside transformers",
 }
 
 

@@ -67,8 +67,10 @@ def main(words: list[str]) -> None:
     import jax.numpy as jnp
 
     from gpt2_jax.compute.backend import open_device
+    from gpt2_jax.compute.decode import decoding_weights
     from gpt2_jax.compute.plan import make_plan
     from gpt2_jax.data.tokenizer import gpt2_tokenizer, tokenizer_beside, tokenizer_from_file
+    from gpt2_jax.generate import samples
     from gpt2_jax.models.weights import load_weights, model_source
     from gpt2_jax.serving.request import Limits
     from gpt2_jax.serving.texts import ServedModel
@@ -78,8 +80,11 @@ def main(words: list[str]) -> None:
     tokenizer = gpt2_tokenizer() if path is None else tokenizer_from_file(path)
     config, params = load_weights(ModelSettings(init=source))
     open_device(backend)
-    name = Path(arguments.checkpoint).resolve().name
-    model = ServedModel(name, make_plan(ComputeSettings(), backend, config), jnp.asarray(params), tokenizer)
+    name, plan = Path(arguments.checkpoint).resolve().name, make_plan(ComputeSettings(), backend, config)
+    model = ServedModel(name, plan, decoding_weights(plan, jnp.asarray(params)), tokenizer)
+    # A first token: what is wrong with model or tokenizer is said now, and remarks once.
+    for _ in samples(plan, model.weights, tokenizer, "", max_tokens=1):
+        pass
     limits = Limits(seconds=arguments.seconds, waiting=arguments.waiting)
     is_loopback = arguments.host in LOOPBACK
     settings = uvicorn.Config(

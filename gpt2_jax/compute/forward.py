@@ -56,9 +56,24 @@ def make_token_loss_function(plan: Plan) -> jax.stages.Wrapped:
 
 
 @partial(jax.jit, static_argnums=0)
-def next_token_logits(plan: Plan, params_N: jax.Array, x_1T: jax.Array, position: jax.Array) -> jax.Array:
-    """Logits (vocab_size,) float32 of the token after `position` (int32 scalar) of the one sequence x."""
-    return logits_at(plan, params_N, x_1T, position)[0]
+def next_token_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array, position: jax.Array) -> jax.Array:
+    """`logits_at`, compiled."""
+    return logits_at(plan, params_N, x_BT, position)
+
+
+@partial(jax.jit, static_argnums=0)
+def target_scores(
+    plan: Plan, params_N: jax.Array, x_BT: jax.Array, positions_BK: jax.Array, targets_BK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of K targets in each row, which follow the tokens at these positions: the cross-entropy (B, K) float32, in nats, and
+    whether the target is the likeliest token (B, K) bool. Only their logits are made."""
+    with plan.precision():
+        h_BTC = _hidden_states(plan, params_N, x_BT)
+        h_BKC = jnp.take_along_axis(h_BTC, positions_BK[..., None], axis=1)
+        logits_BKV = logits(Site(plan, (model.CLASSIFIER,)), h_BKC, params_N)[..., : plan.config.vocab_size]
+    of_targets_BK = jnp.take_along_axis(logits_BKV, targets_BK[..., None], axis=-1)[..., 0]
+    losses_BK = jax.nn.logsumexp(logits_BKV, axis=-1) - of_targets_BK
+    return losses_BK, jnp.argmax(logits_BKV, axis=-1) == targets_BK
 
 
 def _hidden_states(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from gpt2_jax.data.chunks import CHUNK_LENGTH, Chunk, CutRuns, chunks
@@ -151,6 +152,26 @@ def _write(
             if (now := time.monotonic()) - saved_at >= save_seconds:
                 _save(staging, progress, writers)
                 saved_at = now
+
+
+def tokens_of_source(source: Source, tokenizer: tiktoken.Encoding, most: int | None = None) -> np.ndarray:
+    """The tokens (num_tokens,) uint16 of a source's documents that are not blank, each behind an end-of-text token; of more
+    than `most` the first so many."""
+    rows: list[np.ndarray] = []
+    num_tokens, start, is_blank = 0, 0, True
+    for file in source.files:
+        for one in encode_chunks(tokenizer, chunks(file.documents(lambda num_bytes: None))):
+            if one.begins_document:
+                start, is_blank = len(rows), True
+            is_blank = is_blank and not one.chunk.text.strip()
+            rows.append(one.tokens)
+            num_tokens += one.tokens.size
+            if one.chunk.ends_document and is_blank:
+                num_tokens -= sum(row.size for row in rows[start:])
+                del rows[start:]
+            if most is not None and num_tokens >= most:
+                return np.concatenate(rows)[:most]
+    return np.concatenate(rows) if rows else np.zeros(0, np.uint16)
 
 
 def _digest(tokenizer: tiktoken.Encoding) -> str:

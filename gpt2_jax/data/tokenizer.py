@@ -199,6 +199,15 @@ def _announce_once(text: str) -> None:
     announce(f"note: {text}")
 
 
+def refuse_larger_vocabulary(tokenizer: tiktoken.Encoding, vocab_size: int) -> None:
+    """Gpt2JaxError for a tokenizer with more tokens than a model has: it is not the one that the model was trained with."""
+    if vocab_size < tokenizer.n_vocab:
+        raise Gpt2JaxError(
+            f"tokenizer: expected at most the model's {vocab_size} tokens, found {tokenizer.n_vocab}",
+            "--tokenizer FILE.bin   (the tokenizer file that the model was trained with)",
+        )
+
+
 def num_sampled_ids(tokenizer: tiktoken.Encoding, vocab_size: int) -> int:
     """How many of a model's `vocab_size` ids, from 0 on, may be chosen when it writes text.
 
@@ -222,6 +231,15 @@ def other_ids(tokenizer: tiktoken.Encoding, vocab_size: int) -> str | None:
 def text_of(tokenizer: tiktoken.Encoding, token_id: int) -> bytes:
     """The bytes of one token of a text; an id beyond the tokenizer's is shown as '<|50257|>'."""
     return tokenizer.decode_single_token_bytes(token_id) if token_id < tokenizer.n_vocab else f"<|{token_id}|>".encode()
+
+
+def num_bytes_of_tokens(tokenizer: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
+    """The bytes of text (vocab_size,) int64 that each of a model's ids stands for: none for the end-of-text token, and for
+    ids beyond the tokenizer's."""
+    sizes = np.zeros(vocab_size, np.int64)
+    sizes[: tokenizer.n_vocab] = [len(token) for token in token_bytes(tokenizer)]
+    sizes[tokenizer.eot_token] = 0
+    return sizes
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> list[bytes]:

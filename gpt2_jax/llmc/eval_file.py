@@ -113,7 +113,14 @@ def _parse_example(words: list[int], index: int) -> MultipleChoice | None:
     return MultipleChoice(label, parts[0], tuple(parts[1:])) if position == len(words) else None
 
 
-def check_questions(examples: Sequence[MultipleChoice], path: str, *, vocab_size: int, sequence_length: int) -> None:
+def check_questions(
+    examples: Sequence[MultipleChoice],
+    path: str,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    hint: str = "a larger --sequence-length, or --hellaswag '' to go without",
+) -> None:
     """Gpt2JaxError, naming the file, unless every question fits below `sequence_length` and has tokens of the vocabulary."""
     longest = max(example.longest for example in examples)
     largest = max(int(part.max()) for example in examples for part in (example.context, *example.completions))
@@ -121,5 +128,5 @@ def check_questions(examples: Sequence[MultipleChoice], path: str, *, vocab_size
         raise Gpt2JaxError(
             f"{path}: expected questions below {sequence_length} tokens, with token ids below {vocab_size}, "
             f"found one of {longest} tokens and id {largest}",
-            "a larger --sequence-length, or --hellaswag '' to go without",
+            hint,
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
@@ -25,26 +26,7 @@ if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
 
-class Attention(NamedTuple):
-    # (plan, layer, *qkv) -> (B, T, C); where the plan drops out, also with drop=, a function of the softmax's result
-    compute: Callable[..., jax.Array]
-    parts: int  # arrays that hold q, k and v: 1 or 3
-    keeps_scores: bool  # for the backward: B H T T elements
-    # (plan, ...) as SumsOf: the column sums of the cotangents of q, k and v, where they are known without adding
-    sums: Callable[[Plan, jax.Array, Sequence[jax.Array]], Sequence[jax.Array]] | None = None
-
-
-def attention_of(plan: Plan) -> Attention:
-    return next(row.functions for row in TABLE if row.name == plan.attention.name)
-
-
 Drop = Callable[[jax.Array], jax.Array]
-
-
-def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, drop: Drop | None = None) -> jax.Array:
-    """softmax(q kᵀ / sqrt(D), positions up to one's own) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
-    T = q_BTHD.shape[1]
-    return attention(q_BTHD, k_BTHD, v_BTHD, jnp.tril(jnp.ones((T, T), dtype=bool)), drop)
 
 
 def attention(
@@ -60,6 +42,36 @@ def attention(
     if drop is not None:
         weights_BHTS = drop(weights_BHTS)
     return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHD)
+
+
+def _cached_by_xla(plan: Plan, q_BTC: jax.Array, keys_BHSD: jax.Array, values_BHSD: jax.Array, start: jax.Array) -> jax.Array:
+    T, S = q_BTC.shape[1], keys_BHSD.shape[2]
+    own_TS = start + lax.broadcasted_iota(jnp.int32, (T, S), 0)
+    seen_TS = lax.broadcasted_iota(jnp.int32, (T, S), 1) <= own_TS
+    k_BSHD, v_BSHD = jnp.swapaxes(keys_BHSD, 1, 2), jnp.swapaxes(values_BHSD, 1, 2)
+    return attention(by_heads(plan, q_BTC), k_BSHD, v_BSHD, seen_TS).reshape(q_BTC.shape)
+
+
+class Attention(NamedTuple):
+    # (plan, layer, *qkv) -> (B, T, C); where the plan drops out, also with drop=, a function of the softmax's result
+    compute: Callable[..., jax.Array]
+    parts: int  # arrays that hold q, k and v: 1 or 3
+    keeps_scores: bool  # for the backward: B H T T elements
+    # (plan, ...) as SumsOf: the column sums of the cotangents of q, k and v, where they are known without adding
+    sums: Callable[[Plan, jax.Array, Sequence[jax.Array]], Sequence[jax.Array]] | None = None
+    # (plan, q (B, T, C), keys (B, H, S, D), values, start): q stands at the positions from `start` on and sees those up to
+    # its own; (B, T, C). Has no derivative.
+    cached: Callable[[Plan, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] = _cached_by_xla
+
+
+def attention_of(plan: Plan) -> Attention:
+    return next(row.functions for row in TABLE if row.name == plan.attention.name)
+
+
+def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, drop: Drop | None = None) -> jax.Array:
+    """softmax(q kᵀ / sqrt(D), positions up to one's own) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
+    T = q_BTHD.shape[1]
+    return attention(q_BTHD, k_BTHD, v_BTHD, jnp.tril(jnp.ones((T, T), dtype=bool)), drop)
 
 
 def by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
@@ -117,8 +129,18 @@ _custom_call.defvjp(_custom_call_forward, _custom_call_backward)
 
 
 def _attributes(plan: Plan) -> dict[str, Any]:
-    names = {"implementation": plan.linear.name, "precision": plan.product_precision}
-    return {"num_heads": np.int64(plan.config.num_heads), **names}
+    return {"num_heads": np.int64(plan.config.num_heads), **_products(plan)}
+
+
+def _products(plan: Plan) -> dict[str, Any]:
+    return {"implementation": plan.linear.name, "precision": plan.product_precision}
+
+
+def _cached_by_custom_call(
+    plan: Plan, q_BTC: jax.Array, keys_BHSD: jax.Array, values_BHSD: jax.Array, start: jax.Array
+) -> jax.Array:
+    result, names = jax.ShapeDtypeStruct(q_BTC.shape, q_BTC.dtype), _products(plan)
+    return library.call(library.CACHED_ATTENTION, result, q_BTC, keys_BHSD, values_BHSD, start, **names)
 
 
 def _without_dropout(accepts: Callable[[Plan], str | None]) -> Callable[[Plan], str | None]:
@@ -141,7 +163,7 @@ def _refuses_cudnn(plan: Plan) -> str | None:
     return None
 
 
-_BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False)
+_BY_CUSTOM_CALL = Attention(_custom_call, parts=1, keeps_scores=False, cached=_cached_by_custom_call)
 _BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False, sums=_known_sums)
 _BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
 _BY_PLUGIN = Attention(_plugin, parts=1, keeps_scores=False)

@@ -37,6 +37,24 @@ def bytes_progress(what: str, total: int, console: Console | None = None) -> Ite
 
 
 @contextmanager
+def counted_progress(what: str, total: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
+    """The same for equal parts: the function is called after each."""
+    started, done = time.monotonic(), 0
+
+    def text() -> str:
+        return f"{what} {done:,} of {total:,}, {_left(started, done, total)}"
+
+    with _shown(text, console) as show:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            show()
+
+        yield advance
+
+
+@contextmanager
 def tokens_progress(
     what: str, total_bytes: int | None, total_tokens: int | None, console: Console | None = None
 ) -> Iterator[Callable[..., None]]:

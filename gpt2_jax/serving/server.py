@@ -25,7 +25,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2_jax.serving.request import CompletionRequest, Limits, RequestError, read_request
-from gpt2_jax.serving.texts import Piece, ServedModel, pieces, tokens_of
+from gpt2_jax.serving.texts import Piece, ServedModel, check_length, pieces
 
 LOOPBACK = ("127.0.0.1", "localhost")
 _PAGE_HEADERS = {
@@ -63,14 +63,13 @@ class Server:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("content-type: expected application/json", status=415)
         asked = read_request(await self._body(request), self.model.name, self.limits)
-        tokens = await to_thread.run_sync(tokens_of, self.model, asked)
-        answer = _Answer(asked, self.model.name, len(tokens))
+        answer = _Answer(asked, self.model.name, await to_thread.run_sync(check_length, self.model, asked))
         if asked.stream:
-            stream = self._streamed(request, answer, tokens)
+            stream = self._streamed(request, answer)
             first = await anext(stream)  # what is refused by now is refused with its status
             events = _joined(first, stream)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        async with aclosing(self._pieces(request, asked, tokens)) as found:
+        async with aclosing(self._pieces(request, asked)) as found:
             async for piece in found:
                 answer.add(piece)
         return JSONResponse(answer.whole())
@@ -91,12 +90,12 @@ class Server:
             raise RequestError(f"body: expected it within {self.limits.body_seconds:g} s", status=408) from None
         return bytes(body)
 
-    async def _pieces(self, request: Request, asked: CompletionRequest, tokens: list[int]) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, request: Request, asked: CompletionRequest) -> AsyncGenerator[Piece, None]:
         """The model's pieces, when it is this request's turn; no more of them when the client has gone."""
         async with self._model_for(request):
             end = time.monotonic() + self.limits.seconds
             seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-            found = pieces(self.model, asked, tokens, seed + 1)  # the generator of numbers has no seed 0
+            found = pieces(self.model, asked, seed + 1)  # the generator of numbers has no seed 0
             while (piece := await to_thread.run_sync(next, found, None)) is not None:
                 yield piece
                 if await request.is_disconnected():
@@ -122,11 +121,11 @@ class Server:
         finally:
             self._waiting -= 1
 
-    async def _streamed(self, request: Request, answer: _Answer, tokens: list[int]) -> AsyncGenerator[str, None]:
+    async def _streamed(self, request: Request, answer: _Answer) -> AsyncGenerator[str, None]:
         """Server-sent events: a chunk for every piece, and '[DONE]'."""
         begun = False
         try:
-            async with aclosing(self._pieces(request, answer.request, tokens)) as found:
+            async with aclosing(self._pieces(request, answer.request)) as found:
                 async for piece in found:
                     shown = answer.add(piece)
                     if shown or piece.finish or not begun:
@@ -162,7 +161,7 @@ class _Answer:
         self._begun.add(piece.index)
         self._texts[piece.index] += text
         self._finish[piece.index] = piece.finish
-        self._completion_tokens += piece.num_tokens
+        self._completion_tokens += 1
         return text
 
     def whole(self) -> dict[str, Any]:

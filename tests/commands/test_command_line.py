@@ -9,8 +9,8 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax.commands import train
-from gpt2_jax.commands.command_line import find_config, parse_command_line
-from gpt2_jax.config import format_config
+from gpt2_jax.commands.command_line import parse_command_line
+from gpt2_jax.config import find_config, format_config
 from gpt2_jax.errors import Gpt2JaxError
 from tests.conftest import CPU, REPOSITORY
 

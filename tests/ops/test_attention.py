@@ -118,6 +118,31 @@ def test_no_implementation_sees_later_positions(implementation, dtype):
     assert (np.asarray(dqkv[:, 6:].astype(jnp.float32)) == 0).all()
 
 
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (5, 1), (19, 1), (0, 20), (3, 9), (11, 8)])
+@rows_of("attention")
+def test_the_cached_attention(implementation, dtype, start, length):
+    """Against the reference over the whole text. Behind what is seen the cache holds anything."""
+    B, S, H, D = 2, 20, 3, 8
+    plan = plan_with("attention", implementation, dtype, sizes((B, S, H, D)))
+    q, k, v = (in_dtype(random(seed, B, S, H, D), dtype) for seed in range(3))
+    keys, values = (jnp.swapaxes(x.at[:, start + length :].set(1e4), 1, 2) for x in (k, v))
+    part_BTC = q[:, start : start + length].reshape(B, length, H * D)
+    run = jax.jit(lambda *arguments: attention_of(plan).cached(plan, *arguments))
+    found = run(part_BTC, keys, values, np.int32(start))
+    expected = causal_attention(*(x.astype(jnp.float32) for x in (q, k, v)))[:, start : start + length]
+    assert found.dtype == dtype
+    assert_within(found, expected.reshape(part_BTC.shape), ROUNDINGS[dtype], dtype)
+
+
+@pytest.mark.parametrize("start", [-1, 20, 2**31 - 1])
+def test_the_custom_call_refuses_queries_behind_the_cache(start):
+    plan = plan_with("attention", "custom_call", config=sizes((1, 20, 1, 8)))
+    cache = jnp.zeros((1, 1, 20, 8))
+    run = jax.jit(lambda *arguments: attention_of(plan).cached(plan, *arguments))
+    with pytest.raises(Exception, match=f"expected 1 queries within the cached positions, got start {start}"):
+        jax.block_until_ready(run(jnp.zeros((1, 1, 8)), cache, cache, np.int32(start)))
+
+
 def test_cudnn_takes_heads_that_it_can():
     """It refuses the others by an error of its own, at the first step."""
 

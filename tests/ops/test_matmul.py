@@ -72,6 +72,23 @@ def test_product_is_within_its_rounding_error(implementation, dtype, m, n, k, tr
 
 @implementations
 @dtypes
+@pytest.mark.parametrize("m", [1, 8, 9])
+def test_few_rows(implementation, dtype, m):
+    """The products of generated tokens: weights of several work items, read in place in their own dtype."""
+    n, k, at = 700, 131, 13
+    x, w = (random(seed, *shape).astype(jnp.dtype(dtype)) for seed, shape in ((0, (m, k)), (1, (n, k))))
+    buffer = jnp.concatenate([jnp.zeros(at, dtype), jnp.asarray(w).reshape(-1)])
+    bias = jnp.asarray(random(2, n))
+    options = {"implementation": implementation, "precision": precision_of(implementation, dtype), "transpose_b": True}
+    found = matmul.matmul(jnp.asarray(x), WeightView(buffer, at, (n, k)), bias=bias, out_dtype=FLOAT32, **options)
+    wide_x, wide_w = x.astype(np.float64), w.astype(np.float64)
+    bound = (k + 2) * FLOAT32_ROUNDING * (np.abs(wide_x) @ np.abs(wide_w).T + np.abs(bias)[None])
+    bound = bound + left_out(implementation, wide_x, wide_w.T, dtype=dtype)
+    assert (np.abs(np.asarray(found) - (wide_x @ wide_w.T + np.asarray(bias)[None])) <= bound).all()
+
+
+@implementations
+@dtypes
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 def test_views_into_a_flat_buffer_are_read_in_place(implementation, dtype, out_dtype):
     O, I, at, bias_at = 5, 6, 11, 47

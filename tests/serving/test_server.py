@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt2_jax.compute.decode import decoding_weights
 from gpt2_jax.data.tokenizer import gpt2_tokenizer
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.generate import complete
+from gpt2_jax.generate import samples
 from gpt2_jax.models.initialize import initialize_parameters
 from gpt2_jax.serving.request import Limits
 from gpt2_jax.serving.texts import ServedModel
@@ -28,13 +29,14 @@ server = pytest.importorskip("gpt2_jax.serving.server")
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 CONFIG = GPT2Config(max_sequence_length=64, vocab_size=50257, num_layers=1, num_heads=2, channels=16)
+PLAN = plan_of(CONFIG)
 LIMITS = Limits(body_seconds=1.0, body_bytes=100_000, waiting=2, seconds=20.0)
 PROMPT = "In the beginning"
 
 
 @pytest.fixture(scope="module")
 def model() -> ServedModel:
-    return ServedModel("tiny", plan_of(CONFIG), jnp.asarray(initialize_parameters(CONFIG)), gpt2_tokenizer())
+    return ServedModel("tiny", PLAN, decoding_weights(PLAN, jnp.asarray(initialize_parameters(CONFIG))), gpt2_tokenizer())
 
 
 @contextmanager
@@ -89,8 +91,8 @@ def client(port):
 
 
 def expected_text(model: ServedModel, seed: int, max_tokens: int = 12) -> str:
-    pieces = complete(model.plan, model.params_N, model.tokenizer, PROMPT, max_tokens=max_tokens, seed=seed + 1)
-    return "".join(pieces)
+    grown = samples(model.plan, model.weights, model.tokenizer, PROMPT, max_tokens=max_tokens, seed=seed + 1)
+    return [texts[0].text for texts in grown][-1]
 
 
 def test_openais_client_gets_the_models_own_text(client, model):
@@ -256,7 +258,7 @@ class SlowTokens:
     def __init__(self):
         self.made = 0
 
-    def __call__(self, model, request, tokens, seed):
+    def __call__(self, model, request, seed):
         from gpt2_jax.serving.texts import Piece
 
         for number in range(request.max_tokens):
@@ -324,4 +326,4 @@ def test_the_models_texts_are_not_mixed(port, model):
         thread.join(60)
     assert found == {seed: expected_text(model, seed) for seed in (5, 6)}
     assert len(set(found.values())) == 2
-    assert np.isfinite(model.params_N).all()
+    assert np.isfinite(model.weights.flat_N).all()

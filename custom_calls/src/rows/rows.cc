@@ -66,8 +66,8 @@ void layer_norm_backward(const Rows& x, const float* gain, const Rows& dout, con
   std::fill_n(dbias, columns, 0.0f);
   for (int64_t item = 0; item < items; ++item) {
     const float* const own = sums.data() + item * 2 * columns;
-    row_kernels().add_to(columns, false, own, dgain);
-    row_kernels().add_to(columns, false, own + columns, dbias);
+    row_kernels().add_to(columns, false, own, 1.0f, dgain);
+    row_kernels().add_to(columns, false, own + columns, 1.0f, dbias);
   }
 }
 
@@ -97,7 +97,8 @@ void column_sums(const Rows& x, float* sums, Executor& executor) {
   in_pieces(executor, x.columns, kColumnsOfItem, [&](int64_t first, int64_t count) {
     std::fill_n(sums + first, count, 0.0f);
     for (int64_t i = 0; i < x.rows; ++i) {
-      row_kernels().add_to(count, x.narrow, x.row(i) + first * (x.narrow ? 2 : 4), sums + first);
+      row_kernels().add_to(count, x.narrow, x.row(i) + first * (x.narrow ? 2 : 4), 1.0f,
+                           sums + first);
     }
   });
 }

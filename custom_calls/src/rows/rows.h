@@ -46,8 +46,13 @@ struct RowKernels {
   void (*causal_softmax_backward)(int64_t count, int64_t visible, float scale, float log_sum,
                                   float output_product, float* scores, float* dscores);
   float (*dot)(int64_t count, bool narrow, const void* a, const void* b);
+  // The dot products of `rows` rows of x, one after the other, with y: `count` elements each. Only y
+  // may be narrow.
+  void (*dots)(int64_t rows, int64_t count, const float* x, bool narrow, const void* y,
+               float* sums);
   void (*copy)(int64_t count, const float* x, bool narrow, void* out);
-  void (*add_to)(int64_t count, bool narrow, const void* x, float* sums);
+  // sums += factor x
+  void (*add_to)(int64_t count, bool narrow, const void* x, float factor, float* sums);
   double (*sum_of_squares)(int64_t count, const float* x);
 };
 

@@ -1,10 +1,12 @@
 #include "cpu_features.h"
+#include "few_rows.h"
 #include "rungs/rungs.h"
 #include "schedule.h"
 
 namespace gpt2_jax {
 
 void run_threaded(const Matmul& matmul, Executor& executor) {
+  if (has_few_rows(matmul)) return few_rows_matmul(matmul, executor);
   packed_matmul(matmul, best_kernel(cpu_features()), executor);
 }
 

@@ -31,6 +31,7 @@ BARRIER = "gpt2_jax_barrier"
 SUMS_OF_SQUARES = "gpt2_jax_sums_of_squares"
 ATTENTION = "gpt2_jax_attention"
 ATTENTION_BACKWARD = "gpt2_jax_attention_backward"
+CACHED_ATTENTION = "gpt2_jax_cached_attention"
 LAYER_NORM = "gpt2_jax_layer_norm"
 LAYER_NORM_BACKWARD = "gpt2_jax_layer_norm_backward"
 GELU = "gpt2_jax_gelu"
@@ -40,7 +41,7 @@ COLUMN_SUMS = "gpt2_jax_column_sums"
 ADAMW = "gpt2_jax_adamw"
 _TARGETS = (
     *(MATMUL, MATMUL_BIAS, MATMUL_INTO, WRITE_INTO, ADD_ROWS_INTO, BARRIER),
-    *(ATTENTION, ATTENTION_BACKWARD),
+    *(ATTENTION, ATTENTION_BACKWARD, CACHED_ATTENTION),
     *(LAYER_NORM, LAYER_NORM_BACKWARD, GELU, GELU_BACKWARD, SOFTMAX_CROSS_ENTROPY, COLUMN_SUMS),
     *(SUMS_OF_SQUARES, ADAMW),
 )
