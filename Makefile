@@ -8,7 +8,7 @@
 # make check-macos         the library cross-compiled for macOS on Apple silicon, and its file checked
 # make wheel               dist/*.whl, in which the custom calls must be
 # make docs                the documentation's pages, into build/site; a warning is an error
-# make lint                ruff and mypy
+# make lint                ruff, mypy, and zizmor for the GitHub workflows
 # make help                these lines
 # Every target is a plain command or two; see README.md for them without make.
 
@@ -101,6 +101,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --no-progress --quiet .github/workflows
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -34,7 +34,7 @@ from gpt2_jax.models.weights import load_weights, model_source
 from gpt2_jax.training import run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model that writes and is evaluated; `load` makes one."""
 

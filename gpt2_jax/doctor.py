@@ -36,10 +36,7 @@ VARIABLES: dict[str, str] = {
     "GPT2_JAX_CPU_FEATURES": "",
     "GPT2_JAX_DISABLE": "",
     "JAX_DEFAULT_MATMUL_PRECISION": "",
-    "ENABLE_PJRT_COMPATIBILITY": "",
-    "MLX_ENABLE_TF32": "",
-    "METALJAX_MATMUL_PRECISION": "",
-    "JAX_MPS_NO_OPTIMIZE": "",
+    **{name: "" for plugin in metal_plugins.METAL_PLUGINS for name, _ in plugin.variables},
     "JAX_ENABLE_X64": "64-bit numbers, which no Apple GPU has and the formats here do not know",
     "JAX_DISABLE_JIT": "every operation alone: slow, and on jax-metal wrong in places (jax issue 19132)",
 }
@@ -104,7 +101,14 @@ def _plugins() -> Iterator[Finding]:
     if sys.platform == "darwin":
         try:
             metal_plugins.check_apple_machine()
-            yield Finding("Apple GPU", metal_plugins.choose_plugin()[1])
+            plugin, reason = metal_plugins.choose_plugin()
+            yield Finding("Apple GPU", reason)
+            for name, value in metal_plugins.facts(plugin):
+                yield Finding(f"  {name}", value)
+            for name, does in plugin.variables:
+                yield Finding("  reads", f"{name}={does}" if name not in os.environ else f"{name}={os.environ[name]}; {does}")
+            if newer := metal_plugins.newer_than_its_table(plugin):
+                yield Finding("  table", newer, "python scripts/selfcheck.py --backend metal   (tests it on this machine)")
         except Gpt2JaxError as error:
             # Without a plugin all is well, but slower than it could be; one that does not fit is a fault.
             broken = any(version_text(name) for name in metal_plugins.METAL_PLUGIN_NAMES)

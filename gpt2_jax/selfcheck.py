@@ -1,24 +1,29 @@
 """Training on this machine's devices against XLA on the CPU: the numbers first, the speed beside them.
 
 What the tests cannot do for a device that the project's authors do not have: one command trains the same small model
-from the same state on the device and on the CPU, and says whether they agree.
+from the same state on the device and on the CPU, and says whether they agree. selfcheck_report.py tells it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
+import re
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.compute import metal_plugins
 from gpt2_jax.compute.backend import Backend, cpu_backend
 from gpt2_jax.compute.forward import next_token_logits
 from gpt2_jax.compute.plan import Plan, make_plan
@@ -26,17 +31,12 @@ from gpt2_jax.compute.step import accumulated_gradient, compile_step, create_sta
 from gpt2_jax.config import ComputeSettings, OptimizerSettings
 from gpt2_jax.data.corpus import encode_documents
 from gpt2_jax.data.kjv import kjv_chapters
-from gpt2_jax.doctor import VARIABLES
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2_VOCAB_SIZE, GPT2Config
-from gpt2_jax.files import atomic_write
 from gpt2_jax.generate import generate
 from gpt2_jax.gradient_check import Comparison, compare_gradients, compare_logits, compare_losses
 from gpt2_jax.interop.pytorch import make_pytorch_model, pytorch_gradients, pytorch_loss
-from gpt2_jax.jax_compat import version_text
-from gpt2_jax.machine import processor_name, system_name
 from gpt2_jax.models.initialize import initialize_parameters
-from gpt2_jax.sharing import anonymous
 
 SMALL_MODEL = GPT2Config(max_sequence_length=64, vocab_size=GPT2_VOCAB_SIZE, num_layers=4, num_heads=4, channels=128)
 BATCH_SIZE = 4
@@ -61,7 +61,8 @@ class Outcome:
 
     system: System
     losses: list[float]
-    grads: dict[str, np.ndarray]  # of the first batch at the first weights
+    # Of the first batch at the first weights, computed twice: a plugin's kernel was once wrong in one run of ten.
+    grads: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
     params: np.ndarray  # the last
     compile_seconds: float
     step_seconds: list[float]
@@ -69,6 +70,11 @@ class Outcome:
     @property
     def median_seconds(self) -> float:
         return float(np.median(self.step_seconds))
+
+    @property
+    def repeats_bits(self) -> bool:
+        """Whether both gradients have the same bits."""
+        return all(np.array_equal(first, self.grads[1][name], equal_nan=True) for name, first in self.grads[0].items())
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,51 @@ class Check:
     @property
     def passed(self) -> bool:
         return all(row.passed for row in (*self.against_reference, *self.against_pytorch))
+
+
+@dataclass(frozen=True)
+class OfDtype:
+    """All systems in one dtype."""
+
+    dtype: str
+    checks: list[Check]
+    failure: str = ""  # what ended it, without results
+    operations: dict[str, int] = dataclasses.field(default_factory=dict)  # jax-mps's own in the compiled step, by name
+    expected_operations: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and all(check.passed for check in self.checks)
+
+
+@contextmanager
+def compiled_programs(backend: Backend) -> Iterator[Path | None]:
+    """A folder that the backend's plugin writes its programs to from now on; None where it writes none. Call this before jax
+    starts."""
+    variable = metal_plugins.plugin_named(backend.plugin).programs_variable if backend.plugin else ""
+    if not variable or os.environ.get(variable):  # the user's own folder may hold other programs
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[variable] = folder
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ[variable]
+
+
+def check_dtype(systems: list[System], tokens: np.ndarray, programs: Path | None) -> OfDtype:
+    """Check systems of one dtype, of which the second is the device's; what ends it is said in the result."""
+    dtype = systems[0].plan.dtype
+    for old in programs.glob("*") if programs else ():
+        old.unlink()
+    try:
+        checks = check_systems(systems, tokens)
+    except (RuntimeError, NotImplementedError) as error:  # what jax and its plugins raise
+        return OfDtype(dtype, [], failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    if programs is None:
+        return OfDtype(dtype, checks)
+    return OfDtype(dtype, checks, "", recognised(programs), expected_operations(systems[1].plan))
 
 
 def systems_to_check(backend: Backend, config: GPT2Config, dtype: Literal["float32", "bfloat16"]) -> list[System]:
@@ -133,54 +184,41 @@ def check_systems(
             outcome,
             [
                 compare_losses(outcome.losses, reference.losses, config, dtype),
-                *compare_gradients(outcome.grads, reference.grads, config, dtype),
+                *_compare_both(outcome, reference.grads[0], config, dtype),
                 compare_logits(logits, results[0][0], config, dtype),
             ],
-            compare_gradients(outcome.grads, pytorch, config, dtype) if pytorch else [],
+            _compare_both(outcome, pytorch, config, dtype) if pytorch else [],
             sample,
         )
         for outcome, (logits, sample) in zip(outcomes, results, strict=True)
     ]
 
 
-def rows_to_show(rows: list[Comparison]) -> list[tuple[str, Comparison]]:
-    """Each quantity with its label; of the gradients of the 16 tensors only the worst, where all are within tolerance."""
-    grads = [row for row in rows if row.name.startswith("grad ")]
-    shown = [(row.name, row) for row in rows if not row.passed or row not in grads]
-    if grads and all(row.passed for row in grads):
-        worst = max(grads, key=lambda row: row.used_tolerance)
-        shown.append((f"16 grads, worst {worst.name.removeprefix('grad ')}", worst))
-    return shown
+def recognised(folder: Path) -> dict[str, int]:
+    """How often jax-mps's own operations stand in the training step, by name, as it wrote its programs to `folder`; empty
+    where there is no program. The step is the longest."""
+    programs = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("*.mlir")]
+    longest = max(programs, key=len, default="")
+    return dict(sorted(Counter(re.findall(r"@(mps\.\w+)", longest)).items()))
 
 
-def write_report(path: Path, checks: list[Check], config: GPT2Config, *, dtype: str) -> None:
-    """One JSON object for sharing: nothing in it names a person, a machine, a path or a network."""
-    packages = ("gpt2_jax", "jax", "jaxlib", "jax-mps", "metaljax", "jax-graft", "jax-metal", "numpy", "torch")
-    report: dict[str, Any] = {
-        "processor": anonymous(processor_name()),
-        "system": anonymous(system_name()),
-        "versions": {name: version for name in packages if (version := version_text(name))},
-        "environment": {name: anonymous(os.environ[name]) for name in VARIABLES if name in os.environ},
-        "model": dataclasses.asdict(config),
-        "dtype": dtype,
-        "passed": all(check.passed for check in checks),
-        "systems": [
-            {
-                "name": check.outcome.system.name,
-                "device": anonymous(check.outcome.system.device.device_kind),
-                "compile_seconds": check.outcome.compile_seconds,
-                "step_seconds": check.outcome.step_seconds,
-                "median_step_seconds": check.outcome.median_seconds,
-                "losses": check.outcome.losses,
-                "sample": check.sample,
-                "against_reference": [dataclasses.asdict(row) | {"passed": row.passed} for row in check.against_reference],
-                "against_pytorch": [dataclasses.asdict(row) | {"passed": row.passed} for row in check.against_pytorch],
-            }
-            for check in checks
-        ],
+def expected_operations(plan: Plan) -> dict[str, int]:
+    """What `recognised` must find for a step of one micro-batch by this plan."""
+    L = plan.config.num_layers
+    of_parts = {"sdpa_causal": (plan.attention, L), "gelu": (plan.activation, L), "layer_norm": (plan.norm_linear, 2 * L + 1)}
+    counts = {
+        f"mps.{name}{direction}": count
+        for name, (choice, count) in of_parts.items()
+        if choice.name == "apple"
+        for direction in ("", "_bwd")
     }
-    with atomic_write(path) as file:
-        file.write((json.dumps(_json_value(report), indent=1) + "\n").encode())
+    return counts | ({"mps.addmm": 4 * L} if plan.linear.name == "apple" else {})
+
+
+def _compare_both(outcome: Outcome, reference: dict[str, np.ndarray], config: GPT2Config, dtype: str) -> list[Comparison]:
+    """For each tensor the worse of both gradients."""
+    pairs = zip(*(compare_gradients(grads, reference, config, dtype) for grads in outcome.grads), strict=True)
+    return [next((row for row in pair if not row.passed), max(pair, key=lambda row: row.used_tolerance)) for pair in pairs]
 
 
 def _train(system: System, params: np.ndarray, x_SBT: np.ndarray, y_SBT: np.ndarray) -> Outcome:
@@ -188,7 +226,7 @@ def _train(system: System, params: np.ndarray, x_SBT: np.ndarray, y_SBT: np.ndar
     settings = OptimizerSettings(schedule="cosine", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     with jax.default_device(system.device):
         gradient = jax.jit(lambda params_N, x_ABT, y_ABT: accumulated_gradient(plan, params_N, None, x_ABT, y_ABT)[1])
-        grads = plan.layout.views(np.asarray(gradient(params, x_SBT[:1], y_SBT[:1])))
+        first, second = (plan.layout.views(np.asarray(gradient(params, x_SBT[:1], y_SBT[:1]))) for _ in range(2))
         started = time.perf_counter()
         step = compile_step(plan, settings, len(x_SBT), (1, *x_SBT.shape[1:]))
         compile_seconds = time.perf_counter() - started
@@ -200,7 +238,7 @@ def _train(system: System, params: np.ndarray, x_SBT: np.ndarray, y_SBT: np.ndar
             # Some plugins do not wait in block_until_ready; a value on the host is there when the step is done.
             losses.append(float(np.asarray(metrics.loss)))
             seconds.append(time.perf_counter() - started)
-        return Outcome(system, losses, grads, np.asarray(state.params), compile_seconds, seconds)
+        return Outcome(system, losses, (first, second), np.asarray(state.params), compile_seconds, seconds)
 
 
 def _sample(system: System, params: np.ndarray, x_1T: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -220,12 +258,3 @@ def _pytorch_gradients(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray,
         return {}
     pytorch_loss(model, x_BT, y_BT)[1].backward()
     return config.layout.views(pytorch_gradients(model, config))
-
-
-def _json_value(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _json_value(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

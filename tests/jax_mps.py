@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -176,45 +177,89 @@ def residual_bytes(backend: Any) -> int:
     return sum(sizes)
 
 
-def differences(dtype: str) -> dict[str, float]:
-    """How far loss and gradient of the program for jax-mps, each of its operations by its plain definition, run by
-    StableHLO's interpreter, are from those of the reference by XLA: relative to the largest of their kind."""
+def interpret(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function as jax-mps would be given it, run by StableHLO's interpreter. Booleans come back as integers:
+    in some versions of jaxlib they end the process."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import stablehlo
 
     from gpt2_jax.compute import metal_check
+
+    def without_booleans(*arguments: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.int32) if leaf.dtype == bool else leaf, function(*arguments))
+
+    module = metal_check.lower(jax.jit(without_booleans).trace(*arguments), "mps")
+    with module.context:
+        inputs = [ir.DenseElementsAttr.get(np.array(leaf, order="C")) for leaf in jax.tree.leaves(arguments)]
+        outputs = [np.array(output) for output in stablehlo.eval_module(module, inputs)]
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *arguments)), outputs)
+
+
+def differences(dtype: str) -> dict[str, float]:
+    """How far the programs for jax-mps, each of its operations by its plain definition, run by StableHLO's interpreter, are
+    from those of the reference by XLA: relative to the largest of their kind. Of the parameters after a step, how far they
+    are from what the step's own moments make of them, in roundings."""
+    import jax
+    import numpy as np
+    from jaxlib.mlir.dialects import stablehlo
+
     from gpt2_jax.compute.backend import metal_backend
+    from gpt2_jax.compute.forward import make_loss_function, next_token_logits
     from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
     from gpt2_jax.compute.plan import make_plan
-    from gpt2_jax.compute.step import loss_and_gradient
-    from gpt2_jax.config import ComputeSettings
-    from gpt2_jax.models.initialize import initialize_parameters
-    from tests.compute.test_metal_check import SMALL
+    from gpt2_jax.compute.step import create_state, loss_and_gradient, make_step
+    from gpt2_jax.config import ComputeSettings, OptimizerSettings
+    from tests.compute.test_metal_check import SMALL, decays, direction, parameters_of_small
     from tests.conftest import CPU
 
     if not hasattr(stablehlo, "eval_module"):
         return {}
-    params = initialize_parameters(SMALL)
-    params += np.random.default_rng(0).normal(0, 0.02, params.shape).astype(np.float32)
-    params[slice(*SMALL.layout["wte"].padding_span)] = 0
-    tokens = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 9)).astype(np.int32)
-    arguments = (params, np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]))
+    params = parameters_of_small()
+    tokens_ABT = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 2, 9)).astype(np.int32)
+    x_ABT, y_ABT = (np.ascontiguousarray(each) for each in (tokens_ABT[..., :-1], tokens_ABT[..., 1:]))
+    x_BT, y_BT = x_ABT[0], y_ABT[0]
     settings = ComputeSettings(dtype=dtype, matmul="auto")  # type: ignore[arg-type]
     plan = make_plan(settings, metal_backend(METAL_PLUGINS[0], "test"), SMALL)
     reference = make_plan(ComputeSettings(dtype=dtype, matmul="xla"), CPU, SMALL)  # type: ignore[arg-type]
-    traced = jax.jit(lambda flat_N, x, y: loss_and_gradient(plan, flat_N, None, x, y)[:2]).trace(*arguments)
-    module = metal_check.lower(traced, "mps")
-    with module.context:
-        outputs = stablehlo.eval_module(module, [ir.DenseElementsAttr.get(each) for each in arguments])
-        loss, gradient = (np.array(output) for output in outputs)
-    wanted = jax.jit(lambda flat_N, x, y: loss_and_gradient(reference, flat_N, None, x, y)[:2])(*arguments)
-    wanted_loss, wanted_gradient = (np.asarray(each) for each in wanted)
-    return {
-        "loss": float(abs(loss - wanted_loss) / wanted_loss),
-        "gradient": float(np.abs(gradient - wanted_gradient).max() / np.abs(wanted_gradient).max()),
+
+    def difference(found: Any, wanted: Any) -> float:
+        return float(np.abs(np.asarray(found) - np.asarray(wanted)).max() / np.abs(np.asarray(wanted)).max())
+
+    def gradient(plan: Any, flat_N: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+        return loss_and_gradient(plan, flat_N, None, x, y)[:2]
+
+    def logits(plan: Any, flat_N: jax.Array, x: jax.Array) -> jax.Array:
+        return next_token_logits(plan, flat_N, x, np.int32(5))
+
+    found_loss, found_gradient = interpret(partial(gradient, plan), params, x_BT, y_BT)
+    loss, wanted_gradient = jax.jit(partial(gradient, reference))(params, x_BT, y_BT)
+    found = {
+        "loss": difference(found_loss, loss),
+        "gradient": difference(found_gradient, wanted_gradient),
+        "validation": difference(
+            interpret(make_loss_function(plan), params, x_BT, y_BT), make_loss_function(reference)(params, x_BT, y_BT)
+        ),
+        "sampling": difference(interpret(partial(logits, plan), params, x_BT[:1]), logits(reference, params, x_BT[:1])),
     }
+    # Two micro-batches, clipping, AdamW.
+    optimizer = OptimizerSettings(schedule="constant", learning_rate=1e-3, warmup_steps=0, weight_decay=0.1)
+    state = jax.tree.map(np.asarray, create_state(plan, params))
+    there, metrics_there = interpret(make_step(plan, optimizer, 10), state, x_ABT, y_ABT)
+    here, metrics = make_step(reference, optimizer, 10)(create_state(reference, params), x_ABT, y_ABT)
+    found |= {
+        "step's loss": difference(metrics_there.loss, metrics.loss),
+        "step's norm": difference(metrics_there.gradient_norm, metrics.gradient_norm),
+        "step's first moment": difference(there.optimizer.m, here.optimizer.m),
+        "step's second moment": difference(there.optimizer.v, here.optimizer.v) / 2,  # squares
+    }
+    rate = float(metrics.learning_rate)
+    change = rate * direction(there.optimizer, 1)
+    expected = params.astype(np.float64) * (1 - rate * optimizer.weight_decay * decays(SMALL.layout)) - change
+    rounding = 2.0**-24 * (4 * np.abs(params) + 16 * np.abs(change) + 1e-30)
+    return found | {"parameters, in roundings": float((np.abs(there.params - expected) / rounding).max())}
 
 
 if __name__ == "__main__":

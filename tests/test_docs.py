@@ -46,9 +46,9 @@ def test_the_tutorials_have_commands():
 def test_every_page_is_in_the_site():
     named = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     found = set(re.findall(r"[\w/-]+\.md", str(named)))
-    assert found == {str(path.relative_to(DOCS)) for path in [*PAGES, DOCS / "apple.md", DOCS / "performance.md"]} | {
-        "records/README.md"
-    }
+    assert found == {
+        str(path.relative_to(DOCS)) for path in [*PAGES, DOCS / "apple.md", DOCS / "performance.md", DOCS / "scale.md"]
+    } | {"records/README.md"}
 
 
 def test_the_python_of_the_tutorial_runs(tmp_path: Path):

@@ -136,3 +136,23 @@ def test_a_device_that_ends_the_process_is_reported(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", hangs)
     assert doctor.open_in_a_process("metal") == (False, "did not open in 180 s")
+
+
+def test_what_the_plugin_makes_one_operation_and_what_bfloat16_is_there(patient, monkeypatch):
+    patient(**MAC, jax_mps="0.11.1", jax="0.11.2")
+    monkeypatch.setenv("JAX_MPS_NO_OPTIMIZE", "1")
+    every = [(finding.subject.strip(), finding.found) for finding in doctor.examine()]
+    assert ("one operation", "attention, GELU, LayerNorm, a product and its bias") in every
+    assert any(subject == "bfloat16" and "rounded to bfloat16 once" in found for subject, found in every)
+    read = [found for subject, found in every if subject == "reads"]
+    assert "JAX_MPS_NO_OPTIMIZE=1; 1: nothing is recognised by form" in read
+    assert any(found.startswith("JAX_MPS_CACHE_LIMIT_BYTES=bound of the memory") for found in read)
+    assert "table" not in dict(every)
+
+
+def test_a_plugin_that_is_newer_than_the_table_of_its_operations(patient, monkeypatch):
+    patient(**MAC, jax_mps="0.11.1", jax="0.11.2")
+    monkeypatch.setattr(metal_plugins, "table_of", lambda name: {"plugin": f"{name} 0.11.0"})
+    table = findings()["  table"]
+    assert "jax-mps 0.11.1 is newer than the table of its operations, of 0.11.0" in table.found
+    assert "selfcheck" in table.remedy

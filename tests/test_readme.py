@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_jax.benchmark import swift
+from gpt2_jax.benchmark.matmul import _work_of_step
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
+from gpt2_jax.compute.metal_tables import table_of
 from gpt2_jax.config import RunConfig, format_config
+from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.llmc.token_shard import write_token_shard
 from tests.conftest import REPOSITORY
 from tests.test_config import FLAGS
@@ -119,3 +123,14 @@ def test_the_guide_for_macs_names_commands_that_exist():
             assert flag in flags_of_script(script), (script, flag)
     for flag in re.findall(r"`(--[a-z-]+)", APPLE):
         assert flag in FLAGS
+
+
+def test_the_guide_for_macs_has_the_published_figures_as_the_bench_prints_them():
+    work = _work_of_step(config_from_descriptor(swift.MODEL), swift.TOKENS)
+    assert "\n".join(swift.ladder([], work)) in APPLE
+
+
+def test_the_guide_for_macs_names_every_plugins_table_with_its_version():
+    for plugin in METAL_PLUGINS:
+        table = table_of(plugin.name)["plugin"]
+        assert re.search(rf"^\| {table} \| \[{plugin.name.replace('-', '_')}_operations.toml\]", APPLE, re.MULTILINE), table

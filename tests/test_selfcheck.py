@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax import selfcheck
+from gpt2_jax import selfcheck, selfcheck_report
 from gpt2_jax.compute.backend import Backend
 from tests.conftest import CPU, REPOSITORY, TINY, plan_of
+from tests.implementations import APPLE, plan_of_kind
 
 STEPS, BATCH_SIZE = 3, 2
 
@@ -57,7 +58,7 @@ def test_bfloat16_has_its_own_tolerance(checks):
     found = check(systems_to_check("bfloat16"))
     assert all(one.passed for one in found)
     for one in found:  # each was computed in bfloat16
-        [in_float32, in_bfloat16] = (outcome.grads["wte"] for outcome in (checks[0].outcome, one.outcome))
+        [in_float32, in_bfloat16] = (outcome.grads[0]["wte"] for outcome in (checks[0].outcome, one.outcome))
         assert np.abs(in_bfloat16 - in_float32).max() > 1e-5 * np.abs(in_float32).max()
 
 
@@ -79,39 +80,112 @@ def test_pytorch_is_a_witness(checks):
         assert all(row.passed and row.max_absolute > 0 for row in one.against_pytorch)
 
 
-def test_a_wrong_gradient_fails_and_is_shown_by_its_tensor(checks, monkeypatch):
+@pytest.mark.parametrize("wrong_first", [True, False])
+def test_a_wrong_gradient_fails_and_is_shown_by_its_tensor(checks, monkeypatch, wrong_first):
     outcomes = [one.outcome for one in checks]
-    grads = outcomes[-1].grads
-    outcomes[-1] = dataclasses.replace(outcomes[-1], grads=grads | {"lnfb": grads["lnfb"] * np.float32(1.01)})
+    grads = outcomes[-1].grads[0]
+    wrong = grads | {"lnfb": grads["lnfb"] * np.float32(1.01)}
+    outcomes[-1] = dataclasses.replace(outcomes[-1], grads=(wrong, grads) if wrong_first else (grads, wrong))
     monkeypatch.setattr(selfcheck, "_train", lambda system, *_: {o.system.name: o for o in outcomes}[system.name])
     monkeypatch.setattr(selfcheck, "_sample", lambda *_: (np.zeros(3, np.float32), [1]))
     found = check([outcome.system for outcome in outcomes])
     assert [one.passed for one in found] == [True] * (len(found) - 1) + [False]
-    shown = selfcheck.rows_to_show(found[-1].against_reference)
+    shown = selfcheck_report.rows_to_show(found[-1].against_reference)
     assert [label for label, row in shown if not row.passed] == ["grad lnfb"]
-    shown = selfcheck.rows_to_show(found[0].against_reference)
+    shown = selfcheck_report.rows_to_show(found[0].against_reference)
     assert [label for label, _ in shown][:2] == ["3 steps' losses", "logits"]
     assert shown[2][0].startswith("16 grads, worst ")
 
 
-def test_the_report_is_json_that_names_nobody(checks, tmp_path):
+def report_of(checks, **changes):
     outcome = dataclasses.replace(checks[-1].outcome, losses=[float("nan"), 1.0, 2.0])
     reported = [*checks[:-1], dataclasses.replace(checks[-1], outcome=outcome)]
+    return selfcheck_report.report_of([selfcheck.OfDtype("float32", reported, **changes)], TINY)
+
+
+def test_the_report_is_json_that_names_nobody(checks, tmp_path):
     path = tmp_path / "selfcheck.json"
-    selfcheck.write_report(path, reported, TINY, dtype="float32")
+    selfcheck_report.write_report(path, report_of(checks))
     text = path.read_text(encoding="utf-8")
     report = json.loads(text)
     assert report["passed"]
     assert report["versions"]["jax"] == jax.__version__
-    assert (report["systems"][0]["name"], report["systems"][-1]["name"]) == ("cpu, xla", "imitated")
-    assert report["systems"][-1]["losses"] == [None, 1.0, 2.0]
-    assert report["systems"][0]["median_step_seconds"] == np.median(report["systems"][0]["step_seconds"])
+    systems = report["dtypes"][0]["systems"]
+    assert (systems[0]["name"], systems[-1]["name"]) == ("cpu, xla", "imitated")
+    assert systems[-1]["losses"] == [None, 1.0, 2.0]
+    assert systems[0]["median_step_seconds"] == np.median(systems[0]["step_seconds"])
+    assert systems[0]["repeats_bits"]
     for private in (str(tmp_path), str(REPOSITORY), platform.node()):
         assert private not in text
 
 
+def test_the_report_for_an_issue(checks):
+    operations = {"mps.gelu": 1, "mps.addmm": 8}
+    found = selfcheck_report.markdown(report_of(checks, operations=operations, expected_operations={"mps.gelu": 2}))
+    assert found.startswith("### selfcheck: all agree within tolerance\n")
+    assert f"jax {jax.__version__}" in found
+    table = [line for line in found.splitlines() if line.startswith("| float32")]
+    assert len(table) == len(checks)
+    assert table[0].startswith("| float32 | cpu, xla |")
+    assert all(line.endswith("| yes |") for line in table)
+    assert "mps.gelu 1 of 2, mps.addmm 8" in found
+    assert "not within" not in found
+    wrong = dataclasses.replace(checks[0].against_reference[1], used_tolerance=float("nan"))
+    bad = dataclasses.replace(checks[0], against_reference=[wrong])
+    results = [selfcheck.OfDtype("float32", [bad]), selfcheck.OfDtype("bfloat16", [], failure="RuntimeError: no bf16")]
+    found = selfcheck_report.markdown(selfcheck_report.report_of(results, TINY))
+    assert found.startswith("### selfcheck: FAILED\n")
+    assert f"- float32, cpu, xla against cpu, xla: {wrong.name} differs by" in found
+    assert "- bfloat16: RuntimeError: no bf16" in found
+
+
+def test_a_dtype_that_the_device_cannot_compute_is_told_and_fails(monkeypatch):
+    def cannot(*_):
+        raise RuntimeError("UNIMPLEMENTED: bf16\nand more")
+
+    monkeypatch.setattr(selfcheck, "check_systems", cannot)
+    found = selfcheck.check_dtype(systems_to_check("bfloat16"), np.zeros(9), None)
+    assert (found.passed, found.failure) == (False, "RuntimeError: UNIMPLEMENTED: bf16")
+    assert list(selfcheck_report.text_lines(found, TINY)) == ["\nbfloat16: FAILED: RuntimeError: UNIMPLEMENTED: bf16"]
+
+
+def test_the_plugins_operations_are_counted_in_the_step_that_it_compiled(checks, tmp_path, monkeypatch):
+    """As jax-mps writes its programs: the longest is the step."""
+    variable = "JAX_MPS_DUMP_OPTIMIZED_IR"
+    monkeypatch.delenv(variable, raising=False)
+    calls = "  %1 = stablehlo.custom_call @mps.gelu(%0)\n  %2 = stablehlo.custom_call @mps.gelu_bwd(%0, %1)\n"
+
+    def compiles(*_):
+        (folder / "module_0.mlir").write_text("stablehlo.custom_call @mps.softmax(%0)\n")
+        (folder / "module_1.mlir").write_text(2 * calls)
+        return checks
+
+    monkeypatch.setattr(selfcheck, "check_systems", compiles)
+    on_apple = selfcheck.System("jax-mps", jax.devices("cpu")[0], plan_of_kind("apple"))
+    with selfcheck.compiled_programs(APPLE) as folder:
+        assert os.environ[variable] == str(folder)
+        assert selfcheck.recognised(folder) == {}
+        (folder / "module_7.mlir").write_text(9 * calls)  # of the dtype before
+        found = selfcheck.check_dtype([systems_to_check()[0], on_apple], np.zeros(9), folder)
+    assert found.operations == {"mps.gelu": 2, "mps.gelu_bwd": 2}
+    assert found.expected_operations["mps.layer_norm_bwd"] == 2 * TINY.num_layers + 1
+    assert found.expected_operations["mps.addmm"] == 4 * TINY.num_layers
+    assert any("mps.gelu 2 of 2" in line for line in selfcheck_report.text_lines(found, TINY))
+    assert selfcheck.expected_operations(plan_of()) == {}
+    assert variable not in os.environ
+
+
+@pytest.mark.parametrize(("backend", "value"), [(CPU, ""), (APPLE, "a folder of the user's")])
+def test_no_programs_are_read_where_there_are_none_or_others_too(backend, value, monkeypatch):
+    monkeypatch.setenv("JAX_MPS_DUMP_OPTIMIZED_IR", value)
+    with selfcheck.compiled_programs(backend) as folder:
+        assert folder is None
+    assert os.environ["JAX_MPS_DUMP_OPTIMIZED_IR"] == value
+
+
 @pytest.mark.parametrize(
-    ("learning_rate", "status", "last"), [("1e-3", 0, "all agree within tolerance"), ("float('nan')", 1, "FAILED: cpu, xla")]
+    ("learning_rate", "status", "last"),
+    [("1e-3", 0, "all agree within tolerance"), ("float('nan')", 1, "FAILED: cpu, xla in float32; cpu, xla in bfloat16")],
 )
 def test_the_status_of_the_script_can_be_trusted(tmp_path, learning_rate, status, last):
     """With a smaller model on one system; a loss that is not a number agrees with nothing."""
@@ -135,6 +209,7 @@ def test_the_status_of_the_script_can_be_trusted(tmp_path, learning_rate, status
     assert ended.stdout.splitlines()[-1] == last
     text = (tmp_path / "report.json").read_text()
     assert json.loads(text)["passed"] == (status == 0)
+    assert [each["dtype"] for each in json.loads(text)["dtypes"]] == ["float32", "bfloat16"]
     assert json.loads(text)["environment"]["XLA_FLAGS"].endswith(" --xla_dump_to=<path>")
     for private in (str(tmp_path), "home", *names.values()):
         assert private not in text

@@ -80,7 +80,7 @@ int bench_shape(int argc, char** argv) {
   ThreadPool pool(num_threads - 1);
   PoolExecutor executor(pool, num_threads);
   std::printf("%d thread(s), cpu features %s, kernel %s\n", num_threads,
-              cpu_feature_names(cpu_features()).c_str(), best_kernel(cpu_features()).name);
+              cpu_feature_names(cpu_features()).c_str(), best_kernel(Precision::kF32_F32_F32).name);
   for (const Precision precision : kPrecisions) {
     // BF16_BF16_F32 is timed with bfloat16 operands, the other precisions with float32 ones.
     if ((dtype == DType::kBFloat16) != (precision == Precision::kBF16_BF16_F32)) continue;

@@ -9,11 +9,10 @@
 
 #include "cpu_features.h"
 #include "kernels/kernel.h"
-#include "kernels/tile_kernel.h"
+#include "kernels/tile_format.h"
 #include "operand.h"
 #include "registry.h"
 #include "schedule.h"
-#include "schedule_tiles.h"
 #include "thread_pool.h"
 #include "timing.h"
 #include "workspace.h"
@@ -105,24 +104,23 @@ double max_error(const Matmul& matmul) {
   return error / largest;
 }
 
-void multiply_nothing(int64_t, const float*, const float*, float*, int64_t, bool) {}
-void multiply_no_tiles(const TileBlock&) {}
+void multiply_nothing(const PanelBlock&) {}
 
 // The rung without its multiplications: only packing and storing. nullptr for rungs that do not
 // pack.
 std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& rung) {
   if (rung == "amx") {
     return [](const Matmul& matmul, Executor& executor) {
-      TileKernel kernel = *amx_kernel();
-      kernel.multiply = kernel.multiply_digits = multiply_no_tiles;
-      tile_matmul(matmul, kernel, executor);
+      Kernel kernel = *amx_kernel(matmul.precision);
+      kernel.multiply = multiply_nothing;
+      packed_matmul(matmul, kernel, executor);
     };
   }
   if (rung == "simd" || rung == "threaded") {
     const bool threaded = rung == "threaded";
     return [threaded](const Matmul& matmul, Executor& executor) {
-      Kernel kernel = best_kernel(cpu_features());
-      kernel.run = multiply_nothing;
+      Kernel kernel = best_kernel(matmul.precision);
+      kernel.multiply = multiply_nothing;
       InlineExecutor alone;
       packed_matmul(matmul, kernel, threaded ? executor : alone);
     };
@@ -130,31 +128,28 @@ std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& r
   return nullptr;
 }
 
-// The tile kernel's speed on panels that stay in L1, on `num_threads` threads at once: an upper
-// bound for every product.
-double peak_gflops(const TileKernel& kernel, int num_threads) {
-  constexpr int64_t kSteps = 8, kCalls = 4000;
-  const auto work = [&kernel] {
-    const Workspace memory(kBlockSums + kSteps * 4 * kTileBytes / 4);
-    std::fill(memory.data(), memory.data() + kBlockSums + kSteps * kTileBytes, 0.0f);
-    const auto* panels = reinterpret_cast<unsigned char*>(memory.data() + kBlockSums);
-    constexpr TilePass kPass[] = {{0, 0}};
-    TilePrefetch prefetch;
-    const TileBlock block = {panels,
-                             panels + kSteps * 2 * kTileBytes,
-                             2 * kTileBytes,
-                             2 * kTileBytes,
-                             2,
-                             2,
-                             kSteps,
-                             kPass,
-                             1,
-                             memory.data(),
-                             true,
-                             &prefetch};
-    kernel.configure();
+// The kernel's speed on panels that stay in L1, on `num_threads` threads at once: an upper bound for
+// every product.
+double peak_gflops(const Kernel& kernel, int num_threads) {
+  constexpr int64_t kDepth = 128, kCalls = 4000;
+  const int64_t left_floats = kernel.left_lanes * kDepth, right_floats = kernel.right_lanes * kDepth;
+  const int64_t sums_floats = kernel.left_lanes * kernel.right_lanes;
+  const auto work = [&] {
+    const Workspace memory(sums_floats + left_floats + right_floats);
+    std::fill_n(memory.data(), sums_floats + left_floats + right_floats, 0.0f);
+    Prefetch prefetch;
+    PanelBlock block = {};
+    block.left = reinterpret_cast<unsigned char*>(memory.data() + sums_floats);
+    block.right = reinterpret_cast<unsigned char*>(memory.data() + sums_floats + left_floats);
+    block.left_lanes = kernel.left_lanes, block.right_lanes = kernel.right_lanes;
+    block.left_parts = block.right_parts = 1;
+    block.depth = kDepth;
+    block.sums = memory.data();
+    block.accumulate = true;
+    block.prefetch = &prefetch;
+    if (kernel.configure != nullptr) kernel.configure();
     for (int64_t i = 0; i < kCalls; ++i) kernel.multiply(block);
-    kernel.release();
+    if (kernel.release != nullptr) kernel.release();
   };
   const double seconds = median_seconds(0.1, [&] {
     std::vector<std::thread> threads;
@@ -162,8 +157,7 @@ double peak_gflops(const TileKernel& kernel, int num_threads) {
     work();
     for (std::thread& thread : threads) thread.join();
   });
-  return num_threads * kCalls * kSteps * 2.0 * kPanelLanes * kPanelLanes * kTileDepth / seconds *
-         1e-9;
+  return 2.0 * num_threads * kCalls * sums_floats * kDepth / seconds * 1e-9;
 }
 
 struct Total {
@@ -242,12 +236,17 @@ void bench_gpt2_products(int64_t tokens, int num_threads, const std::string& run
   ThreadPool pool(num_threads - 1);  // the calling thread works too
   PoolExecutor executor(pool, num_threads);
   std::printf("GPT-2 124M, %d tokens, %d thread(s), kernel %s; a layer's products count 12 times\n",
-              static_cast<int>(tokens), num_threads, best_kernel(cpu_features()).name);
-  const Implementation* amx = find_implementation("amx");
-  if (amx->unavailable().empty()) {
+              static_cast<int>(tokens), num_threads, best_kernel(Precision::kF32_F32_F32).name);
+  std::vector<const Kernel*> kernels_here = {&best_kernel(Precision::kF32_F32_F32)};
+  const Kernel* const narrow = &best_kernel(Precision::kBF16_BF16_F32);
+  if (narrow != kernels_here[0]) kernels_here.push_back(narrow);
+  if (find_implementation("amx")->unavailable().empty()) {
+    kernels_here.push_back(amx_kernel(Precision::kBF16_BF16_F32));
+  }
+  for (const Kernel* kernel : kernels_here) {
     for (const int threads : {1, num_threads}) {
-      std::printf("%s alone on panels in L1: %.0f GFLOP/s with %d thread(s)\n", amx_kernel()->name,
-                  peak_gflops(*amx_kernel(), threads), threads);
+      std::printf("%s alone on panels in L1: %.0f GFLOP/s with %d thread(s)\n", kernel->name,
+                  peak_gflops(*kernel, threads), threads);
     }
   }
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {

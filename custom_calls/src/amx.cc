@@ -3,7 +3,8 @@
 #include <cerrno>
 #include <cstring>
 
-#include "kernels/tile_kernel.h"
+#include "kernels/kernel.h"
+#include "matmul.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -29,7 +30,7 @@ int request_permission_of_linux() {
 }  // namespace
 
 std::string amx_unavailable(CpuFeatures features, int (*request_permission)()) {
-  if (amx_kernel() == nullptr) {
+  if (amx_kernel(Precision::kBF16_BF16_F32) == nullptr) {
     return "this build has no AMX kernel: it needs x86-64 and a compiler that knows -mamx-bf16";
   }
   if (!has_all(features, kNeeded)) {

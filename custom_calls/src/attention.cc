@@ -33,7 +33,7 @@ void product_of_one_head(const Implementation& implementation, Precision precisi
   matmul.accumulate = accumulate;
   matmul.precision = precision;
   InlineExecutor alone;
-  implementation.run(matmul, alone);
+  multiply(implementation, matmul, alone);
 }
 
 // One head of one sequence.

@@ -82,6 +82,16 @@ CpuFeatures cpu_features_seen() {
   return seen;
 }
 
+bool dot_products_pay() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  static const bool pays = __builtin_cpu_is("amd");
+  return pays;
+#else
+  return false;
+#endif
+}
+
 CpuFeatures cpu_features() {
   static const CpuFeatures features = [] {
     const char* list = std::getenv("GPT2_JAX_CPU_FEATURES");

@@ -37,6 +37,11 @@ CpuFeatures cpu_features_seen();
 // ("avx2,fma"), or "none"; unset or empty allows all. Read once, at the first call.
 CpuFeatures cpu_features();
 
+// Whether this CPU multiplies pairs of bfloat16 (vdpbf16ps) faster than float32: AMD's Zen 4 and 5 do,
+// at about twice the rate; Intel's do not. By the vendor and not by a timing: runs must not differ in
+// their bits.
+bool dot_products_pay();
+
 // The features that such a list names. Sets `unknown`, when it is not null, to a comma list of the
 // names that are no feature; they allow nothing.
 CpuFeatures parse_cpu_features(std::string_view list, std::string* unknown);

@@ -30,8 +30,9 @@ constexpr int kComputeFloat32 = 68;                               // cublasCompu
 constexpr int kEpilogue = 7, kAuxPointer = 11, kAuxStride = 12;   // of an operation
 constexpr int kGeluDerivative = 192;                              // CUBLASLT_EPILOGUE_DGELU
 constexpr int kMostWorkspace = 1;                                 // of a preference
-constexpr int kMostAlgorithms = 8;                                // that are timed
-constexpr int kRuns = 3;                                          // of each
+constexpr int kMostAlgorithms = 8;                                // that are asked for at once
+constexpr int kRuns = 3;                                          // of each that is timed
+constexpr int64_t kOutputs = 768, kInputs = 3072;                 // of a shape with many proposals
 
 struct Heuristic {
   uint64_t algorithm[8];
@@ -129,9 +130,10 @@ struct Product {
   Chain chain;
 };
 
-Algorithms propose(const Cublas& cublas, Handle handle, Product& product, size_t room) {
-  Algorithms all;
-  all.proposed.resize(kMostAlgorithms);
+// Adds what cuBLASLt proposes for a product to `all`.
+void propose(const Cublas& cublas, Handle handle, Product& product, size_t room, Algorithms& all) {
+  const size_t before = all.proposed.size();
+  all.proposed.resize(before + kMostAlgorithms);
   int count = 0;
   Owned<Preference> preference(cublas.preference_destroy);
   Chain& chain = product.chain;
@@ -139,9 +141,8 @@ Algorithms propose(const Cublas& cublas, Handle handle, Product& product, size_t
   chain.call(cublas.preference_set, preference.thing, kMostWorkspace, &room, sizeof(room));
   chain.call(cublas.heuristic, handle, product.operation.thing, product.weight.thing,
              product.in.thing, product.out.thing, product.out.thing, preference.thing,
-             kMostAlgorithms, all.proposed.data(), &count);
-  all.proposed.resize(chain.failure == 0 ? count : 0);
-  return all;
+             kMostAlgorithms, all.proposed.data() + before, &count);
+  all.proposed.resize(before + (chain.failure == 0 ? count : 0));
 }
 
 ffi::Error gelu_backward_handler(CudaStream stream, ffi::Buffer<ffi::BF16> dy,
@@ -181,36 +182,47 @@ ffi::Error gelu_backward_handler(CudaStream stream, ffi::Buffer<ffi::BF16> dy,
   if (handle == nullptr) chain.call(cublas.create, &handle);
   const size_t room = workspace->size_bytes();
   Algorithms& algorithms = state.algorithms[Shape(rows, outputs, inputs, device)];
-  if (algorithms.proposed.empty()) algorithms = propose(cublas, handle, product, room);
+  if (algorithms.proposed.empty()) {
+    propose(cublas, handle, product, room, algorithms);
+    // For some shapes it proposes one alone, and that for an older GPU; what it proposes for another
+    // shape is as good there.
+    if (tune != 0) {
+      Product other(cublas, rows, kOutputs, kInputs, x.untyped_data());
+      propose(cublas, handle, other, room, algorithms);
+    }
+  }
   if (chain.failure == 0 && algorithms.proposed.empty()) {
     return error("expected an algorithm of cuBLASLt's for this shape, got none");
   }
   const auto multiply = [&](const Heuristic& algorithm) {
     const float one = 1, zero = 0;
-    chain.call(cublas.multiply, handle, product.operation.thing, &one, w.untyped_data(),
-               product.weight.thing, dy.untyped_data(), product.in.thing, &zero,
-               dx->untyped_data(), product.out.thing, dx->untyped_data(), product.out.thing,
-               algorithm.algorithm, workspace->untyped_data(), room, stream);
+    return cublas.multiply(handle, product.operation.thing, &one, w.untyped_data(),
+                           product.weight.thing, dy.untyped_data(), product.in.thing, &zero,
+                           dx->untyped_data(), product.out.thing, dx->untyped_data(),
+                           product.out.thing, algorithm.algorithm, workspace->untyped_data(), room,
+                           stream);
   };
   // Every algorithm writes the whole result, so that timing leaves the right one. A stream whose work
   // is being recorded cannot be waited for.
   if (tune != 0 && !algorithms.timed && capturing == 0 && chain.failure == 0) {
     double least = 0;
     for (size_t i = 0; i < algorithms.proposed.size(); ++i) {
-      multiply(algorithms.proposed[i]);
+      if (multiply(algorithms.proposed[i]) != 0) continue;  // it is not for this shape
       chain.call(cublas.stream_synchronize, stream);
       const auto start = std::chrono::steady_clock::now();
-      for (int run = 0; run < kRuns; ++run) multiply(algorithms.proposed[i]);
+      for (int run = 0; run < kRuns; ++run) {
+        chain.call(multiply, algorithms.proposed[i]);
+      }
       chain.call(cublas.stream_synchronize, stream);
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-      if (i == 0 || taken.count() < least) {
+      if (least == 0 || taken.count() < least) {
         least = taken.count();
         algorithms.best = i;
       }
     }
     algorithms.timed = true;
   }
-  if (chain.failure == 0) multiply(algorithms.proposed[algorithms.best]);
+  if (chain.failure == 0) chain.call(multiply, algorithms.proposed[algorithms.best]);
   if (chain.failure != 0) return error("got cuBLASLt's error " + std::to_string(chain.failure));
   return ffi::Error::Success();
 }

@@ -36,6 +36,10 @@ struct Driver {
 
 constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr unsigned kDefaultSharedBytes = 48 * 1024;
+// CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END
+void* const kParameterBuffer = reinterpret_cast<void*>(1);
+void* const kParameterBytes = reinterpret_cast<void*>(2);
+void* const kParametersEnd = nullptr;
 
 Driver open_driver(const char* path) {
   Driver driver;
@@ -63,9 +67,12 @@ Kernels& kernels() {
   return *all;
 }
 
+// The kernel gets the addresses of all arguments and results, each that many bytes further on as
+// `offsets` says.
 ffi::Error launch_handler(CudaStream stream, ffi::RemainingArgs arguments,
                           ffi::RemainingRets results, std::string_view kernel, int64_t blocks,
-                          int64_t threads, int64_t shared_bytes) {
+                          int64_t threads, int64_t shared_bytes,
+                          ffi::Span<const int64_t> offsets) {
   const std::string name(kernel);
   CudaKernel function = nullptr;
   Driver driver;
@@ -80,15 +87,24 @@ ffi::Error launch_handler(CudaStream stream, ffi::RemainingArgs arguments,
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                       "gpt2_jax_cuda_launch: expected a kernel that was loaded, got " + name);
   }
-  std::vector<void*> buffers;
+  std::vector<char*> addresses;
   for (size_t i = 0; i < arguments.size(); ++i) {
-    buffers.push_back(arguments.get<ffi::AnyBuffer>(i)->untyped_data());
+    addresses.push_back(static_cast<char*>(arguments.get<ffi::AnyBuffer>(i)->untyped_data()));
   }
   for (size_t i = 0; i < results.size(); ++i) {
-    buffers.push_back((*results.get<ffi::AnyBuffer>(i))->untyped_data());
+    addresses.push_back(static_cast<char*>((*results.get<ffi::AnyBuffer>(i))->untyped_data()));
   }
-  std::vector<void*> parameters;
-  for (void*& buffer : buffers) parameters.push_back(&buffer);
+  if (offsets.size() != addresses.size()) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "gpt2_jax_cuda_launch: expected an offset for each of " +
+                          std::to_string(addresses.size()) + " buffers, got " +
+                          std::to_string(offsets.size()));
+  }
+  for (size_t i = 0; i < addresses.size(); ++i) addresses[i] += offsets[i];
+  // In one block of memory, so that a kernel can take several of them as one array.
+  size_t bytes = addresses.size() * sizeof(char*);
+  void* parameters[] = {kParameterBuffer, addresses.data(), kParameterBytes, &bytes,
+                        kParametersEnd};
   CudaResult failure = 0;
   if (shared_bytes > kDefaultSharedBytes) {
     int device = 0;
@@ -102,7 +118,7 @@ ffi::Error launch_handler(CudaStream stream, ffi::RemainingArgs arguments,
     failure = driver.launch_kernel(function, static_cast<unsigned>(blocks), 1, 1,
                                    static_cast<unsigned>(threads), 1, 1,
                                    static_cast<unsigned>(shared_bytes), stream,
-                                   parameters.data(), nullptr);
+                                   nullptr, parameters);
   }
   if (failure != 0) {
     return ffi::Error(ffi::ErrorCode::kInternal, "gpt2_jax_cuda_launch: " + name +
@@ -149,5 +165,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_cuda_launch, gpt2_jax::launch_handler,
                                   .Attr<std::string_view>("kernel")
                                   .Attr<int64_t>("blocks")
                                   .Attr<int64_t>("threads")
-                                  .Attr<int64_t>("shared_bytes"),
+                                  .Attr<int64_t>("shared_bytes")
+                                  .Attr<xla::ffi::Span<const int64_t>>("offsets"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -68,7 +68,8 @@ std::string describe() {
          ", \"allowed\": " + json_list(cpu_feature_names(cpu_features())) +
          ", \"mask\": " + (mask == nullptr ? "null" : quoted(mask)) +
          ", \"unknown\": " + json_list(unknown) +
-         "}, \"kernel\": " + quoted(best_kernel(cpu_features()).name) + "}";
+         "}, \"kernel\": " + quoted(best_kernel(Precision::kF32_F32_F32).name) +
+         ", \"bfloat16_kernel\": " + quoted(best_kernel(Precision::kBF16_BF16_F32).name) + "}";
 }
 
 }  // namespace

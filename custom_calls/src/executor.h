@@ -25,8 +25,9 @@ class InlineExecutor final : public Executor {
   void schedule(std::function<void()> task) override { task(); }
 };
 
-// Calls item(i) once for each i in [0, count), on any thread and in any order, and returns when all
-// are done. Items must not wait for one another.
+// Calls item(i) once for each i in [0, count), on any thread, and returns when all
+// are done. Items are begun in order of i. So an item may wait for one of a smaller i, which some thread
+// is running, and for no other.
 //
 // When an item throws, on whatever thread, items not yet begun are skipped, and the caller gets the
 // first exception once those that had begun are done. No exception reaches the pool.

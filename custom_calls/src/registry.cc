@@ -1,6 +1,7 @@
 #include "registry.h"
 
 #include "amx.h"
+#include "operand.h"
 #include "rungs/cblas.h"
 #include "rungs/rungs.h"
 
@@ -39,8 +40,8 @@ const std::vector<Implementation>& implementations() {
   static const std::vector<Implementation> ladder = {
       {"naive", always_available, refuse_split_precision, run_naive},
       {"blocked", always_available, refuse_split_precision, run_blocked},
-      {"simd", always_available, refuse_split_precision, run_simd},
-      {"threaded", always_available, refuse_split_precision, run_threaded},
+      {"simd", always_available, refuse_split_precision, run_simd, /*sums_squares=*/true},
+      {"threaded", always_available, refuse_split_precision, run_threaded, /*sums_squares=*/true},
       {"amx", amx_unavailable, refuse_float32_products, run_amx, /*sums_squares=*/true},
       {"accelerate", accelerate_unavailable, refuse_split_precision_or_size, run_accelerate,
        /*sums_squares=*/false, /*own_threads=*/true},
@@ -51,8 +52,15 @@ const std::vector<Implementation>& implementations() {
 }
 
 void multiply(const Implementation& implementation, const Matmul& matmul, Executor& executor) {
-  implementation.run(matmul, executor);
-  if (matmul.sum_of_squares != nullptr && !implementation.sums_squares) {
+  const bool nothing_to_multiply = matmul.m == 0 || matmul.n == 0 || matmul.k == 0;
+  if (nothing_to_multiply) {
+    for (int64_t i = 0; i < matmul.m; ++i) {
+      for (int64_t j = 0; j < matmul.n; ++j) store_result(matmul, i, j, 0);
+    }
+  } else {
+    implementation.run(matmul, executor);
+  }
+  if (matmul.sum_of_squares != nullptr && (nothing_to_multiply || !implementation.sums_squares)) {
     add_up_squares(matmul, executor);
   }
 }

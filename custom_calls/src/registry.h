@@ -16,7 +16,8 @@ struct Implementation {
   std::string (*unavailable)();
   // Why it will not compute this product; empty when it will. Asked only when available.
   std::string (*refuse)(const Matmul& matmul);
-  // Computes the product. Throws std::bad_alloc when there is no memory for its workspace.
+  // Computes the product; m, n and k are at least 1. Throws std::bad_alloc when there is no memory for
+  // its workspace.
   void (*run)(const Matmul& matmul, Executor& executor);
   // True when run() sets Matmul::sum_of_squares itself, while the sums are in registers.
   bool sums_squares = false;
@@ -25,7 +26,7 @@ struct Implementation {
   bool own_threads = false;
 };
 
-// Computes the product, and the sum of squares when matmul asks for it.
+// Computes the product, and the sum of squares when matmul asks for it. m, n and k may be 0.
 void multiply(const Implementation& implementation, const Matmul& matmul, Executor& executor);
 
 // In order: the plainest first, other people's libraries last.

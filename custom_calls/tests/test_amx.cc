@@ -6,7 +6,7 @@
 #include "amx.h"
 #include "check.h"
 #include "problem.h"
-#include "schedule_tiles.h"
+#include "schedule.h"
 #include "thread_pool.h"
 #include "tile_model.h"
 #include "workspace.h"
@@ -18,7 +18,7 @@ constexpr int64_t kMaxSteps = 7, kStepBytes = kMaxParts * 2 * kTileBytes;
 
 // A product of random panels; the caller sets its sums.
 TileBlock random_block(const Workspace& left, const Workspace& right, const TilePass* passes,
-                       int max_passes, TilePrefetch* prefetch, Random& random) {
+                       int max_passes, Prefetch* prefetch, Random& random) {
   TileBlock block;
   block.left = reinterpret_cast<unsigned char*>(left.data());
   block.right = reinterpret_cast<unsigned char*>(right.data());
@@ -30,6 +30,7 @@ TileBlock random_block(const Workspace& left, const Workspace& right, const Tile
   block.num_passes = 1 + static_cast<int>(random.below(max_passes));
   block.accumulate = random.below(2);
   block.prefetch = prefetch;
+  block.prefetched_lines = 0;
   return block;
 }
 
@@ -43,9 +44,9 @@ void multiply_both(TileBlock block, void (*on_model)(const TileBlock&),
   on_model(block);
   TileModel::release();
   block.sums = hardware.data();
-  amx_kernel()->configure();
+  configure_amx();
   on_cpu(block);
-  amx_kernel()->release();
+  release_amx();
 }
 
 // Random panels of plain numbers, of tiny numbers whose products are denormal, and of numbers of
@@ -73,9 +74,9 @@ void test_blocks() {
       if (kind == 1) value = std::ldexp(value, -124);
       model.data()[at] = value;
     }
-    TilePrefetch prefetch;
+    Prefetch prefetch;
     multiply_both(random_block(left, right, kPasses, 6, &prefetch, random), multiply_on_model,
-                  amx_kernel()->multiply, model, hardware);
+                  multiply_tiles_amx, model, hardware);
     for (int at = 0; at < kBlockSums; ++at) {
       const float expected = model.data()[at], found = hardware.data()[at];
       const bool same = std::memcmp(&expected, &found, 4) == 0;
@@ -104,20 +105,15 @@ void test_digit_blocks() {
     // Sums that cannot overflow an int32, like the schedule's.
     auto* const sums = reinterpret_cast<int32_t*>(model.data());
     for (int at = 0; at < kBlockSums; ++at) sums[at] /= 2;
-    TilePrefetch prefetch;
+    Prefetch prefetch;
     multiply_both(random_block(left, right, kPasses, 3, &prefetch, random),
-                  multiply_digits_on_model, amx_kernel()->multiply_digits, model, hardware);
+                  multiply_digits_on_model, multiply_digits_amx, model, hardware);
     CHECK(std::memcmp(model.data(), hardware.data(), kBlockSums * 4) == 0, "run " << i);
   }
 }
 
 // Whole products, on several threads.
 void test_products() {
-  TileKernel model = *amx_kernel();
-  model.configure = TileModel::configure;
-  model.release = TileModel::release;
-  model.multiply = multiply_on_model;
-  model.multiply_digits = multiply_digits_on_model;
   ThreadPool pool(2);
   Random random(2);
   for (int i = 0; i < 24; ++i) {
@@ -127,10 +123,15 @@ void test_products() {
     types.precision = kPrecisions[1 + i % 4];
     Problem problem(shape, i & 4, i & 8, types, random);
     PoolExecutor executor(pool, 3);
-    tile_matmul(problem.matmul(), model, executor);
+    Kernel model = *amx_kernel(types.precision);
+    model.configure = TileModel::configure;
+    model.release = TileModel::release;
+    model.multiply = types.precision == Precision::kS8_S8_S32_X6 ? multiply_digits_panels_on_model
+                                                                 : multiply_parts_panels_on_model;
+    packed_matmul(problem.matmul(), model, executor);
     const Elements expected = problem.out();
     problem.clear();
-    tile_matmul(problem.matmul(), *amx_kernel(), executor);
+    packed_matmul(problem.matmul(), *amx_kernel(types.precision), executor);
     CHECK(problem.out() == expected, to_string(problem.matmul()) << " differs from the model");
   }
 }

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu_features.h"
 #include "kernels/kernel.h"
+#include "matmul.h"
 #include "rows/rows.h"
 
 namespace gpt2_jax {
@@ -22,15 +23,31 @@ void test_parsing() {
   CHECK(cpu_feature_names(kFma | kAvx2) == "avx2,fma", cpu_feature_names(kFma | kAvx2));
 }
 
+std::string kernel_for(CpuFeatures features, Precision precision = Precision::kF32_F32_F32,
+                       bool dot_products_pay = true) {
+  return best_kernel(features, precision, dot_products_pay).name;
+}
+
 void test_kernel_choice() {
-  CHECK(std::string(best_kernel(0).name) == "f32_4x8_generic", best_kernel(0).name);
+  CHECK(kernel_for(0) == "f32_4x8_generic", kernel_for(0));
   // A feature alone is not enough for a kernel that needs two.
-  CHECK(std::string(best_kernel(kAvx2).name) == "f32_4x8_generic", best_kernel(kAvx2).name);
+  CHECK(kernel_for(kAvx2) == "f32_4x8_generic", kernel_for(kAvx2));
 #if defined(__x86_64__)
-  CHECK(std::string(best_kernel(kAvx2 | kFma).name) == "f32_6x16_avx2", "");
-  CHECK(std::string(best_kernel(kAvx2 | kFma | kAvx512f).name) == "f32_14x32_avx512", "");
+  CHECK(kernel_for(kAvx2Code) == "f32_6x16_avx2", kernel_for(kAvx2Code));
+  const CpuFeatures wide = kAvx2Code | kAvx512Code;
+  CHECK(kernel_for(wide) == "f32_14x32_avx512", kernel_for(wide));
+  CHECK(kernel_for(wide & ~kAvx512bw) == "f32_6x16_avx2", kernel_for(wide & ~kAvx512bw));
+  CHECK(kernel_for(wide | kAvx512bf16) == "f32_14x32_avx512", "float32 is not rounded");
+#if defined(GPT2_JAX_HAS_AMX)
+  const Precision narrow = Precision::kBF16_BF16_F32;
+  const std::string dot = kernel_for(wide | kAvx512bf16, narrow);
+  CHECK(dot == "bf16_32x32_avx512bf16", dot);
+  CHECK(kernel_for(wide, narrow) == "f32_14x32_avx512", kernel_for(wide, narrow));
+  const std::string slow = kernel_for(wide | kAvx512bf16, narrow, false);
+  CHECK(slow == "f32_14x32_avx512", slow);
+#endif
 #elif defined(__aarch64__)
-  CHECK(std::string(best_kernel(kNeon).name) == "f32_8x12_neon", "");
+  CHECK(kernel_for(kNeon) == "f32_8x12_neon", kernel_for(kNeon));
 #endif
 }
 

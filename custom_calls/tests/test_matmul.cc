@@ -19,7 +19,6 @@
 #include "problem.h"
 #include "registry.h"
 #include "schedule.h"
-#include "schedule_tiles.h"
 #include "thread_pool.h"
 #include "tile_model.h"
 
@@ -38,7 +37,8 @@ std::vector<Shape> small_shapes() {
   return shapes;
 }
 
-// Slightly more than one block in m, n or k alone, and in several of them; the last two have few rows.
+// Slightly more than one block in m, n or k alone, and in several of them; the last two have few
+// rows.
 const std::vector<Shape> kLargeShapes = {{1151, 37, 41},  {23, 3203, 29},  {31, 45, 1201},
                                          {1151, 21, 401}, {11, 3203, 401}, {199, 293, 787},
                                          {1, 3203, 401},  {7, 701, 131}};
@@ -48,7 +48,7 @@ struct Candidate {
   std::vector<Shape> shapes;        // tested with every combination of types
   std::vector<Shape> large_shapes;  // tested with some combinations
   Shape shape_of_bits;              // tested for the same bits with any number of threads
-  bool tiles;         // multiplies parts or digits; has no F32_F32_F32
+  std::vector<Precision> precisions;
   bool in_turn;       // each small shape with one of the four transpositions, not with all
   bool sums_squares;  // sets sum_of_squares
   std::function<void(const Matmul&, Executor&)> run;
@@ -57,46 +57,79 @@ struct Candidate {
 // True for other people's libraries: they have threads of their own, and their bits may vary.
 bool is_foreign(const std::string& rung) { return rung == "accelerate" || rung == "openblas"; }
 
-// The tile kernel on the model's instructions with the portable packing. Its blocks are small, so
-// that small products have several of each kind.
-TileKernel model_kernel() {
-  const TileBlockSizes small = {/*panel_bytes=*/12 << 10,  /*item_lanes=*/64,
-                                /*shared_lanes=*/64,
-                                /*shared_bytes=*/24 << 10, /*sums_bytes=*/24 << 10,
-                                /*stream_bytes=*/4 << 10};
+// A kernel on the model's instructions with the portable packing. Its blocks are small, so that small
+// products have several of each kind.
+constexpr BlockSizes kSmallBlocks = {/*panel_bytes=*/12 << 10,  /*item_lanes=*/64,
+                                     /*shared_lanes=*/64,       /*cached_lanes=*/32,
+                                     /*shared_bytes=*/48 << 10, /*cached_bytes=*/24 << 10,
+                                     /*sums_bytes=*/24 << 10,
+                                     /*stream_bytes=*/4 << 10};
+
+// The kernels on tiles for bfloat16 parts and for digits.
+struct TileKernels {
+  std::string name;
+  Kernel parts, digits;
+
+  const Kernel& of(Precision precision) const {
+    return precision == Precision::kS8_S8_S32_X6 ? digits : parts;
+  }
+  TileKernels with_blocks(const BlockSizes& blocks) const {
+    TileKernels kernels = *this;
+    kernels.parts.blocks = kernels.digits.blocks = blocks;
+    return kernels;
+  }
+};
+
+TileKernels model_kernels() {
+  const auto kernel = [](const char* name, int step_depth, int element_bytes, int trailer_bytes,
+                         int max_depth, Pack pack, Multiply multiply) -> Kernel {
+    return {name, 0, kPanelLanes, kPanelLanes, step_depth, element_bytes, trailer_bytes, max_depth,
+            /*left_runs_along_k=*/true, TileModel::configure, TileModel::release, pack, multiply,
+            finish_tiles_portable, kSmallBlocks};
+  };
   return {"model",
-          TileModel::configure,
-          TileModel::release,
-          multiply_on_model,
-          pack_tiles_portable,
-          finish_tiles_portable,
-          add_tiles_portable,
-          multiply_digits_on_model,
-          pack_digits_portable,
-          add_digits_portable,
-          small};
+          kernel("parts", kTileDepth, 2, 0, 1 << 30, pack_tiles_portable,
+                 multiply_parts_panels_on_model),
+          kernel("digits", kDigitDepth, 1, kScalesBytes, kMaxDigitDepth, pack_digits_portable,
+                 multiply_digits_panels_on_model)};
 }
 
 // The model with either packing, and the CPU's own tiles if it has them; all with small blocks.
-std::vector<TileKernel> tile_kernels() {
-  std::vector<TileKernel> all = {model_kernel()};
+std::vector<TileKernels> tile_kernels() {
+  std::vector<TileKernels> all = {model_kernels()};
 #if defined(GPT2_JAX_HAS_AMX)
   if (has_all(cpu_features_seen(), kAvx512Code | kAvx512bf16)) {
-    all.push_back(model_kernel());
-    all.back().name = "model, packing by AVX-512";
-    all.back().pack = pack_tiles_avx512;
-    all.back().finish = finish_tiles_avx512;
-    all.back().add = add_tiles_avx512;
-    all.back().pack_digits = pack_digits_avx512;
-    all.back().add_digits = add_digits_avx512;
+    TileKernels kernels = model_kernels();
+    kernels.name = "model, packing by AVX-512";
+    kernels.parts.pack = pack_tiles_avx512;
+    kernels.digits.pack = pack_digits_avx512;
+    kernels.parts.finish = kernels.digits.finish = finish_tiles_avx512;
+    all.push_back(kernels);
   }
   if (amx_unavailable().empty()) {
-    all.push_back(*amx_kernel());
-    all.back().name = "amx, small blocks";
-    all.back().blocks = model_kernel().blocks;
+    all.push_back(TileKernels{"amx, small blocks", *amx_kernel(Precision::kBF16_BF16_F32),
+                              *amx_kernel(Precision::kS8_S8_S32_X6)}
+                      .with_blocks(kSmallBlocks));
   }
 #endif
   return all;
+}
+
+bool has_amx_kernel() { return amx_kernel(Precision::kBF16_BF16_F32) != nullptr; }
+
+// The model with the block sizes of AMX.
+TileKernels model_with_blocks_of_amx() {
+  return model_kernels().with_blocks(amx_kernel(Precision::kBF16_BF16_F32)->blocks);
+}
+
+const std::vector<Precision> kOfFloat32 = {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32};
+const std::vector<Precision> kOfTiles = {Precision::kBF16_BF16_F32, Precision::kBF16_BF16_F32_X3,
+                                         Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6};
+
+std::vector<Shape> without_empty(std::vector<Shape> shapes) {
+  const auto is_empty = [](const Shape& s) { return s.m == 0 || s.n == 0 || s.k == 0; };
+  shapes.erase(std::remove_if(shapes.begin(), shapes.end(), is_empty), shapes.end());
+  return shapes;
 }
 
 // All rungs of the ladder; then the packed product with each micro-kernel that this CPU can run
@@ -112,48 +145,59 @@ std::vector<Candidate> candidates() {
     const bool fast = name != "naive" && name != "blocked";
     all.push_back(
         {name, small, fast ? kLargeShapes : std::vector<Shape>(),
-         fast && !is_foreign(name) ? ragged : none, name == "amx", fast, true,
+         fast && !is_foreign(name) ? ragged : none, name == "amx" ? kOfTiles : kOfFloat32, fast, true,
          [&rung](const Matmul& matmul, Executor& executor) { multiply(rung, matmul, executor); }});
   }
-  for (const Kernel& kernel : kernels()) {
-    if (kernel.features & ~cpu_features_seen()) continue;
-    all.push_back({kernel.name, small, kLargeShapes, ragged, false, false, false,
-                   [&kernel](const Matmul& matmul, Executor& executor) {
-                     packed_matmul(matmul, kernel, executor);
-                   }});
+  // Their small products have several blocks of each kind with small blocks, too.
+  for (const bool small_blocks : {false, true}) {
+    for (Kernel kernel : kernels()) {
+      if (kernel.features & ~cpu_features_seen()) continue;
+      const std::string name = std::string(kernel.name) + (small_blocks ? ", small blocks" : "");
+      if (small_blocks) kernel.blocks = kSmallBlocks;
+      all.push_back({name, without_empty(small), small_blocks ? std::vector<Shape>() : kLargeShapes,
+                     ragged, kOfFloat32, small_blocks, true,
+                     [kernel](const Matmul& matmul, Executor& executor) {
+                       packed_matmul(matmul, kernel, executor);
+                     }});
+    }
   }
-  for (const TileKernel& kernel : tile_kernels()) {
-    const auto run = [kernel](const Matmul& matmul, Executor& executor) {
-      tile_matmul(matmul, kernel, executor);
+  for (Kernel kernel : dot_kernels()) {
+    if (kernel.features & ~cpu_features_seen()) continue;
+    for (const bool small_blocks : {false, true}) {
+      const std::string name = std::string(kernel.name) + (small_blocks ? ", small blocks" : "");
+      if (small_blocks) kernel.blocks = kSmallBlocks;
+      all.push_back({name, without_empty(small), small_blocks ? std::vector<Shape>() : kLargeShapes,
+                     ragged, {Precision::kBF16_BF16_F32}, true, true,
+                     [kernel](const Matmul& matmul, Executor& executor) {
+                       packed_matmul(matmul, kernel, executor);
+                     }});
+    }
+  }
+  for (const TileKernels& kernels : tile_kernels()) {
+    const auto run = [kernels](const Matmul& matmul, Executor& executor) {
+      packed_matmul(matmul, kernels.of(matmul.precision), executor);
       CHECK(!TileModel::configured(), "tiles left configured");
     };
-    all.push_back({kernel.name, small, {}, {67, 131, 200}, true, true, true, run});
+    all.push_back({kernels.name, without_empty(small), {}, {67, 131, 200}, kOfTiles, true, true, run});
   }
-  if (amx_kernel() != nullptr) {
+  if (has_amx_kernel()) {
     // The block sizes of amx. Only large shapes, since others do not fill a block: the model is
     // slow.
-    const auto run = [](const Matmul& matmul, Executor& executor) {
-      TileKernel kernel = model_kernel();
-      kernel.blocks = amx_kernel()->blocks;
-      tile_matmul(matmul, kernel, executor);
+    const TileKernels kernels = model_with_blocks_of_amx();
+    const auto run = [kernels](const Matmul& matmul, Executor& executor) {
+      packed_matmul(matmul, kernels.of(matmul.precision), executor);
     };
-    all.push_back({"model, blocks of AMX", {}, {{40, 70, 801}}, none, true, true, true, run});
+    all.push_back({"model, blocks of AMX", {}, {{40, 70, 801}}, none, kOfTiles, true, true, run});
   }
   return all;
 }
 
 std::vector<Types> all_types(const Candidate& candidate) {
-  const std::vector<Precision> precisions =
-      candidate.tiles
-          ? std::vector<Precision>{Precision::kBF16_BF16_F32, Precision::kBF16_BF16_F32_X3,
-                                   Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6}
-          : std::vector<Precision>{Precision::kF32_F32_F32, Precision::kBF16_BF16_F32};
-
   std::vector<Types> all;
   for (const DType a : {DType::kFloat32, DType::kBFloat16}) {
     for (const DType b : {DType::kFloat32, DType::kBFloat16}) {
       for (const DType out : {DType::kFloat32, DType::kBFloat16}) {
-        for (const Precision precision : precisions) {
+        for (const Precision precision : candidate.precisions) {
           all.push_back({a, b, out, precision});
         }
       }
@@ -187,7 +231,9 @@ void test_against_float64(const Candidate& candidate) {
     }
   }
   Types wide;
-  if (candidate.tiles) wide.precision = Precision::kBF16_BF16_F32_X3;
+  // The precision of most products of parts, or what the candidate has.
+  wide.precision = candidate.precisions == kOfTiles ? Precision::kBF16_BF16_F32_X3
+                                                    : candidate.precisions.front();
   for (const Shape& shape : candidate.large_shapes) {
     for (int transposes = 0; transposes < 4; ++transposes) run(shape, transposes, wide);
   }
@@ -230,8 +276,10 @@ void test_same_bits(const Candidate& candidate) {
   ThreadPool pool(3);
   const Types narrow = {DType::kBFloat16, DType::kFloat32, DType::kBFloat16,
                         Precision::kBF16_BF16_F32};
+  Types wide;
+  wide.precision = candidate.precisions.front();
   const std::pair<Types, Epilogue> cases[] = {
-      {Types(), Epilogue::kStore}, {Types(), Epilogue::kAccumulate}, {narrow, Epilogue::kBias}};
+      {wide, Epilogue::kStore}, {wide, Epilogue::kAccumulate}, {narrow, Epilogue::kBias}};
   for (const auto& [types, epilogue] : cases) {
     Random random(5);
     Problem problem(candidate.shape_of_bits, true, true, types, random, epilogue);
@@ -312,7 +360,7 @@ double largest_error(const Matmul& matmul, const std::vector<float>& a, const st
 
 // BF16_BF16_F32_X6 stands in for float32: its error is at most twice that of float32.
 void test_six_products_against_float32() {
-  if (amx_kernel() == nullptr) return;
+  if (!has_amx_kernel()) return;
   Random random(12);
   for (const int64_t k : {int64_t{768}, int64_t{50304}}) {
     Matmul matmul;
@@ -324,13 +372,12 @@ void test_six_products_against_float32() {
     matmul.b = {b.data(), 0, matmul.n, DType::kFloat32, false};
     matmul.out = out.data(), matmul.out_leading_dimension = matmul.n;
     InlineExecutor executor;
-    packed_matmul(matmul, best_kernel(0), executor);
+    packed_matmul(matmul, best_kernel(0, matmul.precision, false), executor);
     const double float32 = largest_error(matmul, a, b, out);
-    TileKernel kernel = model_kernel();
-    kernel.blocks = amx_kernel()->blocks;
+    const TileKernels kernels = model_with_blocks_of_amx();
     for (const Precision precision : {Precision::kBF16_BF16_F32_X6, Precision::kS8_S8_S32_X6}) {
       matmul.precision = precision;
-      tile_matmul(matmul, kernel, executor);
+      packed_matmul(matmul, kernels.of(precision), executor);
       const double six = largest_error(matmul, a, b, out);
       CHECK(six <= 2 * float32, name(precision)
                                     << ", k " << k << ": " << six << ", float32 " << float32);
@@ -341,13 +388,11 @@ void test_six_products_against_float32() {
 // Six products whose sums begin anew in every block of k, and are kept for all items or by each
 // worker: with every epilogue, and the same bits with any number of threads.
 void test_six_products_in_several_sums() {
-  if (amx_kernel() == nullptr) return;
-  TileKernel large_blocks = model_kernel();
-  large_blocks.blocks = amx_kernel()->blocks;
+  if (!has_amx_kernel()) return;
   ThreadPool pool(2);
   Random random(13);
   int i = 0;
-  for (const TileKernel& kernel : {model_kernel(), large_blocks}) {
+  for (const TileKernels& kernels : {model_kernels(), model_with_blocks_of_amx()}) {
     for (const Shape& shape : {Shape{70, 100, 1100}, Shape{40, 70, 2112}}) {
       for (const Epilogue epilogue : {Epilogue::kStore, Epilogue::kBias, Epilogue::kAccumulate}) {
         Types types;
@@ -355,13 +400,13 @@ void test_six_products_in_several_sums() {
         Problem problem(shape, i & 2, i & 4, types, random, epilogue);
         ++i;
         InlineExecutor inline_executor;
-        tile_matmul(problem.matmul(), kernel, inline_executor);
+        packed_matmul(problem.matmul(), kernels.of(types.precision), inline_executor);
         problem.check("six products");
         problem.check_squares("six products");
         const Elements expected = problem.out();
         problem.clear();
         PoolExecutor executor(pool, 3);
-        tile_matmul(problem.matmul(), kernel, executor);
+        packed_matmul(problem.matmul(), kernels.of(types.precision), executor);
         CHECK(problem.out() == expected, to_string(problem.matmul()) << " on three threads");
       }
     }
@@ -372,7 +417,7 @@ void test_six_products_in_several_sums() {
 // follows from the units and the omitted products of each block's own largest elements. Also lanes
 // whose scales' product exceeds float32.
 void test_digits_of_any_size() {
-  if (amx_kernel() == nullptr) return;
+  if (!has_amx_kernel()) return;
   Random random(14);
   constexpr int64_t kM = 20, kN = 40, kK = 700;
   std::vector<float> a(kM * kK), b(kK * kN), out(kM * kN);
@@ -396,9 +441,8 @@ void test_digits_of_any_size() {
   matmul.out = out.data(), matmul.out_leading_dimension = kN;
   matmul.precision = Precision::kS8_S8_S32_X6;
   InlineExecutor executor;
-  TileKernel kernel = model_kernel();
-  kernel.blocks = amx_kernel()->blocks;
-  tile_matmul(matmul, kernel, executor);
+  const Kernel kernel = model_with_blocks_of_amx().digits;
+  packed_matmul(matmul, kernel, executor);
   for (int64_t i = 0; i < kM; ++i) {
     for (int64_t j = 0; j < kN; ++j) {
       double sum = 0, allowed = 0;
@@ -425,7 +469,7 @@ void test_digits_of_any_size() {
   a = {std::ldexp(1.0f, 100), 0}, b = {0, std::ldexp(1.0f, 100)};
   matmul.a.buffer = a.data(), matmul.a.leading_dimension = 2;
   matmul.b.buffer = b.data(), matmul.b.leading_dimension = 1;
-  tile_matmul(matmul, kernel, executor);
+  packed_matmul(matmul, kernel, executor);
   CHECK(out[0] == 0, out[0]);
 }
 

@@ -22,7 +22,7 @@ namespace {
 void test_layout() {
   Random random(1);
   constexpr int64_t kLanes = 39, kDepth = 50, kSteps = 2, kPanels = 2;
-  for (const TileSide side : {TileSide::kLeft, TileSide::kRight}) {
+  for (const Side side : {Side::kLeft, Side::kRight}) {
     for (int parts = 1; parts <= 3; ++parts) {
       std::vector<float> source(kLanes * kDepth);
       for (float& value : source) value = random.uniform();
@@ -35,7 +35,7 @@ void test_layout() {
           for (int part = parts - 1; part >= 0; --part) {
             const int64_t tile =
                 ((lane / 32 * kSteps + k / 32) * parts + part) * 2 + lane % 32 / 16;
-            const int64_t word = side == TileSide::kLeft ? lane % 16 * 32 + k % 32
+            const int64_t word = side == Side::kLeft ? lane % 16 * 32 + k % 32
                                                          : k % 32 / 2 * 32 + lane % 16 * 2 + k % 2;
             sum += bfloat16_to_float(packed[tile * 512 + word]);
           }
@@ -91,9 +91,10 @@ void test_digits_layout() {
   source[3] = std::ldexp(2.5f, -22);  // half a unit: to even
   source[kNan * kDepth] = std::numeric_limits<float>::quiet_NaN();
   source[kInfinity * kDepth + 99] = -std::numeric_limits<float>::infinity();
-  for (const TileSide side : {TileSide::kLeft, TileSide::kRight}) {
+  for (const Side side : {Side::kLeft, Side::kRight}) {
     std::vector<unsigned char> packed(kPanels * kPanelBytes, 0xff);
-    pack_digits_portable({source.data(), kDepth, 1, false}, kLanes, kDepth, side, packed.data());
+    pack_digits_portable({source.data(), kDepth, 1, false}, kLanes, kDepth, side, kMaxParts,
+                         packed.data());
     for (int64_t lane = 0; lane < kPanels * 32; ++lane) {
       const unsigned char* const panel = packed.data() + lane / 32 * kPanelBytes;
       float scale;
@@ -109,7 +110,7 @@ void test_digits_layout() {
         for (int digit = 0; digit < 3; ++digit) {
           const int64_t tile = (k / 64 * 3 + digit) * 2 + lane % 32 / 16;
           const int64_t dword = k % 16, byte = k % 64 / 16;
-          const int64_t at = side == TileSide::kLeft ? lane % 16 * 64 + dword * 4 + byte
+          const int64_t at = side == Side::kLeft ? lane % 16 * 64 + dword * 4 + byte
                                                      : dword * 64 + lane % 16 * 4 + byte;
           integer = integer * 256 + static_cast<int8_t>(panel[tile * kTileBytes + at]);
         }
@@ -146,7 +147,7 @@ void test_add_digits() {
     scales.data()[left_lane] = std::ldexp(1.0f, 90);
     scales.data()[32 + right_lane] = std::ldexp(1.0f, -91);
     for (const bool accumulate : {false, true}) {
-      add_digits_portable(integers, scales.data(), scales.data() + 32, accumulate, total.data());
+      add_digits_portable(integers, scales.data(), scales.data() + 32, 2, 2, accumulate, total.data());
       const float once = (4 * 256 + 8 + 16.0f / 256) / 2;
       CHECK(total.data()[at] == once * (accumulate ? 2 : 1), tile << ": " << total.data()[at]);
       CHECK(total.data()[at ^ 1] == 0, total.data()[at ^ 1]);
@@ -165,7 +166,7 @@ void test_packing_twins() {
   for (int i = 0; i < 400; ++i) {
     const int64_t lanes = 1 + random.below(100), depth = 1 + random.below(140);
     const bool along_k = random.below(2), narrow = random.below(2);
-    const TileSide side = random.below(2) ? TileSide::kLeft : TileSide::kRight;
+    const Side side = random.below(2) ? Side::kLeft : Side::kRight;
     const int parts = narrow ? 1 : 1 + static_cast<int>(random.below(3));
     const int64_t stride = (along_k ? depth : lanes) + random.below(9);
     // The source has no spare element, so that the address sanitizer sees reads beyond it.
@@ -174,7 +175,7 @@ void test_packing_twins() {
     std::vector<uint16_t> thin(narrow ? count : 0);
     for (float& value : wide) value = random.any_float();
     for (uint16_t& value : thin) value = static_cast<uint16_t>(random.below(1 << 16));
-    const TileSource source = {narrow ? static_cast<void*>(thin.data()) : wide.data(),
+    const PackSource source = {narrow ? static_cast<void*>(thin.data()) : wide.data(),
                                along_k ? stride : 1, along_k ? 1 : stride, narrow};
     const int64_t tiles = (lanes + 31) / 32 * ((depth + 31) / 32) * parts * 2;
     const Workspace expected(tiles * 256), found(tiles * 256);
@@ -190,7 +191,7 @@ void test_packing_twins() {
       CHECK(a[at] == b[at] ||
                 same_bytes_or_both_nan(bfloat16_to_float(a[at]), bfloat16_to_float(b[at])),
             "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
-                     << narrow << " parts " << parts << " right " << (side == TileSide::kRight)
+                     << narrow << " parts " << parts << " right " << (side == Side::kRight)
                      << ", word " << at << ": " << b[at] << ", expected " << a[at]);
     }
   }
@@ -201,7 +202,7 @@ void test_digit_packing_twins() {
   for (int i = 0; i < 400; ++i) {
     const int64_t lanes = 1 + random.below(100), depth = 1 + random.below(kMaxDigitDepth);
     const bool along_k = random.below(2), narrow = random.below(2);
-    const TileSide side = random.below(2) ? TileSide::kLeft : TileSide::kRight;
+    const Side side = random.below(2) ? Side::kLeft : Side::kRight;
     const int64_t stride = (along_k ? depth : lanes) + random.below(9);
     const int64_t count = ((along_k ? lanes : depth) - 1) * stride + (along_k ? depth : lanes);
     std::vector<float> wide(narrow ? 0 : count);
@@ -210,7 +211,7 @@ void test_digit_packing_twins() {
     const auto value = [&] { return random.below(seldom) ? random.uniform() : random.any_float(); };
     for (float& element : wide) element = value();
     for (uint16_t& element : thin) element = float_to_bfloat16(value());
-    const TileSource source = {narrow ? static_cast<void*>(thin.data()) : wide.data(),
+    const PackSource source = {narrow ? static_cast<void*>(thin.data()) : wide.data(),
                                along_k ? stride : 1, along_k ? 1 : stride, narrow};
     const int64_t steps = (depth + 63) / 64, panels = (lanes + 31) / 32;
     const int64_t panel_bytes = steps * kDigitStepBytes + kScalesBytes;
@@ -218,8 +219,8 @@ void test_digit_packing_twins() {
     auto* const a = reinterpret_cast<unsigned char*>(expected.data());
     auto* const b = reinterpret_cast<unsigned char*>(found.data());
     std::memset(b, 0xaa, panels * panel_bytes);
-    pack_digits_portable(source, lanes, depth, side, a);
-    pack_digits_avx512(source, lanes, depth, side, b);
+    pack_digits_portable(source, lanes, depth, side, kMaxParts, a);
+    pack_digits_avx512(source, lanes, depth, side, kMaxParts, b);
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t first = panel * panel_bytes, scales = first + steps * kDigitStepBytes;
       const float* const expected_scales = expected.data() + scales / 4;
@@ -230,11 +231,11 @@ void test_digit_packing_twins() {
       }
       for (int64_t at = 0; at < steps * kDigitStepBytes; ++at) {
         const int64_t row = at % kTileBytes / 64, column = at % 64 / 4;
-        const int64_t lane = at / kTileBytes % 2 * 16 + (side == TileSide::kLeft ? row : column);
+        const int64_t lane = at / kTileBytes % 2 * 16 + (side == Side::kLeft ? row : column);
         if (std::isnan(expected_scales[lane])) continue;  // its digits are unspecified
         CHECK(a[first + at] == b[first + at],
               "lanes " << lanes << " depth " << depth << " along_k " << along_k << " narrow "
-                       << narrow << " right " << (side == TileSide::kRight) << ", byte " << at
+                       << narrow << " right " << (side == Side::kRight) << ", byte " << at
                        << ": " << int{b[first + at]} << ", expected " << int{a[first + at]});
       }
     }
@@ -251,8 +252,8 @@ void test_add_digits_twins() {
   }
   for (int i = 0; i < 2 * kPanelLanes; ++i) scales.data()[i] = random.uniform();
   for (const bool accumulate : {false, true}) {
-    add_digits_portable(integers, scales.data(), scales.data() + 32, accumulate, expected.data());
-    add_digits_avx512(integers, scales.data(), scales.data() + 32, accumulate, found.data());
+    add_digits_portable(integers, scales.data(), scales.data() + 32, 2, 2, accumulate, expected.data());
+    add_digits_avx512(integers, scales.data(), scales.data() + 32, 2, 2, accumulate, found.data());
     for (int i = 0; i < kBlockSums; ++i) {
       CHECK(expected.data()[i] == found.data()[i],
             "at " << i << ": " << found.data()[i] << ", expected " << expected.data()[i]);
@@ -279,7 +280,7 @@ void test_finish_twins() {
     std::vector<float> bias(columns);
     for (float& value : bias) value = random.uniform();
     const bool accumulate = dtype == DType::kFloat32 && random.below(3) == 0;
-    TileResult result = {nullptr,
+    OutputBlock result = {nullptr,
                          stride,
                          dtype == DType::kBFloat16,
                          accumulate,
@@ -322,8 +323,8 @@ void test_add_twins() {
     sums.data()[i] = random.any_float();
     expected.data()[i] = found.data()[i] = random.any_float();
   }
-  add_tiles_portable(sums.data(), expected.data());
-  add_tiles_avx512(sums.data(), found.data());
+  add_tiles_portable(sums.data(), 2, 2, expected.data());
+  add_tiles_avx512(sums.data(), 2, 2, found.data());
   for (int i = 0; i < kBlockSums; ++i) {
     CHECK(same_bytes_or_both_nan(expected.data()[i], found.data()[i]),
           "at " << i << ": " << found.data()[i] << ", expected " << expected.data()[i]);
@@ -409,7 +410,7 @@ int never_asked() {
 
 void test_availability() {
   const CpuFeatures all = ~CpuFeatures{0};
-  if (amx_kernel() == nullptr) {
+  if (amx_kernel(Precision::kBF16_BF16_F32) == nullptr) {
     CHECK(amx_unavailable(all, never_asked).find("no AMX kernel") != std::string::npos, "");
   } else {
     CHECK(amx_unavailable(all, allow).empty(), amx_unavailable(all, allow));

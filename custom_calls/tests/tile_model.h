@@ -67,7 +67,6 @@ class TileModel {
     }
     std::memcpy(tile(kSums), sums, kTileBytes);
   }
-  static void prefetch(const char*) {}
 
  protected:
   static void* tile(int number) {
@@ -117,5 +116,13 @@ class DigitModel : public TileModel {
 
 inline void multiply_on_model(const TileBlock& block) { multiply_tiles<TileModel>(block); }
 inline void multiply_digits_on_model(const TileBlock& block) { multiply_tiles<DigitModel>(block); }
+
+// The same for whole panels.
+inline void multiply_parts_panels_on_model(const PanelBlock& block) {
+  multiply_parts(block, multiply_on_model, add_tiles_portable);
+}
+inline void multiply_digits_panels_on_model(const PanelBlock& block) {
+  multiply_digits(block, multiply_digits_on_model, add_digits_portable);
+}
 
 }  // namespace gpt2_jax

@@ -6,7 +6,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,11 +43,24 @@ def limit_threads() -> int:
     return threads
 
 
+def free_of_vm_stat(text: str) -> int | None:
+    """Bytes that macOS's vm_stat calls free or inactive; None for a text that is not vm_stat's."""
+    size = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"^Pages (?:free|inactive): +(\d+)\.$", text, re.MULTILINE)
+    return int(size[1]) * sum(map(int, pages)) if size and len(pages) == 2 else None
+
+
 def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes that this process can still get without swapping: the less of what the machine and this container have free.
 
-    Read from Linux's files under `root`; None on other systems.
+    Read from Linux's files under `root`, or on macOS from vm_stat: pages that are free or were not used for a while. None on
+    other systems.
     """
+    if sys.platform == "darwin":
+        try:
+            return free_of_vm_stat(subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout)
+        except (OSError, subprocess.SubprocessError):
+            return None
     try:
         lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         free = [1024 * int(lines["MemAvailable"].removesuffix("kB"))]

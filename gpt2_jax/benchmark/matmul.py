@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from gpt2_jax.benchmark import swift
 from gpt2_jax.benchmark.chart import Bar, check_writable, draw_bars
 from gpt2_jax.benchmark.machine import (
     OthersWork,
@@ -47,7 +48,8 @@ def bench_matmul(
         check_writable(plot)
     # A product then runs on the thread that asks for it: no hand-over to time.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    config = config or config_from_descriptor("d12")
+    beside_swift = swift.is_comparable(swift.MODEL if config is None else "", tokens)
+    config = config or config_from_descriptor(swift.MODEL)
     machine = describe_machine()
     title, size = f"Matrix products of one GPT-2 training step, {tokens:,} tokens", _size_of_step(config, tokens)
     load_before, during = measure_load(), OthersWork()
@@ -72,17 +74,26 @@ def bench_matmul(
     }
     print(_table(record, runs))
     print("\n".join(load_lines(load_before, others, load_after)))
+    published = []
+    if beside_swift:
+        work = _work_of_step(config, tokens)
+        print("\n".join(["", *swift.ladder(totals(runs), work), ""]))
+        published = swift.bars(work)
     if plot is not None:
-        _plot_rates(record, plot, title, f"{size}\n{machine_line(machine)}")
+        _plot_rates(record, published, plot, title, f"{size}\n{machine_line(machine)}")
         print(f"chart: {plot}")
     print(json.dumps(record))
 
 
 def _size_of_step(config: GPT2Config, tokens: int) -> str:
-    linears = linears_of(config)
-    number = sum(linear.layers * len(PRODUCTS) for linear in linears)
-    work = sum(linear.layers * flops(product, linear, tokens) for linear in linears for product in PRODUCTS)
+    number = sum(linear.layers * len(PRODUCTS) for linear in linears_of(config))
+    work = _work_of_step(config, tokens)
     return f"{config.num_layers} layers, {config.channels} channels: {number} products, {work / 1e9:,.1f} GFLOP"
+
+
+def _work_of_step(config: GPT2Config, tokens: int) -> float:
+    linears = linears_of(config)
+    return sum(linear.layers * flops(product, linear, tokens) for linear in linears for product in PRODUCTS)
 
 
 def totals(runs: list[Run]) -> list[dict[str, Any]]:
@@ -213,9 +224,9 @@ def _notes(runs: list[Run], any_extrapolated: bool) -> list[str]:
     return notes
 
 
-def _plot_rates(record: dict[str, Any], path: str, title: str, subtitle: str) -> None:
-    """The rates as bars."""
-    bars = []
+def _plot_rates(record: dict[str, Any], published: list[Bar], path: str, title: str, subtitle: str) -> None:
+    """The rates as bars, published ones first."""
+    bars = list(published)
     for total in record["totals"]:
         of_products = [
             row["gflops"] for row in record["rows"] if all(row[key] == total[key] for key in ("implementation", "precision"))
@@ -232,7 +243,7 @@ def _plot_rates(record: dict[str, Any], path: str, title: str, subtitle: str) ->
             )
         )
     note = "bar: a whole step's products; line: slowest to fastest of its 15 shapes"
-    if any(bar.pale for bar in bars):
+    if any("*" in bar.text for bar in bars):
         note += "; * pale: extrapolated from a slice of rows, or from one layer"
     draw_bars(
         path, bars, title=title, subtitle=subtitle, axis="GFLOP/s (more is better, logarithmic)", note=note, logarithmic=True

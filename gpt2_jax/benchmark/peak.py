@@ -16,18 +16,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_jax.benchmark.machine import spread
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.families.gpt2 import GPT2Config
 
-_ACCELERATOR_SIZE = 8192  # of a square product that fills an accelerator
 _PRODUCTS_OF_CALL = 20
-_PRODUCTS = 600  # of a round: about a second on the fastest cards, so that they are as warm as in training
-_COPIED_BYTES = 2 << 30
 _COPIES = 100
 _ATTENTIONS = 50
+
+
+class _Sizes(NamedTuple):
+    """What fills an accelerator, for about a second."""
+
+    product: int  # rows and columns
+    products: int  # of a round, so that the card is as warm as in training
+    copied_bytes: int
+
+
+# An Apple GPU has a hundredth of the rate of the fastest cards, and shares the machine's memory.
+_SIZES = {"cuda": _Sizes(8192, 600, 2 << 30), "metal": _Sizes(2048, 200, 256 << 20)}
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,17 @@ class Request:
 
 def measure_peak(request: Request) -> dict[str, Any]:
     """On the CPU the fastest of the step's own products; on an accelerator a large square bfloat16 product."""
-    if select_backend(request.backend).name != "cpu":
-        size = _ACCELERATOR_SIZE
-        rounds = _square_product_seconds(size, request.rounds)
+    if (backend := select_backend(request.backend).name) != "cpu":
+        size, products, copied_bytes = _SIZES[backend]
+        rounds = _square_product_seconds(size, products, request.rounds)
         return {
-            "gflops": 2 * size**3 * _PRODUCTS / statistics.median(rounds) / 1e9,
+            "gflops": 2 * size**3 * products / statistics.median(rounds) / 1e9,
             "of": f"XLA's bfloat16 product of {size} x {size}",
             "rounds": len(rounds),
             "spread": spread(rounds),
             "doubtful": False,
             "totals": [],
-            "copy": _copy_rate(),
+            "copy": _copy_rate(copied_bytes),
             **_attention(request),
         }
     import jax
@@ -87,21 +96,22 @@ def measure_peak(request: Request) -> dict[str, Any]:
     }
 
 
-def _square_product_seconds(size: int, rounds: int) -> list[float]:
-    """Seconds of _PRODUCTS products one after the other, for each round."""
+def _square_product_seconds(size: int, count: int, rounds: int) -> list[float]:
+    """Seconds of so many products one after the other, for each round."""
     import jax
     import jax.numpy as jnp
 
     # Random, as equal numbers need less power; its powers keep their size.
     a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(jnp.bfloat16)
     products = _chained_products()
-    b = products(a, a).block_until_ready()
+    b = products(a, a)
+    _wait_for(b)
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        for _ in range(_PRODUCTS // _PRODUCTS_OF_CALL):
+        for _ in range(count // _PRODUCTS_OF_CALL):
             b = products(a, b)
-        b.block_until_ready()
+        _wait_for(b)
         seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -122,15 +132,15 @@ def _chained_products() -> Callable[[Any, Any], Any]:
     return products
 
 
-def _copy_rate() -> float:
+def _copy_rate(copied_bytes: int) -> float:
     """Gigabytes a second that a copy reads and writes together."""
     import jax
     import jax.numpy as jnp
 
-    a = jnp.zeros(_COPIED_BYTES // 4, jnp.float32)
+    a = jnp.zeros(copied_bytes // 4, jnp.float32)
     copy = jax.jit(lambda a: a + 1.0)
     seconds = _seconds_of(lambda: copy(a), _COPIES)
-    return 2 * _COPIED_BYTES / seconds / 1e9
+    return 2 * copied_bytes / seconds / 1e9
 
 
 def _attention(request: Request) -> dict[str, Any]:
@@ -155,14 +165,22 @@ def _attention(request: Request) -> dict[str, Any]:
 
 def _seconds_of(call: Callable[[], Any], count: int) -> float:
     """Seconds of one of `count` calls, whose results are waited for at the end, after one that is not timed."""
-    import jax
-
-    jax.block_until_ready(call())
+    _wait_for(call())
     started = time.perf_counter()
     for _ in range(count):
         result = call()
-    jax.block_until_ready(result)
+    _wait_for(result)
     return (time.perf_counter() - started) / count
+
+
+def _wait_for(result: Any) -> None:
+    """Wait for arrays. Some plugins for the Apple GPU do not wait in block_until_ready: an element on the host is there when
+    its array is."""
+    import jax
+    import numpy as np
+
+    last = jax.tree_util.tree_leaves(jax.block_until_ready(result))[-1]
+    np.asarray(last[(0,) * last.ndim])
 
 
 def main() -> None:

@@ -107,9 +107,10 @@ def _take_turns(together: Sequence[_Process], steps: int, limits: TurnLimits, sa
 
 def _another_fits(together: Sequence[_Process], work: Workload) -> bool:
     """Whether another system fits: more than the memory of the largest so far must be free, since it may need more. On the
-    CPU twice as much, since without memory all would swap; a GPU without memory ends the one that asks for it."""
+    CPU and on a Mac, whose GPU has the same memory, twice as much, since without memory all would swap; an NVIDIA GPU without
+    memory ends the one that asks for it."""
     largest = max(process.peak_bytes for process in together)
-    if work.backend == "cpu":
+    if work.backend != "cuda":
         free = free_memory()
         return free is not None and free > 2 * largest
     sample = gpu.look()
@@ -134,6 +135,8 @@ class _Process:
             micro_batches=work.micro_batches,
             model_name=work.model_name,
             llmc_program=work.llmc_program,
+            devices=work.devices,
+            zero=int(system.stage.removeprefix("zero") or 0),
         )
         self.system = system
         self.spans: list[tuple[float, float]] = []  # of its turns: beginnings and ends, by time.monotonic()

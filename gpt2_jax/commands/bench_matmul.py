@@ -5,7 +5,8 @@
   python scripts/bench_matmul.py --tokens 2048 --plot rates.png
   python scripts/bench_matmul.py --implementations threaded xla pytorch --rounds 9
 
-The last line printed is one JSON object. PyTorch needs pip install -e '.[test]'.
+On a Mac the table and the picture have the published figures of a port to Swift beside them. The last line printed is one
+JSON object. PyTorch needs pip install -e '.[test]'.
 """
 
 from __future__ import annotations

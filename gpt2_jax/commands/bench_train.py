@@ -1,14 +1,15 @@
-"""Time whole GPT-2 training steps: this project with each of its matrix products, plain JAX, PyTorch eager and compiled.
+"""Time whole GPT-2 training steps: this project with each of its matrix products, plain JAX, PyTorch eager and compiled, MLX.
 
   python scripts/bench_train.py                                       all of them; tens of minutes
   python scripts/bench_train.py --quick                               the choices of --matmul auto and three peers, 3 minutes
   python scripts/bench_train.py --batch-size 8 --sequence-length 256 --systems gpt2_jax:auto pytorch:bfloat16
   python scripts/bench_train.py --scaling --plot steps.png            also the time from 256 to 8192 tokens
+  python scripts/bench_train.py --backend metal                       beside PyTorch on the Apple GPU and a GPT-2 in MLX
   python scripts/bench_train.py --backend cuda --batch-size 16 --sequence-length 1024 --record docs/records/NAME
 
 Each system runs in a process of its own; they take turns of several steps, so that what else happens on the
 machine happens to all. The last line printed is one JSON object; exit status 1 when a system failed
-that should have run. PyTorch needs pip install -e '.[test]'.
+that should have run. PyTorch needs pip install -e '.[test]', MLX pip install mlx.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Arguments:
     """Timed steps, of which the median is taken."""
     systems: tuple[str, ...] = ()
     """Only these: gpt2_jax, jax_plain, pytorch, pytorch_compiled, on NVIDIA GPUs pytorch_best (cuDNN's attention, a residual
-    stream in bfloat16) and pytorch_tuned (that, and torch.compile's longest search); a matmul or dtype after a colon narrows
-    it down."""
+    stream in bfloat16) and pytorch_tuned (that, and torch.compile's longest search), mlx; a matmul or dtype after a colon
+    narrows it down."""
     backend: Literal["cpu", "cuda", "metal"] = "cpu"
     """Where all of them compute."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

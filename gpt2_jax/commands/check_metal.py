@@ -2,10 +2,10 @@
 
   python scripts/check_metal.py                          GPT-2 124M, two micro-batches, in both dtypes, for every plugin
   python scripts/check_metal.py --size d48 --dtype bfloat16 --plugin jax-metal
-  python scripts/check_metal.py --config demo
+  python scripts/check_metal.py --config demo --patterns   also what a plugin makes faster forms of, and why not of others
 
-Exit status 1 when an operation is used that the plugin does not know, or in a way that it cannot take. metaljax and
-jax-graft have no table of their own here: they are held to that of jax-metal 0.1.1, the strictest.
+Exit status 1 when an operation is used that the plugin does not know, or in a way that it cannot take. Each plugin's
+operations are in gpt2_jax/assets/*_operations.toml, with the version that they were read from.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import metal_backend, select_backend
-from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
+from gpt2_jax.compute.metal_plugins import METAL_PLUGINS, MetalPlugin, newer_than_its_table
+from gpt2_jax.compute.metal_tables import table_of
 from gpt2_jax.config import RunConfig, find_config, load_config
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import config_from_descriptor
 from gpt2_jax.files import FilePath
 from gpt2_jax.models.weights import model_config_from_settings
+
+if TYPE_CHECKING:
+    from gpt2_jax.compute.metal_check import CheckedFunction
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Arguments:
     """Dtype of products and activations; by default the TOML file's, and both for --size."""
     plugin: Literal["jax-mps", "metaljax", "jax-graft", "jax-metal"] | None = None
     """One plugin only."""
+    patterns: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what each plugin makes a faster form of, what of it it does not recognise, and why."""
 
 
 def main(words: list[str]) -> None:
@@ -45,6 +53,7 @@ def main(words: list[str]) -> None:
 
     from gpt2_jax.compute.metal_check import check_functions
 
+    jax.devices()  # jax loads the plugins that are installed, and jax-mps its operations, whatever the platform is
     if arguments.config and arguments.size:
         raise Gpt2JaxError("expected --size or --config, found both")
     size = arguments.size or "d12"
@@ -62,10 +71,14 @@ def main(words: list[str]) -> None:
     for plugin in METAL_PLUGINS:
         if arguments.plugin not in (None, plugin.name):
             continue
+        if newer := newer_than_its_table(plugin):
+            print(newer)
+        if arguments.patterns:
+            print(f"{plugin.name} makes faster forms of: {table_of(plugin.name)['patterns']}")
         for dtype in dtypes:
             config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype=dtype))
             for function in check_functions(config, model, metal_backend(plugin, "to be checked")):
-                portable = f"{len(function.portable):,}" if function.portable else "none"
+                portable = f"{len(function.portable):,}" if function.portable else ""
                 print(
                     f"{plugin.name:<11}{plugin.platform:<10}{dtype:<10}{function.name:<19}"
                     f"{function.operations.total():>11,}{len(function.operations):>7}{portable:>10}{function.seconds:>9.2f}",
@@ -74,9 +87,26 @@ def main(words: list[str]) -> None:
                 num_violations += len(function.violations)
                 for violation in function.violations:
                     print(f"    {violation}")
-    print("bytes: of the module in StableHLO 0.19.0, which jax-metal reads; seconds: to trace and lower it")
+                if arguments.patterns and plugin.fuses:
+                    print("\n".join(f"    {line}" for line in pattern_lines(function, plugin)))
+    print("bytes: of the module in the old StableHLO that jax-metal reads; seconds: to trace and lower it")
     print(f"{num_violations} violations")
     sys.exit(1 if num_violations else 0)
+
+
+def pattern_lines(function: CheckedFunction, plugin: MetalPlugin) -> list[str]:
+    """What the plugin recognises in a function: first its own functions, then by form, with the reasons."""
+    own = {name: count for name, count in function.custom_calls.items() if name.startswith("mps.")}
+    of_its_own = ", ".join(f"{count} {name}" for name, count in sorted(own.items()))
+    absent = f"none, since {plugin.name} is not here, and jax's own forms stand for them"
+    lines = [f"functions of {plugin.name}: {of_its_own or absent}"]
+    for kind in sorted({part.kind for part in function.parts}):
+        parts = {part: count for part, count in function.parts.items() if part.kind == kind}
+        taken = sum(count for part, count in parts.items() if not part.refused)
+        lines.append(f"{kind}: {taken} of {sum(parts.values())} recognised")
+        lines += [f"  {count} not, at {part.place}: {part.refused}" for part, count in parts.items() if part.refused]
+        lines += [f"  {count} at {part.place}: {part.remark}" for part, count in parts.items() if part.remark]
+    return lines
 
 
 def two_micro_batches_of(size: str) -> RunConfig:

@@ -24,7 +24,8 @@ COMMANDS = {
     "reshard": "a checkpoint for another number of processes of llm.c",
     "starter-pack": "the four files that llm.c's programs test and train with",
     "bench-matmul": "time the matrix products of a training step",
-    "bench-train": "time whole training steps beside plain JAX and PyTorch",
+    "bench-train": "time whole training steps beside plain JAX, PyTorch and MLX",
+    "bench-scale": "time training steps on several devices beside PyTorch's DDP and FSDP2",
     "bench-generate": "time the generating of text beside transformers",
 }
 

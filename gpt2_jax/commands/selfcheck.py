@@ -2,6 +2,7 @@
 
   python scripts/selfcheck.py --backend metal       the Apple GPU, and the CPU with and without Accelerate
   python scripts/selfcheck.py --backend cpu         the CPU with the custom calls, against XLA
+  python scripts/selfcheck.py --markdown > issue.md  the report as one pastes it into an issue
 
 The report, selfcheck.json, is made for sharing: it holds no name of a person or machine, no path and no network address.
 Exit status 1 when they disagree.
@@ -11,8 +12,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from gpt2_jax.commands.command_line import parse
 from gpt2_jax.compute.backend import select_backend
@@ -26,53 +30,45 @@ class Arguments:
     """The device to check."""
     metal_plugin: Literal["auto", "jax-mps", "metaljax", "jax-graft", "jax-metal"] = "auto"
     """Which jax plugin for the Apple GPU."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["both", "float32", "bfloat16"] = "both"
     """Dtype of products and activations."""
     output: Path = Path("selfcheck.json")
     """Where the report goes."""
+    markdown: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the report as Markdown for an issue, and nothing else to standard output."""
 
 
 def main(words: list[str]) -> None:
     arguments = parse(Arguments, __doc__, words)
-    output_is_no_result()
+    if not arguments.markdown:
+        output_is_no_result()
     # Before anything imports jax.
     backend = select_backend(arguments.backend, metal_plugin=arguments.metal_plugin, full_float32=True)
 
-    from gpt2_jax import selfcheck
+    from gpt2_jax import selfcheck, selfcheck_report
     from gpt2_jax.compute.backend import open_device
-    from gpt2_jax.data.tokenizer import gpt2_tokenizer
 
-    print(f"{backend.name} ({open_device(backend)}): {backend.reason}", flush=True)
+    say = partial(print, file=sys.stderr if arguments.markdown else sys.stdout, flush=True)
     config = selfcheck.SMALL_MODEL
-    tokens_per_step = selfcheck.BATCH_SIZE * config.max_sequence_length
-    systems = selfcheck.systems_to_check(backend, config, arguments.dtype)
-    print(f"training {selfcheck.STEPS} steps on {'; '.join(system.name for system in systems)} ...", flush=True)
-    tokens = selfcheck.built_in_tokens(selfcheck.STEPS * tokens_per_step + 1)
-    checks = selfcheck.check_systems(systems, tokens)
-
-    print(f"\n{'':<22}{'last loss':>11}{'compiled in':>13}{'a step':>11}{'from':>10}{'to':>10}{'tok/s':>9}")
-    for check in checks:
-        outcome = check.outcome
-        median, seconds = outcome.median_seconds, outcome.step_seconds
-        print(
-            f"{outcome.system.name:<22}{outcome.losses[-1]:>11.6f}{outcome.compile_seconds:>11.1f} s"
-            f"{1000 * median:>8.1f} ms{1000 * min(seconds):>10.1f}{1000 * max(seconds):>10.1f}{tokens_per_step / median:>9.0f}"
-        )
-    print(f"\n{'':<22}{'against':<10}{'':<26}{'max |difference|':>18}{'of largest value':>18}{'of tolerance':>14}")
-    for check in checks:
-        for against, rows in ((systems[0].name, check.against_reference), ("pytorch", check.against_pytorch)):
-            for label, row in selfcheck.rows_to_show(rows) if check is not checks[0] or against == "pytorch" else []:
-                verdict = "ok" if row.passed else "FAILED"
-                print(
-                    f"{check.outcome.system.name:<22}{against:<10}{label:<26}"
-                    f"{row.max_absolute:>18.3e}{row.max_relative:>18.3e}{row.used_tolerance:>13.1%}  {verdict}"
-                )
-    if not checks[0].against_pytorch:
-        print("PyTorch is not installed, so it was not asked: pip install -e '.[test]'")
-    for check in checks:
-        same = "" if check is checks[0] else " (the same)" if check.sample == checks[0].sample else " (another)"
-        print(f"\ntext of {check.outcome.system.name}{same}: {gpt2_tokenizer().decode(check.sample)}")
-    selfcheck.write_report(arguments.output, checks, config, dtype=arguments.dtype)
-    failed = [check.outcome.system.name for check in checks if not check.passed]
-    print(f"\nreport: {arguments.output}\n{'FAILED: ' + '; '.join(failed) if failed else 'all agree within tolerance'}")
+    dtypes: list[Literal["float32", "bfloat16"]]
+    dtypes = ["float32", "bfloat16"] if arguments.dtype == "both" else [arguments.dtype]
+    results = []
+    with selfcheck.compiled_programs(backend) as programs:
+        say(f"{backend.name} ({open_device(backend)}): {backend.reason}")
+        tokens = selfcheck.built_in_tokens(selfcheck.STEPS * selfcheck.BATCH_SIZE * config.max_sequence_length + 1)
+        for dtype in dtypes:
+            systems = selfcheck.systems_to_check(backend, config, dtype)
+            say(f"training {selfcheck.STEPS} steps in {dtype} on {'; '.join(system.name for system in systems)} ...")
+            results.append(selfcheck.check_dtype(systems, tokens, programs))
+            for line in selfcheck_report.text_lines(results[-1], config):
+                say(line)
+    report = selfcheck_report.report_of(results, config)
+    selfcheck_report.write_report(arguments.output, report)
+    failed = [f"{found.dtype}: {found.failure}" for found in results if found.failure]
+    failed += [
+        f"{check.outcome.system.name} in {found.dtype}" for found in results for check in found.checks if not check.passed
+    ]
+    say(f"\nreport: {arguments.output}\n{'FAILED: ' + '; '.join(failed) if failed else 'all agree within tolerance'}")
+    if arguments.markdown:
+        print(selfcheck_report.markdown(report), end="")
     sys.exit(1 if failed else 0)

@@ -2,9 +2,8 @@
 
 jax lowers for any platform by its name, so the exact module that a plugin would be given can be made anywhere. Here the
 training step, the losses of validation and of multiple-choice answers, and the logits of sampling are lowered as a run
-makes them, every operation is held against what the plugin can convert (assets/*_operations.toml), and the
-module is written in the version of StableHLO that it reads. jax-mps has a table of its own; the other plugins know more
-operations than jax-metal, and are held to its list.
+makes them, every operation is held against what the plugin can convert (assets/*_operations.toml), and for jax-metal the
+module is written in the version of StableHLO that it reads.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ import dataclasses
 import io
 import re
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +25,8 @@ from jaxlib.mlir.passmanager import PassManager
 
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.forward import make_loss_function, make_token_loss_function, next_token_logits
+from gpt2_jax.compute.metal_patterns import Part, parts_of
+from gpt2_jax.compute.metal_tables import table_of
 from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.compute.step import make_step, state_shapes
 from gpt2_jax.config import RunConfig
@@ -47,9 +45,10 @@ class CheckedFunction:
     operations: Counter[str]
     custom_calls: Counter[str]  # by target
     lines: int  # of the module's text
-    portable: bytes | None  # the module in the plugin's StableHLO; None when it cannot be written in it
+    portable: bytes | None  # the module in the plugin's old StableHLO; None when it has none, or cannot be written in it
     seconds: float  # for tracing and lowering
     violations: list[str]
+    parts: Counter[Part]  # for jax-mps: what it looks for by form
 
 
 def check_functions(config: RunConfig, model: FamilyConfig, backend: Backend) -> Iterator[CheckedFunction]:
@@ -62,12 +61,14 @@ def check_functions(config: RunConfig, model: FamilyConfig, backend: Backend) ->
         calls = Counter(_target(operation) for operation in _walk(module) if operation.name == "stablehlo.custom_call")
         lines = len(str(module.operation).splitlines())
         found = violations(module, loops=backend.loops, plugin=backend.plugin)
+        parts = Counter(parts_of(module, partial(_place, calls=_calls(module)))) if backend.fuses else Counter[Part]()
         portable = None
-        try:
-            portable = portable_module(module)
-        except ValueError as error:
-            found.append(f"cannot be written as StableHLO {_table(JAX_METAL)['stablehlo_version']}: {error}")
-        yield CheckedFunction(name, operations, calls, lines, portable, seconds, found)
+        if version := table_of(backend.plugin).get("stablehlo_version"):
+            try:
+                portable = portable_module(module, version)
+            except ValueError as error:
+                found.append(f"cannot be written as StableHLO {version}: {error}")
+        yield CheckedFunction(name, operations, calls, lines, portable, seconds, found, parts)
 
 
 def lower(traced: jax.stages.Traced, platform: str) -> ir.Module:
@@ -84,26 +85,26 @@ def lower(traced: jax.stages.Traced, platform: str) -> ir.Module:
     return module
 
 
-def portable_module(module: ir.Module) -> bytes:
-    """The module in the version of StableHLO that jax writes for jax-metal; ValueError when it has no such form.
+def portable_module(module: ir.Module, version: str) -> bytes:
+    """The module in a version of StableHLO, as jax writes it for a plugin that reads no newer one; ValueError when it has no
+    such form.
 
     The module itself is changed by some versions of jaxlib, and of no more use.
     """
-    return stablehlo.serialize_portable_artifact(module, _table(JAX_METAL)["stablehlo_version"])
+    return stablehlo.serialize_portable_artifact(module, version)
 
 
 def violations(module: ir.Module, *, loops: bool, plugin: str = JAX_METAL) -> list[str]:
     """One line, with the place in the source, for each use of an operation that the plugin cannot take.
 
-    `loops`: the backend may be given loops. A plugin without a table of its own is held to jax-metal's.
+    `loops`: the backend may be given loops.
     """
-    table = _table(plugin)
+    table = table_of(plugin)
     known_to = table["plugin"]
-    targets, keeps_limit = table.get("custom_calls", ["Sharding"]), _KEEPS_LIMIT[known_to]
-    operations = list(_walk(module))
-    calls = {ir.FlatSymbolRefAttr(op.attributes["callee"]).value: op for op in operations if op.name == "func.call"}
+    targets, keeps_limit = table.get("custom_calls", ["Sharding"]), _KEEPS_LIMIT[plugin]
+    calls = _calls(module)
     found = []
-    for operation in operations:
+    for operation in _walk(module):
         name = operation.name.removeprefix("stablehlo.")
         limit = table["operations"].get(name)
         if operation.name in _STRUCTURE or (loops and name == "while"):
@@ -142,21 +143,17 @@ def _functions_of_a_run(config: RunConfig, model: FamilyConfig, backend: Backend
     }
 
 
-@cache
-def _table(plugin: str) -> dict[str, Any]:
-    """The table of operations that a plugin knows; that of jax-metal, the strictest, for a plugin without one."""
-    assets = resources.files("gpt2_jax") / "assets"
-    own = assets / f"{plugin.replace('-', '_')}_operations.toml"
-    path = own if own.is_file() else assets / "jax_metal_operations.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
 def _walk(module: ir.Module) -> Iterator[ir.Operation]:
     waiting = [module.operation]
     while waiting:
         operation = waiting.pop()
         yield operation
         waiting.extend(inner.operation for region in operation.regions for block in region for inner in block)
+
+
+def _calls(module: ir.Module) -> dict[str, ir.Operation]:
+    """By the name of a function, one that calls it."""
+    return {ir.FlatSymbolRefAttr(op.attributes["callee"]).value: op for op in _walk(module) if op.name == "func.call"}
 
 
 def _target(call: ir.Operation) -> str:
@@ -191,24 +188,47 @@ def _reduces_one_operand(reduce: ir.Operation) -> bool:
     return len(reduce.operands) == 2 and _body_is_one_of(reducers, reduce)
 
 
+def _element_type(value: ir.Value) -> str:
+    return str(ir.ShapedType(value.type).element_type)
+
+
 def _has_its_operands_type(dot: ir.Operation) -> bool:
-    types = {str(ir.ShapedType(value.type).element_type) for value in (*dot.operands, *dot.results)}
-    return len(types) == 1
+    return len({_element_type(value) for value in (*dot.operands, *dot.results)}) == 1
 
 
-# Whether a use keeps the limit that a table has for its operation.
+def _multiplies_one_type(dot: ir.Operation) -> bool:
+    operands, result = {_element_type(value) for value in dot.operands}, _element_type(dot.results[0])
+    return len(operands) == 1 and operands <= {"f32", "f16", "bf16"} and result in {"f32", *operands}
+
+
+def _scatters_one_operand(scatter: ir.Operation) -> bool:
+    return len(scatter.operands) == 3
+
+
+def _scatters_small_elements(scatter: ir.Operation) -> bool:
+    return len(scatter.operands) == 3 and _element_type(scatter.operands[0]) in ("i32", "ui32", "f32", "f16", "bf16")
+
+
+def _rounds_to_a_small_float(rounding: ir.Operation) -> bool:
+    exponent, mantissa = (ir.IntegerAttr(rounding.attributes[f"{part}_bits"]).value for part in ("exponent", "mantissa"))
+    return _element_type(rounding.operands[0]) in ("f32", "f16", "bf16") and 1 <= exponent <= 8 and 0 <= mantissa <= 22
+
+
+# Whether a use keeps the limit that a plugin's table has for its operation.
 _KEEPS_LIMIT: dict[str, dict[str, Callable[[ir.Operation], bool]]] = {
-    "jax-metal 0.1.1": {
+    "jax-metal": {
         "dot_general": _contracts_as_a_matmul,
         "gather": _gathers_by_rows,
         "reduce": _reduces_one_operand,
         "scatter": _scatters_by_rows,
     },
-    "jax-mps 0.11.1": {
+    "jax-mps": {
         "dot_general": _has_its_operands_type,
         "reduce": _reduces_one_operand,
         "scatter": _scatters_by_rows,
     },
+    "metaljax": {"reduce_precision": _rounds_to_a_small_float, "scatter": _scatters_one_operand},
+    "jax-graft": {"dot_general": _multiplies_one_type, "scatter": _scatters_small_elements},
 }
 
 

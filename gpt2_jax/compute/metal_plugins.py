@@ -6,17 +6,19 @@ jax with messages that name neither.
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 from dataclasses import dataclass
 
+from gpt2_jax.compute.metal_tables import table_of
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.jax_compat import unmet_requirements, version_text
 
-# What a plugin may have as one operation, forward and backward: by jax.nn's functions, which it replaces when jax loads it,
-# and LayerNorm as a function of its own.
-FUSED_PARTS = frozenset({"attention", "gelu", "layer_norm"})
+# What a plugin may have as one operation: attention and GELU, forward and backward, by jax.nn's functions, which it replaces
+# when jax loads it; LayerNorm by a function of its own; a product with its bias by their form.
+FUSED_PARTS = frozenset({"attention", "gelu", "layer_norm", "bias"})
 
 
 @dataclass(frozen=True)
@@ -33,34 +35,57 @@ class MetalPlugin:
     full_float32: tuple[tuple[str, str], ...] = ()  # set as well when products must be full float32
     jax_bound: str = ""  # of jax and jaxlib, which must then be equal; beside what the wheel itself requires
     clashes_with: str = ""  # a distribution that registers the same name with jax
+    bfloat16: str = ""  # what products of bfloat16 are there, for people
     fuses: frozenset[str] = frozenset()  # what Backend.fuses says of it
+    variables: tuple[tuple[str, str], ...] = ()  # of the environment that it reads, and what each does, for people
+    programs_variable: str = ""  # of them, the one that names a folder for the programs that it has compiled
 
 
 # Best first. Read out of the wheels of jax-mps 0.11.1, metaljax 0.11.9, jax-graft 0.0.5 and jax-metal 0.1.1. The two
 # that run on MLX compute float32 products in TF32's precision on an M5 unless told otherwise.
 _FULL_FLOAT32_ON_MLX = (("MLX_ENABLE_TF32", "0"),)
+_TF32_ON_MLX = ("MLX_ENABLE_TF32", "0: full float32 products on an M5 and newer")
 METAL_PLUGINS = (
     MetalPlugin(
         name="jax-mps",
         platform="mps",
         # MLX takes barriers for copies, and merges what is computed twice.
-        lacks=frozenset({"donation", "custom_calls", "loops", "barriers"}),
+        lacks=frozenset({"donation", "custom_calls", "loops", "barriers", "fused_reductions"}),
         oldest_macos=(14, 0),
         pair="jax-mps 0.11 with jax 0.11, on Python 3.12 or newer",
         install="pip install -e '.[mps]'",
         full_float32=_FULL_FLOAT32_ON_MLX,
         clashes_with="jax-metallib",
+        bfloat16="products have the dtype of their operands, whatever is declared: sums in float32, rounded to bfloat16 once",
         fuses=FUSED_PARTS,
+        variables=(
+            ("JAX_MPS_ASYNC_DISPATCH", "1: a step does not wait for the one before; experimental"),
+            ("JAX_MPS_CACHE_LIMIT_BYTES", "bound of the memory that MLX keeps for later, which has none; costs speed"),
+            ("JAX_MPS_DUMP_OPTIMIZED_IR", "folder for the programs as they are computed"),
+            ("JAX_MPS_NO_OPTIMIZE", "1: nothing is recognised by form"),
+            ("MPS_NO_COMPILE", "1: every operation is a kernel of its own"),
+            _TF32_ON_MLX,
+        ),
+        programs_variable="JAX_MPS_DUMP_OPTIMIZED_IR",
     ),
     MetalPlugin(
         name="metaljax",
         platform="metal",
-        lacks=frozenset({"custom_calls", "loops"}),
+        # Its lowering drops barriers, and its compiler merges equal operations.
+        lacks=frozenset({"custom_calls", "loops", "barriers", "fused_reductions"}),
         oldest_macos=(14, 0),
         pair="metaljax 0.11 with jax 0.11, on Python 3.12 or newer",
         install="pip install 'metaljax>=0.11,<0.12' 'jax>=0.11,<0.12'",
         full_float32=_FULL_FLOAT32_ON_MLX,
         clashes_with="jax-metal",
+        bfloat16="products have the dtype that is declared, and operands are converted to it first; sums in float32",
+        variables=(
+            ("METALJAX_MATMUL_PRECISION", "high, the default: full float32 products; default: shorter ones on an M5 and newer"),
+            ("METALJAX_MEM_BUDGET_MB", "memory that a process may have, by default three quarters of the machine's"),
+            ("METALJAX_RECOGNIZE", "0: nothing is recognised by form"),
+            ("METALJAX_DEBUG", "1: prints what was recognised"),
+            _TF32_ON_MLX,
+        ),
     ),
     MetalPlugin(
         name="jax-graft",
@@ -69,6 +94,8 @@ METAL_PLUGINS = (
         oldest_macos=(26, 0),
         pair="jax-graft 0.0.5 with jax 0.10.2 or newer, on Python 3.12 or newer",
         install="pip install --upgrade jax-graft jax",
+        bfloat16="products of bfloat16 with sums in float32, and a result of either",
+        variables=(("METAL_PJRT_MEMORY_FRACTION", "of the memory that a process may have, by default half of the machine's"),),
     ),
     MetalPlugin(
         name="jax-metal",
@@ -83,9 +110,42 @@ METAL_PLUGINS = (
         # supported', or a program with 'unknown attribute code: 22'.
         jax_bound=">=0.4.34,<=0.5.0",
         clashes_with="metaljax",
+        bfloat16="taken by its compiler; nobody has reported a training with it",
+        variables=(("ENABLE_PJRT_COMPATIBILITY", "1: jaxlib accepts its old interface; set by this program"),),
     ),
 )
 METAL_PLUGIN_NAMES = tuple(plugin.name for plugin in METAL_PLUGINS)
+
+
+def plugin_named(name: str) -> MetalPlugin:
+    return next(plugin for plugin in METAL_PLUGINS if plugin.name == name)
+
+
+def facts(plugin: MetalPlugin) -> list[tuple[str, str]]:
+    """Names and values for people: what the plugin has as one operation, and what bfloat16 means there."""
+    names = {"attention": "attention", "gelu": "GELU", "layer_norm": "LayerNorm", "bias": "a product and its bias"}
+    fused = [name for part, name in names.items() if part in plugin.fuses]
+    return [
+        ("one operation", ", ".join(fused) or "nothing of a step as a whole"),
+        ("bfloat16", plugin.bfloat16),
+    ]
+
+
+def set_variables(plugin: MetalPlugin) -> list[tuple[str, str]]:
+    """The variables of the environment that the plugin reads and that are set, each with its value and what it does."""
+    return [(name, f"{os.environ[name]!r}; {does}") for name, does in plugin.variables if name in os.environ]
+
+
+def newer_than_its_table(plugin: MetalPlugin) -> str | None:
+    """What to say when the plugin that is installed is newer than its table of operations; None when it is not, or is not
+    installed."""
+    # Here, since this module is asked for a pip extra before anything is installed.
+    from packaging.version import Version
+
+    installed, known = version_text(plugin.name), table_of(plugin.name)["plugin"].rpartition(" ")[2]
+    if installed is None or Version(installed) <= Version(known):
+        return None
+    return f"{plugin.name} {installed} is newer than the table of its operations, of {known}: what it changed is not checked"
 
 
 def plugin_for_this_machine() -> MetalPlugin | None:
@@ -124,7 +184,7 @@ def choose_plugin(requested: str = "auto") -> tuple[MetalPlugin, str]:
     """
     installed = [plugin for plugin in METAL_PLUGINS if version_text(plugin.name)]
     if requested != "auto":
-        chosen = next(plugin for plugin in METAL_PLUGINS if plugin.name == requested)
+        chosen = plugin_named(requested)
         if chosen not in installed:
             found = ", ".join(plugin.name for plugin in installed) or "no plugin"
             raise Gpt2JaxError(f"--metal-plugin {requested}: expected it to be installed, found {found}", chosen.install)

@@ -23,6 +23,7 @@ from gpt2_jax.config import ComputeSettings, OptimizerSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
+from gpt2_jax.ops.apple.classifier import ON_MLX_ONLY
 from gpt2_jax.ops.apple.plugin import ON_JAX_MPS_ONLY
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda.compiler_options import COMPILER_OPTIONS, DETERMINISTIC_COST, DETERMINISTIC_OPTIONS
@@ -60,7 +61,7 @@ class Plan:
     matmul_precision: str | None  # of float32 products, by jax's names; None is jax's default
     deterministic: bool = False  # the same bits in every run
     devices: int = 1  # that train together
-    zero: int = 0  # 0: each keeps all parameters and moments; 1: each keeps a row of them (compute/parallel.py)
+    zero: int = 0  # what of a state each of them keeps: compute/parallel.py's stages
     dropout: float = 0.0  # probability, below 1, with which a training step drops an element (ops/dropout.py)
     frozen: tuple[str, ...] = ()  # names of tensors that no step changes
     linear: Choice = _UNDECIDED
@@ -88,7 +89,7 @@ class Plan:
     @property
     def writes_in_place(self) -> bool:
         """Whether a step fills the last step's gradient buffer, rather than making a new one."""
-        return self.writer.name != "concatenate"
+        return writer.writer_of(self).writes_at_once
 
     def precision(self) -> AbstractContextManager[None]:
         """In it jax traces products of the plan's precision."""
@@ -123,7 +124,7 @@ class Plan:
                 others.setdefault((choice.name, choice.reason), []).append(seam)
             for name, reason in choice.refusals:
                 # Nobody misses an implementation for another kind of device.
-                if reason not in (matmul.ON_NVIDIA_ONLY, ON_JAX_MPS_ONLY):
+                if reason not in (matmul.ON_NVIDIA_ONLY, ON_JAX_MPS_ONLY, ON_MLX_ONLY):
                     refused.setdefault(reason, []).append(name if seam == "linear" else f"{seam}:{name}")
         rows += [("ops", f"{name} for {', '.join(seams)}: {reason}") for (name, reason), seams in others.items()]
         return rows + [("", f"not {', '.join(names)}: {reason}") for reason, names in refused.items()]

@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax.ops.apple import classifier as apple
-from gpt2_jax.ops.apple import plugin
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import kernels, libraries
 from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, product, product_dx, weight_gradient
@@ -202,7 +201,7 @@ def _low_gradient(
     (name,) = site.names
     losses: list[jax.Array] = []
     dh: list[jax.Array] = []
-    dw: jax.Array | float = 0.0
+    dw: jax.Array | None = None
     for h_RC, y_R in _chunks(h_BTC, y_BT, _most_low_rows(y_BT.size)):
         if dh:
             # Both products have read the last rows' logits by then, whose memory these rows take.
@@ -210,8 +209,11 @@ def _low_gradient(
         losses_R, dlogits_RV = of_rows(site, _low_logits(site, h_RC, flat_N), y_R, scale / y_BT.size)
         losses.append(losses_R)
         dh.append(product_dx(site.plan, dlogits_RV, site.view(flat_N, name)))
-        dw += weight_gradient(site.plan, dlogits_RV, h_RC).astype(_FLOAT32)
-    gradient_N, slot = write_gradient(site, gradient_N, name, jnp.asarray(dw))
+        of_rows_VC = weight_gradient(site.plan, dlogits_RV, h_RC)
+        # The first stays in its dtype until the second comes, so that both are read once.
+        dw = of_rows_VC if dw is None else dw.astype(_FLOAT32) + of_rows_VC.astype(_FLOAT32)
+    assert dw is not None
+    gradient_N, slot = write_gradient(site, gradient_N, name, dw)
     return scale * jnp.mean(jnp.concatenate(losses)), jnp.concatenate(dh).reshape(h_BTC.shape), gradient_N, {name: slot}
 
 
@@ -268,6 +270,6 @@ TABLE = (
     Implementation("custom_call", library.refusal, "logits in chunks of rows", functions=_CUSTOM_CALL),
     Implementation("kernel", _refuses_kernel, "loss and gradient in one pass over the logits", functions=_KERNEL),
     Implementation("low_precision", _refuses_low, "logits in the dtype of products", functions=_LOW_PRECISION),
-    Implementation("apple", plugin.refuses("attention"), "no masked copy of the logits", functions=_APPLE),
+    Implementation("apple", apple.refuses, "no masked copy of the logits", functions=_APPLE),
     Implementation("xla", always, "the reference, on every device", functions=_REFERENCE),
 )

@@ -309,6 +309,6 @@ TABLE = (
     Implementation(
         "cublas", _refuses_cublas, "adds the bias itself", functions=Products(_cublas_forward, _cublas_dx, _cublas_dw)
     ),
-    Implementation("apple", plugin.refuses("attention"), products.WHY, functions=Products(*products.FUNCTIONS, any_rank=True)),
+    Implementation("apple", plugin.refuses("bias"), products.WHY, functions=Products(*products.FUNCTIONS, any_rank=True)),
     Implementation("xla", always, "the reference, on every device", functions=Products(_xla_forward, _xla_dx, _xla_dw)),
 )

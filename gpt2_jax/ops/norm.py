@@ -7,32 +7,26 @@ the gain is folded into the weight. The result comes in `site.parts` equal parts
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from gpt2_jax.ops import folded
 from gpt2_jax.ops.apple import fused, plugin
 from gpt2_jax.ops.cpu import library
-from gpt2_jax.ops.cuda import kernels, libraries
+from gpt2_jax.ops.layer_norm import layer_norm
 from gpt2_jax.ops.linear import linear
-from gpt2_jax.ops.matmul import ON_NVIDIA_ONLY, weight_gradient
 from gpt2_jax.ops.plain import plain
 from gpt2_jax.ops.summed import Summed, is_summed
 from gpt2_jax.ops.table import Implementation, always
-from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp, rounded, threaded
+from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp, threaded
 from gpt2_jax.ops.writer import write_gradient
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
-
-LAYERNORM_EPSILON = 1e-5
-_FLOAT32 = jnp.dtype(jnp.float32)
-Parts = tuple[jax.Array, ...]
 
 
 class Norms(NamedTuple):
@@ -42,25 +36,11 @@ class Norms(NamedTuple):
     norm_linear: ThreadedOp  # names: gain, shift, weight, bias; x (..., C) -> (x, the linear layer of its norm in parts)
     # (bytes of an activation): those that norm_linear keeps of a channel for its backward, of input and norm
     keeps: Callable[[int], int] = lambda s: 2 * s
+    folds: bool = False  # norm_linear keeps a copy of its weight with the gain in it
 
 
 def norms_of(plan: Plan) -> Norms:
     return next(row.functions for row in TABLE if row.name == plan.norm_linear.name)
-
-
-def layer_norm(x: jax.Array, gain_C: jax.Array, shift_C: jax.Array) -> jax.Array:
-    """(x - mean) / sqrt(variance + 1e-5) * gain + shift over the channels, in float32, returned in x's dtype."""
-    leading = (1,) * (x.ndim - 1)
-    normed, _ = _normed(x)
-    return (normed * gain_C.reshape(*leading, -1) + shift_C.reshape(*leading, -1)).astype(x.dtype)
-
-
-def _normed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(x - mean) / deviation, and 1 / deviation, float32."""
-    x = x.astype(_FLOAT32)
-    centered = x - jnp.mean(x, axis=-1, keepdims=True)
-    rstd = lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + LAYERNORM_EPSILON)
-    return centered * rstd, rstd
 
 
 # The reference.
@@ -91,6 +71,10 @@ def _call_backward(
     return dx, gradient_N, {gain: gain_slot, shift: shift_slot}
 
 
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 def _followed_by_linear(
     norm: ThreadedOp, site: Site, x: Any, flat_N: jax.Array, slots: Slots
 ) -> tuple[tuple[Any, tuple[Any, ...]], jax.Array]:
@@ -108,127 +92,6 @@ def _split(y: Any, parts: int) -> tuple[Any, ...]:
     return tuple(jnp.split(y, parts, axis=-1))
 
 
-# On GPUs: the linear layer of gain * n + shift is that of n with the weight times gain, and the bias plus the weight times
-# shift. So the gradients of gain and shift come out of the weight's and need no sum over tokens; and the parts are
-# products of their own, so that nothing is split or joined.
-
-
-class _Passes(NamedTuple):
-    """The passes over the rows that the folded implementation makes between its products."""
-
-    # (x (..., C)) -> its norm in x's dtype, 1 / deviation (..., 1) float32
-    normalize: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-    # (norm, 1 / deviation, parts of the norm's cotangent (M, C), cotangent that reaches x around the norm) -> that of x,
-    # with its column sums where the pass makes them
-    dx: Callable[[jax.Array, jax.Array, list[jax.Array], jax.Array], Summed | jax.Array]
-
-
-def _folded_forward(
-    passes: _Passes, site: Site, x: jax.Array, flat_N: jax.Array
-) -> tuple[tuple[jax.Array, Parts], tuple[jax.Array, jax.Array]]:
-    normed, rstd = passes.normalize(x)
-    n_MC = normed.reshape(-1, x.shape[-1])
-    gain_C, shift_C, w_OC, b_O = (site.view(flat_N, name).array() for name in site.names)
-    parts = []
-    for w_PC, b_P in zip(jnp.split(w_OC, site.parts), jnp.split(b_O, site.parts), strict=True):
-        bias_P = rounded(b_P + jnp.sum(w_PC * shift_C[None], axis=1), x.dtype)
-        folded_PC = rounded(w_PC * gain_C[None], x.dtype)
-        y_MP = lax.dot_general(n_MC, folded_PC, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype) + bias_P[None]
-        parts.append(y_MP.reshape(*x.shape[:-1], -1))
-    return (x, tuple(parts)), (normed, rstd)
-
-
-def _folded_backward(
-    passes: _Passes,
-    site: Site,
-    saved: tuple[jax.Array, jax.Array],
-    flat_N: jax.Array,
-    dy: tuple[Summed, tuple[Summed, ...]],
-    gradient_N: jax.Array,
-) -> tuple[Summed | jax.Array, jax.Array, Slots]:
-    (normed, rstd), (dresidual, dparts) = saved, dy
-    dtype, C = normed.dtype, normed.shape[-1]
-    n_MC = normed.reshape(-1, C)
-    gain_C, shift_C, w_OC, _ = (site.view(flat_N, name).array() for name in site.names)
-    dgain_C, dshift_C = jnp.zeros((C,), _FLOAT32), jnp.zeros((C,), _FLOAT32)
-    dns, dws, dbs = [], [], []
-    for dpart, w_PC in zip(dparts, jnp.split(w_OC, site.parts), strict=True):
-        dpart_MP = dpart.value.reshape(-1, dpart.value.shape[-1])
-        dfolded_PC = weight_gradient(site.plan, dpart_MP, n_MC).astype(_FLOAT32)
-        dws.append(dfolded_PC * gain_C[None] + dpart.sums[:, None] * shift_C[None])
-        dbs.append(dpart.sums)
-        dgain_C += jnp.sum(dfolded_PC * w_PC, axis=0)
-        dshift_C += jnp.sum(dpart.sums[:, None] * w_PC, axis=0)
-        folded_PC = rounded(w_PC * gain_C[None], dtype)
-        dns.append(lax.dot_general(dpart_MP, folded_PC, (((1,), (0,)), ((), ())), preferred_element_type=dtype))
-    gradients = (dgain_C, dshift_C, jnp.concatenate(dws), jnp.concatenate(dbs))
-    slots = {}
-    for name, gradient in zip(site.names, gradients, strict=True):
-        gradient_N, slots[name] = write_gradient(site, gradient_N, name, gradient)
-    return passes.dx(normed, rstd, dns, dresidual.value), gradient_N, slots
-
-
-def _xla_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    normed, rstd = _normed(x)
-    # Without the barrier XLA computes the norm anew in the backward.
-    return lax.optimization_barrier((normed.astype(x.dtype), rstd))
-
-
-def _xla_dx(normed: jax.Array, rstd: jax.Array, dns: list[jax.Array], dresidual: jax.Array) -> jax.Array:
-    dn_MC = reduce(operator.add, dns)  # in the dtype of products: cuBLAS adds it to the next part's itself
-    n, d = normed.astype(_FLOAT32), dn_MC.reshape(normed.shape).astype(_FLOAT32)
-    dx = (d - jnp.mean(d, axis=-1, keepdims=True) - n * jnp.mean(d * n, axis=-1, keepdims=True)) * rstd
-    return dresidual + dx.astype(normed.dtype)
-
-
-# By kernels of our own: one pass over the rows each, in place of XLA's two.
-
-_KERNEL_PARTS = 3  # addresses that the kernel takes
-_MOST_CHANNELS = 2048  # of a row that a warp's registers hold
-_BLOCKS_OF_SUMS = 4  # a multiprocessor: few enough that their column sums are soon added up
-
-
-def _kernel_normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    results = (_like(x), jax.ShapeDtypeStruct((*x.shape[:-1], 1), _FLOAT32))
-    return kernels.call("layer_norm", results, x, **_rows_of_warps(x))
-
-
-def _kernel_dx(normed: jax.Array, rstd: jax.Array, dns: list[jax.Array], dresidual: jax.Array) -> Summed:
-    filled = [*dns, *dns[:1] * (_KERNEL_PARTS - len(dns))]
-    launch = _rows_of_warps(normed, PARTS=len(dns))
-    launch["blocks"] = min(launch["blocks"], _BLOCKS_OF_SUMS * libraries.device().multiprocessors)
-    results = (_like(normed), jax.ShapeDtypeStruct((launch["blocks"], normed.shape[-1]), _FLOAT32))
-    dx, sums = kernels.call("layer_norm_backward", results, normed, rstd, dresidual, *filled, **launch)
-    return Summed(dx, jnp.sum(sums, axis=0))
-
-
-def _rows_of_warps(x: jax.Array, **constants: int) -> dict[str, Any]:
-    """How a kernel is launched that has a warp for each row of x."""
-    C = x.shape[-1]
-    rows, threads = x.size // C, 256 if C <= 1024 else 128
-    all_constants = {"LAYER_NORM": 1, "C": C, "ROWS": rows, "EPSILON": f"{LAYERNORM_EPSILON}f", "PARTS": 1, **constants}
-    return {"constants": all_constants, "blocks": -(-rows // (threads // 32)), "threads": threads}
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _refuses_kernel(plan: Plan) -> str | None:
-    if reason := kernels.refusal(plan):
-        return reason
-    C = plan.config.channels
-    return None if C % 8 == 0 and C <= _MOST_CHANNELS else f"rows of a multiple of 8 up to {_MOST_CHANNELS} channels, not {C}"
-
-
-def _refuses_folded(plan: Plan) -> str | None:
-    return ON_NVIDIA_ONLY if "cuda_libraries" in plan.backend.lacks else None
-
-
-def _folded(passes: _Passes) -> ThreadedOp:
-    return threaded(partial(_folded_forward, passes), partial(_folded_backward, passes), knows_sums=True)
-
-
 _plugin = fused.layer_norm_op(layer_norm)
 _reference, _custom_call = plain(_residual_and_norm), threaded(_call_forward, _call_backward)
 TABLE = (
@@ -240,15 +103,15 @@ TABLE = (
     ),
     Implementation(
         "folded_kernel",
-        _refuses_kernel,
+        folded.refuses_kernels,
         "gain and shift become part of the weight, a norm is one pass",
-        functions=Norms(_reference, _folded(_Passes(_kernel_normalize, _kernel_dx)), keeps=lambda s: s),
+        functions=Norms(folded.norm_by_kernel, folded.norm_linear_by_kernels, keeps=lambda s: s, folds=True),
     ),
     Implementation(
         "folded",
-        _refuses_folded,
+        folded.refuses,
         "gain and shift become part of the weight",
-        functions=Norms(_reference, _folded(_Passes(_xla_normalize, _xla_dx)), keeps=lambda s: s),
+        functions=Norms(_reference, folded.norm_linear, keeps=lambda s: s, folds=True),
     ),
     Implementation(
         "apple",

@@ -39,7 +39,7 @@ from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.report.trackers import check_tracker, open_tracker
 from gpt2_jax.training import checkpoint, resume
-from gpt2_jax.training.dry_run import dry_run, estimate, time_step
+from gpt2_jax.training.dry_run import dry_run, estimate, share_of_travel, time_step
 from gpt2_jax.training.evaluation import start_of_samples, tokenizer_of_run
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import StopRequest, stop_requests
@@ -73,6 +73,7 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
     """
     with Display() as display:
         prepared = prepare(config, name, backend, display.line)
+        config = dataclasses.replace(prepared.config, model=config.model)  # the source of the weights as it was named
         plan, steps = prepared.plan, prepared.steps
         if prepared.resumes_from is not None and prepared.resumes_from >= steps and not config.run.dry_run:
             done = prepared.resumes_from
@@ -98,6 +99,8 @@ def train(config: RunConfig, name: str, backend: Backend) -> Path | None:
             if request.reason is None:
                 seconds = time_step(config, plan, compiled)
                 display.line(estimate(config, steps - (prepared.resumes_from or 0), seconds))
+                if plan.devices > 1:
+                    display.line(share_of_travel(config, plan, seconds))
             train_loop(_start(prepared, compiled, display, stack), request)
         return prepared.folder
 
@@ -141,25 +144,23 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
 
 
 def _with_devices(config: RunConfig, devices: int) -> RunConfig:
-    """The settings with the number of devices that was found. A resumed run keeps its tokens of a step; Gpt2JaxError where
-    the devices cannot share them."""
-    tokens, saved = config.data.total_batch_size, load_saved_config(config.run.out_dir) if config.run.resume else None
+    """The settings with the number of devices that was found. A resumed run keeps its tokens of a step, whatever its devices
+    and --batch-size; Gpt2JaxError where these cannot share them."""
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, devices=devices))
+    saved = load_saved_config(config.run.out_dir) if config.run.resume else None
     if saved is not None:
-        tokens = saved.tokens_per_step
-    if devices == 1 and (saved is None or saved.num_devices == 1):
-        return config
-    one = config.data.batch_size * config.data.sequence_length
-    if saved is not None and tokens % (one * devices):
-        fitting = [number for number in range(1, devices + 1) if tokens % (one * number) == 0]
-        raise Gpt2JaxError(
-            f"--resume: expected devices that share the run's {tokens} tokens of a step in batches of {one}, found {devices}",
-            f"--devices {fitting[-1]}" if fitting else "--devices 1",
-        )
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, total_batch_size=tokens or one * devices),
-        compute=dataclasses.replace(config.compute, devices=devices),
-    )
+        tokens, B, T = saved.tokens_per_step, config.data.batch_size, config.data.sequence_length
+        if tokens % (B * T * devices):
+            fewer = [f"--devices {number}" for number in range(devices, 0, -1) if tokens % (B * T * number) == 0]
+            smaller = [f"--devices {devices} --batch-size {n}" for n in range(B, 0, -1) if tokens % (n * T * devices) == 0]
+            fitting = [*fewer[:1], *smaller[:1]] or [f"--devices 1 --batch-size {saved.data.batch_size}"]
+            raise Gpt2JaxError(
+                f"--resume: expected devices and a batch size that share the run's {tokens} tokens of a step, "
+                f"found {devices} x {B} x {T}",
+                "   or ".join(fitting),
+            )
+        if config.tokens_per_step != tokens:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, total_batch_size=tokens))
     config.validate()
     return config
 

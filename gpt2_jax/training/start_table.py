@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt2_jax.compute import parallel
+from gpt2_jax.compute import metal_plugins, parallel
 from gpt2_jax.compute.memory import MemoryEstimate
+from gpt2_jax.compute.metal_plugins import MetalPlugin
 from gpt2_jax.compute.plan import Plan
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData
@@ -79,8 +80,10 @@ def _all_rows(
         (_SAYS_MORE, ("parameters", f"{plan.layout.num_parameters:,}, {plan.layout.num_true_parameters:,} without padding")),
         (_SAYS_WHAT, ("training data", f"{data.train.pattern}: {data.train.num_tokens:,} tokens, {order}")),
     ]
+    if backend.plugin:
+        rows += _of_the_plugin(metal_plugins.plugin_named(backend.plugin))
     if plan.devices > 1:
-        rows.append((_IS_ASKED_FOR, ("devices", f"{plan.devices}, {parallel.describe(plan)}")))
+        rows.append((_IS_ASKED_FOR, ("devices", parallel.describe(plan, config.num_micro_batches))))
     if plan.frozen:
         frozen = sum(tensor.size for tensor in plan.layout.tensors if not tensor.trains)
         what = f"{', '.join(plan.frozen)}: {frozen:,} of {plan.layout.num_parameters:,} parameters"
@@ -108,6 +111,15 @@ def _all_rows(
         (asked(by_default=_checkpoints(config) == _checkpoints(default)), ("checkpoints", _checkpoints(config))),
         (_SAYS_WHAT, ("run folder", folder)),
     ]
+
+
+def _of_the_plugin(plugin: MetalPlugin) -> list[tuple[int, Row]]:
+    rows: list[tuple[int, Row]] = [
+        *((_SAYS_MORE, (f"{plugin.name}, {name}", value)) for name, value in metal_plugins.facts(plugin)),
+        *((_IS_ASKED_FOR, (name, value)) for name, value in metal_plugins.set_variables(plugin)),
+    ]
+    newer = metal_plugins.newer_than_its_table(plugin)
+    return rows + ([(_WARNS, ("warning", newer))] if newer else [])
 
 
 def _update_rules(config: RunConfig) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.benchmark import matmul as bench
-from gpt2_jax.benchmark import matmul_timing
+from gpt2_jax.benchmark import matmul_timing, swift
 from gpt2_jax.benchmark.chart import check_writable
 from gpt2_jax.benchmark.matmul_timing import Refusal, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRECISIONS, PRODUCTS, linears_of, make_operands
@@ -225,3 +225,39 @@ def test_impossible_settings_are_refused_before_anything_runs(options, capsys):
     with pytest.raises(Gpt2JaxError, match="expected"):
         bench.bench_matmul(config=CONFIG, **options)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("system", "model", "tokens", "comparable"),
+    [("darwin", "d12", 256, True), ("linux", "d12", 256, False), ("darwin", "d24", 256, False), ("darwin", "d12", 512, False)],
+)
+def test_published_figures_stand_beside_the_same_work_on_the_same_kind_of_machine(
+    monkeypatch, system, model, tokens, comparable
+):
+    monkeypatch.setattr(sys, "platform", system)
+    assert swift.is_comparable(model, tokens) == comparable
+
+
+def test_the_ladder_beside_the_published_figures(everything, monkeypatch, tmp_path, capsys):
+    """With the tiny model's times, as if they were those of a Mac."""
+    monkeypatch.setattr(swift, "is_comparable", lambda *about: True)
+    monkeypatch.setattr(bench, "measure", lambda *about, **options: everything)
+    drawn = []
+    monkeypatch.setattr(bench, "draw_bars", lambda path, bars, **about: drawn.extend(bars))
+    bench.bench_matmul(TOKENS, config=CONFIG, plot=str(tmp_path / "ladder.png"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    by_name = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines}
+    total = next(
+        total
+        for total in bench.totals(everything[0])
+        if (total["implementation"], total["precision"]) == ("threaded", "F32_F32_F32")
+    )
+    row = by_name["Multithreaded Swift"]
+    assert row[1:3] == ["0.99 s", f"{256 * 1.014:,.0f}"]
+    assert row[4] == "`threaded`"
+    assert float(row[5].removesuffix(" s")) == pytest.approx(total["seconds"], rel=5e-3)
+    assert "bench-train --backend metal" in by_name["MPSGraph"]
+    assert any("`xla`" in line for line in lines)
+    published = [bar for bar in drawn if bar.group.startswith("published")]
+    assert len(published) == len(swift.RUNGS)
+    assert len(drawn) == len(published) + len(everything[0])

@@ -42,6 +42,26 @@ def users_jax():
         yield
 
 
+def names(backend, quick=False):
+    return list(dict.fromkeys(system.name for system in train.select_systems((), quick=quick, backend=backend)))
+
+
+def test_an_apple_gpu_is_measured_beside_pytorch_on_it_and_mlx():
+    assert names("metal") == ["gpt2_jax", "jax_plain", "pytorch", "mlx"]
+    assert names("metal", quick=True) == ["gpt2_jax", "jax_plain", "pytorch", "mlx"]
+    assert "mlx" not in names("cpu") + names("cuda")
+    assert [str(system) for system in train.select_systems(["mlx:float32"], quick=False, backend="cpu")] == ["mlx:float32"]
+
+
+@pytest.mark.parametrize("name", ["pytorch", "mlx"])
+def test_a_peer_that_sees_no_apple_gpu_is_refused(name):
+    if sys.platform == "darwin":
+        pytest.skip("here is one, or may be")
+    pytest.importorskip({"pytorch": "torch", "mlx": "mlx.core"}[name])
+    with pytest.raises(NotImplementedError, match="sees no Apple GPU"):
+        measure_system(request(name, backend="metal"))
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_systems_compute_the_same(users_jax, dtype):
@@ -601,6 +621,17 @@ def test_what_the_floor_is_made_of_can_be_measured(users_jax):
     assert found["no_attention"]
 
 
+def test_free_memory_of_a_mac():
+    text = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               10000.
+Pages active:                            400000.
+Pages inactive:                          300000.
+Pages speculative:                         5000.
+"""
+    assert machine.free_of_vm_stat(text) == 16384 * 310000
+    assert machine.free_of_vm_stat("vm_stat: not found") is None
+
+
 def test_free_memory_is_the_machines_or_the_containers_if_that_is_less(tmp_path):
     assert machine.free_memory(tmp_path) is None
     for name, text in {
@@ -622,7 +653,7 @@ def test_the_peak_is_the_best_of_the_steps_products():
     assert found["gflops"] == best["gflops"] > 0
     assert found["of"] == f"{best['implementation']} {best['precision']}"
     assert (found["rounds"], found["spread"], found["doubtful"]) == (1, None, False)
-    assert len(peak._square_product_seconds(64, 3)) == 3
+    assert len(peak._square_product_seconds(64, 40, 3)) == 3
 
 
 def test_of_a_doubtful_peak_no_utilization_is_told(monkeypatch, capsys):

@@ -167,8 +167,8 @@ import importlib, sys
 from gpt2_jax.commands.main import COMMANDS
 modules = [f"gpt2_jax.commands.{command.replace('-', '_')}" for command in COMMANDS]
 assert not set(modules) & set(sys.modules)
-for bench in ("gpt2_jax.commands.bench_matmul", "gpt2_jax.commands.bench_train"):
-    importlib.import_module(bench)
+for bench in ("bench_matmul", "bench_train", "bench_generate"):
+    importlib.import_module(f"gpt2_jax.commands.{bench}")
     assert "numpy" not in sys.modules, bench
 for module in modules:
     importlib.import_module(module)
@@ -231,7 +231,7 @@ def test_help_has_the_frozen_flags_and_no_others(started, command, capsys, monke
     flags |= {
         alias
         for alias, flag in ALIASES.items()
-        if flag in flags and command not in ("bench-train", "bench-generate", "check-curve")
+        if flag in flags and command not in ("bench-train", "bench-scale", "bench-generate", "check-curve")
     }
     expected = (flags | OFF_AS_WELL.get(command, set())) - WITHOUT_FLAG.get(command, set())
     assert {flag for pair in shown for flag in pair if flag} == expected

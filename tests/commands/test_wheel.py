@@ -12,16 +12,18 @@ from tests.conftest import REPOSITORY
 PRESETS = [f"gpt2_jax/configs/{path.name}" for path in sorted((REPOSITORY / "configs").glob("*.toml"))]
 ASSETS = [f"gpt2_jax/assets/{path.name}" for path in sorted((REPOSITORY / "gpt2_jax" / "assets").iterdir())]
 LIBRARY = "gpt2_jax/lib/libgpt2_jax_custom_calls.so"
+TYPES = "gpt2_jax/py.typed"
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ([*PRESETS, *ASSETS, LIBRARY], []),
-        ([*PRESETS[1:], *ASSETS, LIBRARY], ["presets"]),
-        ([*PRESETS, "gpt2_jax/configs/old.toml", *ASSETS, LIBRARY], ["presets"]),
-        ([*PRESETS, *ASSETS[1:], LIBRARY], ["assets"]),
-        ([*PRESETS, *ASSETS], ["custom calls"]),
+        ([*PRESETS, *ASSETS, LIBRARY, TYPES], []),
+        ([*PRESETS[1:], *ASSETS, LIBRARY, TYPES], ["presets"]),
+        ([*PRESETS, "gpt2_jax/configs/old.toml", *ASSETS, LIBRARY, TYPES], ["presets"]),
+        ([*PRESETS, *ASSETS[1:], LIBRARY, TYPES], ["assets"]),
+        ([*PRESETS, *ASSETS, TYPES], ["custom calls"]),
+        ([*PRESETS, *ASSETS, LIBRARY], ["types"]),
     ],
 )
 def test_a_wheel_is_complete(tmp_path, names, expected):

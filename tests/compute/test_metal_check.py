@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -18,7 +19,7 @@ from jaxlib.mlir.dialects import stablehlo
 
 from gpt2_jax.buffer.adamw import BETA1, BETA2, EPSILON
 from gpt2_jax.buffer.rounding import stochastically_rounded
-from gpt2_jax.compute import metal_check
+from gpt2_jax.compute import metal_check, metal_plugins, metal_tables
 from gpt2_jax.compute.backend import metal_backend
 from gpt2_jax.compute.forward import make_loss_function, next_token_logits
 from gpt2_jax.compute.metal_plugins import METAL_PLUGINS
@@ -30,6 +31,7 @@ from gpt2_jax.models.weights import model_config_from_settings
 from tests.conftest import CPU, REPOSITORY, plan_of
 
 JAX_METAL = metal_backend(METAL_PLUGINS[-1], "test")
+STABLEHLO = metal_tables.table_of("jax-metal")["stablehlo_version"]
 PRESETS = sorted((REPOSITORY / "configs").glob("*.toml"))
 NAMES = ["training step", "validation loss", "losses of tokens", "next-token logits"]
 # What the plugin lacks, on the CPU.
@@ -57,7 +59,7 @@ def test_a_preset_holds_only_what_the_plugin_knows(preset, plugin):
     assert [function.name for function in checked] == NAMES
     for function in checked:
         assert function.violations == []
-        assert function.portable
+        assert bool(function.portable) == (plugin.name == "jax-metal")
         # Every layer's four products are there, so this is the whole model.
         assert function.operations["stablehlo.dot_general"] >= 6 * model.num_layers
     step = checked[0].operations
@@ -130,6 +132,60 @@ def test_what_jax_mps_does_not_know_is_found_with_its_place(function, found):
     assert any(found in line for line in metal_check.violations(module, loops=False, plugin="jax-mps")), found
 
 
+@pytest.mark.parametrize(
+    ("plugin", "function", "found"),
+    [
+        ("metaljax", lambda x: lax.rng_uniform(0.0, 1.0, x.shape) + x, "stablehlo.rng at test_metal_check.py"),
+        ("metaljax", lambda x: lax.reduce_precision(x, 9, 2), "stablehlo.reduce_precision at test_metal_check.py"),
+        ("metaljax", bad_branch, "stablehlo.case at test_metal_check.py"),
+        ("metaljax", bad_loop, "stablehlo.while at test_metal_check.py"),
+        ("jax-graft", lambda x: lax.rng_uniform(0.0, 1.0, x.shape) + x, "stablehlo.rng at test_metal_check.py"),
+        ("jax-graft", lambda x: jnp.fft.fft(x).real, "stablehlo.fft at test_metal_check.py"),
+        ("jax-graft", lambda x: lax.dot(x.astype(jnp.int8)[0], x.astype(jnp.int8)[0]), "operands of one float type"),
+        ("jax-graft", lambda x: lax.complex(x, x).at[0].multiply(jnp.complex64(2)).real, "are not complex"),
+        ("jax-graft", lambda x: x.astype(jnp.float8_e4m3fn), "element type f8E4M3FN"),
+    ],
+)
+def test_what_the_other_plugins_do_not_know_is_found_with_its_place(plugin, function, found):
+    platform = next(each.platform for each in METAL_PLUGINS if each.name == plugin)
+    module = metal_check.lower(jax.jit(function).trace(jax.ShapeDtypeStruct((4, 6), jnp.float32)), platform)
+    assert any(found in line for line in metal_check.violations(module, loops=False, plugin=plugin)), found
+
+
+@pytest.mark.parametrize(
+    ("plugin", "function"),
+    [
+        ("metaljax", lambda x: jnp.argmax(x, axis=0)),
+        ("metaljax", lambda x: lax.reduce_precision(x, 8, 7)),
+        ("metaljax", lambda x: lax.dot(*[x.astype(jnp.bfloat16)[0]] * 2, preferred_element_type=jnp.float32)),
+        ("jax-graft", lambda x: lax.dot(*[x.astype(jnp.bfloat16)[0]] * 2, preferred_element_type=jnp.float32)),
+        ("jax-graft", lambda x: x.at[jnp.array([1, 1])].add(1.0)),
+        ("jax-graft", bad_branch),
+    ],
+)
+def test_what_the_other_plugins_know_more_is_no_violation(plugin, function):
+    platform = next(each.platform for each in METAL_PLUGINS if each.name == plugin)
+    module = metal_check.lower(jax.jit(function).trace(jax.ShapeDtypeStruct((4, 6), jnp.float32)), platform)
+    assert metal_check.violations(module, loops=True, plugin=plugin) == []
+
+
+@pytest.mark.parametrize("plugin", METAL_PLUGINS, ids=lambda plugin: plugin.name)
+def test_a_plugin_has_a_table_of_stablehlos_operations(plugin):
+    table = metal_tables.table_of(plugin.name)
+    assert table["plugin"].startswith(f"{plugin.name} ")
+    known = {getattr(each, "OPERATION_NAME", "") for each in vars(stablehlo).values()}
+    assert {f"stablehlo.{name}" for name in table["operations"]} <= known
+    assert set(metal_check._KEEPS_LIMIT[plugin.name]) <= {name for name, limit in table["operations"].items() if limit}
+
+
+@pytest.mark.parametrize(("installed", "is_newer"), [(None, False), ("0.11.1", False), ("0.11", False), ("0.11.2", True)])
+def test_a_plugin_newer_than_its_table_is_said(installed, is_newer, monkeypatch):
+    monkeypatch.setattr(metal_plugins, "version_text", lambda name: installed)
+    said = metal_plugins.newer_than_its_table(METAL_PLUGINS[0])
+    assert (said is not None) == is_newer
+    assert said is None or said.startswith("jax-mps 0.11.2 is newer than the table of its operations, of 0.11.1")
+
+
 @pytest.mark.parametrize(("target", "violates"), [("mps.layer_norm", False), ("gpt2_jax_matmul", True)])
 def test_custom_calls_that_jax_mps_knows(target, violates):
     module = metal_check.lower(jax.jit(lambda x: x).trace(jnp.float32(0)), "mps")
@@ -197,6 +253,31 @@ def test_limits_of_operations(text, violates):
     assert bool(metal_check.violations(module, loops=False)) == violates
 
 
+def test_the_script_prints_what_is_recognised_and_what_is_not_and_why(tmp_path):
+    """Here the plugin is not: jax's own forms of attention and LayerNorm stand for its functions."""
+    path = tmp_path / "small.toml"
+    path.write_text(format_config(small_run()), encoding="utf-8")
+    script = [
+        sys.executable,
+        str(REPOSITORY / "scripts" / "check_metal.py"),
+        "--config",
+        str(path),
+        "--plugin",
+        "jax-mps",
+        "--patterns",
+    ]
+    ended = subprocess.run(script, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "jax-mps makes faster forms of: attention" in ended.stdout
+    step = ended.stdout.partition("training step")[2].partition("validation loss")[0]
+    assert "functions of jax-mps: none, since jax-mps is not here" in step
+    linears = 2 * 4 * SMALL.num_layers  # of two micro-batches
+    assert f"product + bias: {linears} of {linears} recognised" in step
+    assert f"layer norm: 0 of {2 * (2 * SMALL.num_layers + 1)} recognised" in step
+    assert re.search(r"\d+ not, at norm.py:\d+: the gain, one vector along the last dimension, is not multiplied with", step)
+    assert re.search(r"\d+ at attention.py:\d+: its exponential is read elsewhere too", step)
+
+
 def test_a_bad_step_fails_the_script(tmp_path):
     """Status 0 for the real step; 1 when the activation sorts, which jax-metal does only in one form."""
     path = tmp_path / "small.toml"
@@ -231,7 +312,7 @@ def interpret(function, *arguments):
 
     module = metal_check.lower(jax.jit(without_booleans).trace(*arguments), "METAL")
     with module.context:
-        received = stablehlo.deserialize_portable_artifact(module.context, metal_check.portable_module(module))
+        received = stablehlo.deserialize_portable_artifact(module.context, metal_check.portable_module(module, STABLEHLO))
         inputs = [ir.DenseElementsAttr.get(np.array(leaf, order="C")) for leaf in jax.tree.leaves(arguments)]
         outputs = [np.array(output) for output in stablehlo.eval_module(received, inputs)]
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *arguments)), outputs)
@@ -246,12 +327,16 @@ def rounding_error(dtype):
     return 2.0**-8 * np.sqrt(num_roundings)
 
 
-@pytest.fixture
-def small_params():
+def parameters_of_small():
     params = initialize_parameters(SMALL)
     params += np.random.default_rng(0).normal(0, 0.02, params.shape).astype(np.float32)
     params[slice(*SMALL.layout["wte"].padding_span)] = 0
     return params
+
+
+@pytest.fixture
+def small_params():
+    return parameters_of_small()
 
 
 @pytest.mark.parametrize(("dtype", "num_steps"), [("float32", 3), ("bfloat16", 2)])

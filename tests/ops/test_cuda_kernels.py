@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.ops import activation, classifier, norm
+from gpt2_jax.ops import activation, classifier, folded
 from gpt2_jax.ops.cuda import cublas, kernels, libraries
+from gpt2_jax.ops.layer_norm import layer_norm, normed
 from gpt2_jax.ops.table import Fallback
 from gpt2_jax.ops.threaded import Site
 from tests.conftest import CPU, TINY, plan_of
@@ -20,7 +21,9 @@ BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 ULP = 2.0**-8  # what a rounding to bfloat16 may be off by, relative
 SIZES = {
     "CLASSIFIER": {"V": 50304, "TRUE_V": 50257, "SCALE": "0.5f", "THREADS": 1024},
-    "LAYER_NORM": {"C": 768, "ROWS": 1000, "EPSILON": "1e-05f", "PARTS": 3, "THREADS": 256},
+    "LAYER_NORM": {"C": 768, "ROWS": 1000, "EPSILON": "1e-05f", "PARTS": 3, "AFFINE": 0, "THREADS": 256},
+    "LAYER_NORM, AFFINE": {"C": 768, "ROWS": 1000, "EPSILON": "1e-05f", "PARTS": 1, "AFFINE": 1, "THREADS": 256},
+    "FOLD": {"C": 768, "OUTPUTS": 2304, "PARTS": 3, "ACCUMULATE": 1, "CLUSTER": 1, "THREADS": 256},
 }
 
 
@@ -46,7 +49,9 @@ on_gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("kernel", SIZES)
 def test_the_kernels_compile_for_every_generation(kernel, architecture):
-    constants = {kernel: "1", **{name: str(value) for name, value in SIZES[kernel].items()}}
+    constants = {kernel.split(",")[0]: "1", **{name: str(value) for name, value in SIZES[kernel].items()}}
+    if "CLUSTER" in constants and architecture != "sm_80":
+        constants["CLUSTER"] = "8"
     image = kernels.compile_kernels(kernels._SOURCE.read_bytes(), constants, architecture)
     assert image.startswith(b"\x7fELF")
 
@@ -89,7 +94,7 @@ def test_a_row_that_shared_memory_cannot_hold_is_refused(monkeypatch):
     large = dataclasses.replace(plan, config=dataclasses.replace(TINY, vocab_size=60_000))
     assert classifier._refuses_kernel(large) == "a row of logits has 120064 bytes, of which 100864 fit into shared memory"
     wide = dataclasses.replace(plan, config=dataclasses.replace(TINY, channels=2056, num_heads=1))
-    assert norm._refuses_kernel(wide) == "rows of a multiple of 8 up to 2048 channels, not 2056"
+    assert folded.refuses_kernels(wide) == "rows of a multiple of 8 up to 2048 channels, not 2056"
 
 
 @on_gpu
@@ -120,18 +125,92 @@ def test_the_norm_and_its_cotangent_are_their_twins(channels, parts):
     generator = np.random.default_rng(channels)
     x, residual, *dns = (jnp.asarray(generator.normal(size=(3, 1237, channels)) * 2 + 0.3, BFLOAT16) for _ in range(2 + parts))
     dns = [dn.reshape(-1, channels) for dn in dns]
-    normed, rstd = jax.jit(norm._kernel_normalize)(x)
-    twin, twin_rstd = norm._normed(x)
+    n, rstd = jax.jit(folded._kernel_normalize)(x)
+    twin, twin_rstd = normed(x)
     np.testing.assert_allclose(rstd, twin_rstd, rtol=1e-5)
-    np.testing.assert_allclose(normed.astype(FLOAT32), twin, rtol=ULP, atol=1e-6)
-    dx, sums = dataclasses.astuple(jax.jit(norm._kernel_dx)(normed, rstd, dns, residual))
-    n, d = (np.asarray(array, np.float64) for array in (normed.astype(FLOAT32), sum(dn.astype(FLOAT32) for dn in dns)))
+    np.testing.assert_allclose(n.astype(FLOAT32), twin, rtol=ULP, atol=1e-6)
+    dx, sums = dataclasses.astuple(jax.jit(folded._kernel_dx)(n, rstd, dns, residual))
+    n, d = (np.asarray(array, np.float64) for array in (n.astype(FLOAT32), sum(dn.astype(FLOAT32) for dn in dns)))
     d = d.reshape(n.shape)
     expected = (d - d.mean(-1, keepdims=True) - n * (d * n).mean(-1, keepdims=True)) * np.asarray(rstd, np.float64)
     expected += np.asarray(residual.astype(FLOAT32), np.float64)
     np.testing.assert_allclose(dx.astype(FLOAT32), expected, rtol=ULP, atol=1e-5 * np.abs(expected).max())
     rows = np.asarray(dx.astype(FLOAT32), np.float64).reshape(-1, channels)
     np.testing.assert_array_less(np.abs(sums - rows.sum(0)), len(rows) * 2.0**-24 * np.abs(rows).sum(0) + 1e-30)
+
+
+def sums_of_products(a, b):
+    """Column sums of a * b in float64, and by how much a float32 sum of float32 products may be off."""
+    terms = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+    return terms.sum(0), len(terms) * 2.0**-24 * np.abs(terms).sum(0) + 1e-30
+
+
+@on_gpu
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("channels", [16, 48, 768, 1600])
+@pytest.mark.parametrize(("norm_name", "name", "parts"), [("ln1", "qkv", 3), ("ln2", "fc", 1)])
+def test_folding_and_its_gradients_are_their_twins(norm_name, name, parts, channels, accumulate):
+    config = dataclasses.replace(TINY, channels=channels, num_heads=2)
+    plan = plan_of(config, dtype="bfloat16")
+    names = (norm_name + "w", norm_name + "b", name + "w", name + "b")
+    site = Site(plan, names, layer=1, parts=parts, accumulate=accumulate)
+    generator = np.random.default_rng(channels)
+    flat_N, before_N = (jnp.asarray(generator.normal(size=plan.layout.num_parameters), FLOAT32) for _ in range(2))
+    gain, shift, weight, _ = (np.asarray(site.view(flat_N, each).array()) for each in names)
+    weights = jax.jit(lambda flat_N: folded._kernel_fold(site, flat_N, BFLOAT16))(flat_N)
+    twin = jax.jit(lambda flat_N: folded._xla_fold(site, flat_N, BFLOAT16))(flat_N)
+    for (w, b), (twin_w, twin_b) in zip(weights, twin, strict=True):
+        np.testing.assert_array_equal(w.astype(FLOAT32), twin_w.astype(FLOAT32))
+        # A float32 sum of C terms may fall on the other side of a boundary of bfloat16.
+        np.testing.assert_allclose(b.astype(FLOAT32), twin_b.astype(FLOAT32), rtol=2 * ULP, atol=1e-4)
+    gradients = [
+        (jnp.asarray(generator.normal(size=w.shape), BFLOAT16), jnp.asarray(generator.normal(size=b.shape), FLOAT32))
+        for w, b in weights
+    ]
+    after_N, slots = jax.jit(partial(folded._kernel_unfold, site))(flat_N, before_N, gradients)
+    dfolded = np.concatenate([np.asarray(dw.astype(FLOAT32)) for dw, _ in gradients])
+    db = np.concatenate([np.asarray(each) for _, each in gradients])
+    expected = np.array(before_N)
+    tensor = plan.layout[names[2]]
+    place = slice(tensor.layer_offset(1), tensor.layer_offset(1) + weight.size)
+    dw = dfolded * gain + db[:, None] * shift
+    expected[place] = dw.reshape(-1) + (expected[place] if accumulate else 0)
+    scale = np.abs(dfolded * gain) + np.abs(db[:, None] * shift) + np.abs(expected[place].reshape(dw.shape))
+    bound = np.zeros_like(expected)
+    bound[place] = (4 * 2.0**-24 * scale).reshape(-1)
+    np.testing.assert_array_less(np.abs(after_N - expected), bound + 1e-30)
+    for each, factor in ((names[0], dfolded), (names[1], np.broadcast_to(db[:, None], weight.shape))):
+        total, off = sums_of_products(factor, weight)
+        np.testing.assert_array_less(np.abs(slots[each] - total), off)
+    np.testing.assert_array_equal(slots[names[3]], db)
+
+
+@on_gpu
+@pytest.mark.parametrize("channels", [16, 768, 2048])
+def test_the_last_norm_and_its_gradients_are_their_twins(channels):
+    config = dataclasses.replace(TINY, channels=channels, num_heads=2)
+    plan = plan_of(config, dtype="bfloat16")
+    site = Site(plan, ("lnfw", "lnfb"))
+    generator = np.random.default_rng(channels)
+    flat_N = jnp.asarray(generator.normal(size=plan.layout.num_parameters), FLOAT32)
+    x, dresidual, dh = (jnp.asarray(generator.normal(size=(3, 1237, channels)) * 2 + 0.3, BFLOAT16) for _ in range(3))
+    gain, shift = (np.asarray(site.view(flat_N, name).array(), np.float64) for name in site.names)
+    (same, h), (n, rstd) = jax.jit(partial(folded._kernel_forward, site))(x, flat_N)
+    np.testing.assert_array_equal(same.astype(FLOAT32), x.astype(FLOAT32))
+    twin = layer_norm(x.astype(FLOAT32), jnp.asarray(gain, FLOAT32), jnp.asarray(shift, FLOAT32))
+    np.testing.assert_allclose(h.astype(FLOAT32), twin, rtol=ULP, atol=1e-5)
+    dx, _, slots = jax.jit(partial(folded._kernel_backward, site))(
+        (normed, rstd), flat_N, (dresidual, dh), jnp.zeros_like(flat_N)
+    )
+    n, dy = (np.asarray(each.astype(FLOAT32), np.float64) for each in (n, dh))
+    d = dy * gain
+    expected = (d - d.mean(-1, keepdims=True) - n * (d * n).mean(-1, keepdims=True)) * np.asarray(rstd, np.float64)
+    expected += np.asarray(dresidual.astype(FLOAT32), np.float64)
+    np.testing.assert_allclose(dx.value.astype(FLOAT32), expected, rtol=ULP, atol=1e-5 * np.abs(expected).max())
+    rows = [np.reshape(each, (-1, channels)) for each in (dy, n, dx.value.astype(FLOAT32), np.ones_like(n))]
+    for found, a, b in ((slots["lnfw"], 0, 1), (slots["lnfb"], 0, 3), (dx.sums, 2, 3)):
+        total, off = sums_of_products(rows[a], rows[b])
+        np.testing.assert_array_less(np.abs(found - total), off)
 
 
 @on_gpu

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.ops.norm import layer_norm, norms_of
+from gpt2_jax.ops.layer_norm import layer_norm
+from gpt2_jax.ops.norm import norms_of
 from gpt2_jax.ops.threaded import Site
 from tests.implementations import dtypes, plan_of_kind, plan_with, rows_of
 from tests.ops.seams import ROUNDING, assert_within, differentiate, in_dtype, parameters, random

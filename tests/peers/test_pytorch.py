@@ -10,7 +10,7 @@ import pytest
 
 from gpt2_jax.buffer import adamw as optimizer
 from gpt2_jax.gradient_check import check_gradients
-from gpt2_jax.ops import norm, writer
+from gpt2_jax.ops import layer_norm, writer
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.matmul import IMPLEMENTATIONS
 from tests.conftest import TINY, available, can_alias, plan_of
@@ -36,7 +36,7 @@ def test_bfloat16_is_within_tolerance(tiny_params, tiny_batch, matmul):
 
 
 def test_a_wrong_gradient_is_found(tiny_params, tiny_batch, monkeypatch):
-    monkeypatch.setattr(norm, "LAYERNORM_EPSILON", 1e-3)
+    monkeypatch.setattr(layer_norm, "LAYERNORM_EPSILON", 1e-3)
     failed = {row.name for row in check_gradients(plan_of(), tiny_params, *tiny_batch) if not row.passed}
     assert "loss" in failed
     assert "grad qkvw" in failed

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gpt2_jax import jax_compat
-from gpt2_jax.compute.backend import Backend
+from gpt2_jax.compute import metal_plugins
+from gpt2_jax.compute.backend import Backend, metal_backend
 from gpt2_jax.compute.memory import MemoryEstimate
 from gpt2_jax.compute.plan import Plan, make_plan
 from gpt2_jax.config import RunConfig
@@ -82,6 +83,19 @@ def test_what_is_set_in_the_environment_is_shown_with_for_whom(config):
         (Backend("metal", "METAL", "x", plugin="jax-metal", environment=(("A", "b"),)), "jax-metal"),
     ):
         assert f"environment: A=b, set for {whom}" in lines(config, backend)
+
+
+def test_what_the_plugin_has_reads_and_is_newer_than_is_said(config, monkeypatch):
+    backend = metal_backend(metal_plugins.plugin_named("jax-mps"), "x")
+    monkeypatch.setenv("JAX_MPS_ASYNC_DISPATCH", "1")
+    found = lines(config, backend, "auto")
+    assert "jax-mps, one operation: attention, GELU, LayerNorm, a product and its bias" in found
+    assert any(line.startswith("jax-mps, bfloat16: products have the dtype of their operands") for line in found)
+    assert "JAX_MPS_ASYNC_DISPATCH: '1'; 1: a step does not wait for the one before; experimental" in found
+    assert not any("newer than the table" in line for line in found)
+    monkeypatch.setattr(metal_plugins, "version_text", lambda name: "1.0")
+    (line,) = (line for line in lines(config, backend, "auto", verbose=False) if "newer than the table" in line)
+    assert line.startswith("warning: jax-mps 1.0")
 
 
 @pytest.mark.parametrize("recompute", ["gelu", "layernorm", "block"])

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "kernels/registers_avx512.h"
-#include "kernels/tile_kernel.h"
+#include "kernels/vector_avx512.h"
+#include "kernels/tile_format.h"
 
 namespace gpt2_jax {
 namespace {
@@ -83,7 +83,7 @@ inline Dwords interleave(const __m512i (&of)[kPerDword]) {
 //   kAlongK      lane `lane + row`, 64 k
 //   not kAlongK  16 lanes, four k: row, row + 16, row + 32 and row + 48 of the step
 template <bool kNarrow, bool kAlongK>
-inline Dwords load_dwords(const TileSource& source, int64_t lanes, int64_t depth, int64_t lane,
+inline Dwords load_dwords(const PackSource& source, int64_t lanes, int64_t depth, int64_t lane,
                           int64_t k, int row, const float* multipliers, __m512 lanes_multiplier) {
   __m512i of[kPerDword];
 #pragma GCC unroll 4
@@ -103,7 +103,7 @@ inline Dwords load_dwords(const TileSource& source, int64_t lanes, int64_t depth
 }
 
 template <bool kNarrow, bool kAlongK>
-inline __m512i largest_of(const TileSource& source, int64_t lanes, int64_t depth, int64_t lane) {
+inline __m512i largest_of(const PackSource& source, int64_t lanes, int64_t depth, int64_t lane) {
   __m512i largest = _mm512_setzero_si512();
   if constexpr (kAlongK) {
     alignas(64) uint32_t of_lane[kTileLanes] = {};
@@ -128,7 +128,7 @@ inline __m512i largest_of(const TileSource& source, int64_t lanes, int64_t depth
 // kAlongK: memory runs along k, which is the order of left tiles. Otherwise it runs along the
 // lanes, the order of right tiles. kTransposed: the tiles are for the other side.
 template <bool kNarrow, bool kAlongK, bool kTransposed>
-void pack(TileSource source, int64_t lanes, int64_t depth, unsigned char* packed) {
+void pack(PackSource source, int64_t lanes, int64_t depth, unsigned char* packed) {
   const int64_t steps = (depth + kDigitDepth - 1) / kDigitDepth;
   const int64_t panel_bytes = steps * kDigitStepBytes + kScalesBytes;
   const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
@@ -172,20 +172,20 @@ void pack(TileSource source, int64_t lanes, int64_t depth, unsigned char* packed
 }
 
 template <bool kNarrow>
-void pack_either(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+void pack_either(const PackSource& source, int64_t lanes, int64_t depth, Side side,
                  unsigned char* packed) {
   if (source.k_stride == 1) {
-    side == TileSide::kLeft ? pack<kNarrow, true, false>(source, lanes, depth, packed)
+    side == Side::kLeft ? pack<kNarrow, true, false>(source, lanes, depth, packed)
                             : pack<kNarrow, true, true>(source, lanes, depth, packed);
   } else {
-    side == TileSide::kRight ? pack<kNarrow, false, false>(source, lanes, depth, packed)
+    side == Side::kRight ? pack<kNarrow, false, false>(source, lanes, depth, packed)
                              : pack<kNarrow, false, true>(source, lanes, depth, packed);
   }
 }
 
 }  // namespace
 
-void pack_digits_avx512(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+void pack_digits_avx512(const PackSource& source, int64_t lanes, int64_t depth, Side side, int,
                         unsigned char* packed) {
   source.narrow ? pack_either<true>(source, lanes, depth, side, packed)
                 : pack_either<false>(source, lanes, depth, side, packed);

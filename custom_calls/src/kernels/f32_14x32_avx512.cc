@@ -4,27 +4,21 @@
 #include <cstdint>
 
 #include "kernels/kernel.h"
+#include "kernels/prefetch_lines.h"
 
 namespace gpt2_jax {
 namespace {
 
-constexpr int kRows = 14;
+constexpr int kLeftLanes = 14, kRightLanes = 32;
 
-}  // namespace
-
-void f32_14x32_avx512(int64_t depth, const float* a, const float* b, float* out, int64_t out_stride,
-                      bool accumulate) {
+template <int kRows>
+void multiply_rows(const PanelBlock& block) {
+  const float* a = reinterpret_cast<const float*>(block.left);
+  const float* b = reinterpret_cast<const float*>(block.right);
   __m512 left[kRows], right[kRows];
 #pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    // The tile is written at the end: ask for it now. The write then finds it in L1.
-    __builtin_prefetch(out + i * out_stride, 1);
-    __builtin_prefetch(out + i * out_stride + 16, 1);
-    __builtin_prefetch(out + i * out_stride + 31, 1);
-    left[i] = _mm512_setzero_ps();
-    right[i] = _mm512_setzero_ps();
-  }
-  for (int64_t p = 0; p < depth; ++p) {
+  for (int i = 0; i < kRows; ++i) left[i] = right[i] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < block.depth; ++p) {
     const __m512 b_left = _mm512_loadu_ps(b);
     const __m512 b_right = _mm512_loadu_ps(b + 16);
 #pragma GCC unroll 14
@@ -33,19 +27,33 @@ void f32_14x32_avx512(int64_t depth, const float* a, const float* b, float* out,
       left[i] = _mm512_fmadd_ps(a_i, b_left, left[i]);
       right[i] = _mm512_fmadd_ps(a_i, b_right, right[i]);
     }
-    a += kRows;
-    b += 32;
+    a += kLeftLanes;
+    b += kRightLanes;
   }
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) {
-    float* row = out + i * out_stride;
-    if (accumulate) {
+    float* row = block.sums + i * kRightLanes;
+    if (block.accumulate) {
       left[i] = _mm512_add_ps(_mm512_loadu_ps(row), left[i]);
       right[i] = _mm512_add_ps(_mm512_loadu_ps(row + 16), right[i]);
     }
     _mm512_storeu_ps(row, left[i]);
     _mm512_storeu_ps(row + 16, right[i]);
   }
+}
+
+// Only the rows that exist are computed.
+template <int kRows>
+void multiply_at_most(const PanelBlock& block) {
+  if (block.left_lanes >= kRows) return multiply_rows<kRows>(block);
+  if constexpr (kRows > 1) multiply_at_most<kRows - 1>(block);
+}
+
+}  // namespace
+
+void multiply_f32_14x32_avx512(const PanelBlock& block) {
+  prefetch_lines(*block.prefetch, block.prefetch->lines_per_block);
+  multiply_at_most<kLeftLanes>(block);
 }
 
 }  // namespace gpt2_jax

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/kernel.h"
+#include "kernels/prefetch_lines.h"
 
 namespace gpt2_jax {
 namespace {
@@ -16,10 +17,12 @@ constexpr int kVectors = 2;
 
 }  // namespace
 
-void f32_4x8_generic(int64_t depth, const float* a, const float* b, float* out, int64_t out_stride,
-                     bool accumulate) {
+void multiply_f32_4x8_generic(const PanelBlock& block) {
+  prefetch_lines(*block.prefetch, block.prefetch->lines_per_block);
+  const float* a = reinterpret_cast<const float*>(block.left);
+  const float* b = reinterpret_cast<const float*>(block.right);
   Vector sum[kRows][kVectors] = {};
-  for (int64_t p = 0; p < depth; ++p) {
+  for (int64_t p = 0; p < block.depth; ++p) {
     const LooseVector* row = reinterpret_cast<const LooseVector*>(b);
     const Vector b0 = row[0];
     const Vector b1 = row[1];
@@ -31,8 +34,8 @@ void f32_4x8_generic(int64_t depth, const float* a, const float* b, float* out, 
     b += 4 * kVectors;
   }
   for (int i = 0; i < kRows; ++i) {
-    LooseVector* row = reinterpret_cast<LooseVector*>(out + i * out_stride);
-    for (int v = 0; v < kVectors; ++v) row[v] = accumulate ? row[v] + sum[i][v] : sum[i][v];
+    LooseVector* row = reinterpret_cast<LooseVector*>(block.sums + i * 4 * kVectors);
+    for (int v = 0; v < kVectors; ++v) row[v] = block.accumulate ? row[v] + sum[i][v] : sum[i][v];
   }
 }
 

@@ -4,26 +4,21 @@
 #include <cstdint>
 
 #include "kernels/kernel.h"
+#include "kernels/prefetch_lines.h"
 
 namespace gpt2_jax {
 namespace {
 
-constexpr int kRows = 6;
+constexpr int kLeftLanes = 6, kRightLanes = 16;
 
-}  // namespace
-
-void f32_6x16_avx2(int64_t depth, const float* a, const float* b, float* out, int64_t out_stride,
-                   bool accumulate) {
+template <int kRows>
+void multiply_rows(const PanelBlock& block) {
+  const float* a = reinterpret_cast<const float*>(block.left);
+  const float* b = reinterpret_cast<const float*>(block.right);
   __m256 left[kRows], right[kRows];
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-    // The tile is written at the end: ask for it now. The write then finds it in L1.
-    __builtin_prefetch(out + i * out_stride, 1);
-    __builtin_prefetch(out + i * out_stride + 15, 1);
-    left[i] = _mm256_setzero_ps();
-    right[i] = _mm256_setzero_ps();
-  }
-  for (int64_t p = 0; p < depth; ++p) {
+  for (int i = 0; i < kRows; ++i) left[i] = right[i] = _mm256_setzero_ps();
+  for (int64_t p = 0; p < block.depth; ++p) {
     const __m256 b_left = _mm256_loadu_ps(b);
     const __m256 b_right = _mm256_loadu_ps(b + 8);
 #pragma GCC unroll 6
@@ -32,19 +27,33 @@ void f32_6x16_avx2(int64_t depth, const float* a, const float* b, float* out, in
       left[i] = _mm256_fmadd_ps(a_i, b_left, left[i]);
       right[i] = _mm256_fmadd_ps(a_i, b_right, right[i]);
     }
-    a += kRows;
-    b += 16;
+    a += kLeftLanes;
+    b += kRightLanes;
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
-    float* row = out + i * out_stride;
-    if (accumulate) {
+    float* row = block.sums + i * kRightLanes;
+    if (block.accumulate) {
       left[i] = _mm256_add_ps(_mm256_loadu_ps(row), left[i]);
       right[i] = _mm256_add_ps(_mm256_loadu_ps(row + 8), right[i]);
     }
     _mm256_storeu_ps(row, left[i]);
     _mm256_storeu_ps(row + 8, right[i]);
   }
+}
+
+// Only the rows that exist are computed.
+template <int kRows>
+void multiply_at_most(const PanelBlock& block) {
+  if (block.left_lanes >= kRows) return multiply_rows<kRows>(block);
+  if constexpr (kRows > 1) multiply_at_most<kRows - 1>(block);
+}
+
+}  // namespace
+
+void multiply_f32_6x16_avx2(const PanelBlock& block) {
+  prefetch_lines(*block.prefetch, block.prefetch->lines_per_block);
+  multiply_at_most<kLeftLanes>(block);
 }
 
 }  // namespace gpt2_jax

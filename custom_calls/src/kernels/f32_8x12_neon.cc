@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/kernel.h"
+#include "kernels/prefetch_lines.h"
 
 // The lane number must be a constant in the instruction, so the rows are written out one by one.
 #define GPT2_JAX_ROW(row, a_half, lane)                         \
@@ -13,14 +14,16 @@
 
 namespace gpt2_jax {
 
-void f32_8x12_neon(int64_t depth, const float* a, const float* b, float* out, int64_t out_stride,
-                   bool accumulate) {
+void multiply_f32_8x12_neon(const PanelBlock& block) {
+  prefetch_lines(*block.prefetch, block.prefetch->lines_per_block);
+  const float* a = reinterpret_cast<const float*>(block.left);
+  const float* b = reinterpret_cast<const float*>(block.right);
   float32x4_t sum[8][3];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     sum[i][0] = sum[i][1] = sum[i][2] = vdupq_n_f32(0);
   }
-  for (int64_t p = 0; p < depth; ++p) {
+  for (int64_t p = 0; p < block.depth; ++p) {
     const float32x4_t a_low = vld1q_f32(a);
     const float32x4_t a_high = vld1q_f32(a + 4);
     const float32x4_t b0 = vld1q_f32(b);
@@ -39,10 +42,10 @@ void f32_8x12_neon(int64_t depth, const float* a, const float* b, float* out, in
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    float* row = out + i * out_stride;
+    float* row = block.sums + i * 12;
 #pragma GCC unroll 3
     for (int v = 0; v < 3; ++v) {
-      if (accumulate) sum[i][v] = vaddq_f32(vld1q_f32(row + 4 * v), sum[i][v]);
+      if (block.accumulate) sum[i][v] = vaddq_f32(vld1q_f32(row + 4 * v), sum[i][v]);
       vst1q_f32(row + 4 * v, sum[i][v]);
     }
   }

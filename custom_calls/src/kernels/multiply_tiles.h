@@ -3,14 +3,14 @@
 // loads; three passes are 12 multiplications for 8 loads.
 //
 // The template parameter Tiles is the instruction set, as static functions: zero<tile>(),
-// load<tile>(rows of 64 bytes), store<tile>(rows), multiply<sums, left, right>(),
-// prefetch(address). Everything here has internal linkage: each file that includes it is compiled
-// with flags of its own.
+// load<tile>(rows of 64 bytes), store<tile>(rows), multiply<sums, left, right>(). Everything here has
+// internal linkage: each file that includes it is compiled with flags of its own.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/tile_kernel.h"
+#include "kernels/prefetch_lines.h"
+#include "kernels/tile_format.h"
 
 namespace gpt2_jax {
 namespace {
@@ -18,18 +18,6 @@ namespace {
 // Tile numbers: 0 to 3 are the sums, [left][right]; the operands follow.
 constexpr int kLeftTile = 4;
 constexpr int kRightTile = 6;
-
-template <typename Tiles>
-void prefetch_step(TilePrefetch& prefetch) {
-  for (int64_t i = 0; i < prefetch.lines_per_step && prefetch.rows > 0; ++i) {
-    Tiles::prefetch(prefetch.row + prefetch.done);
-    prefetch.done += 64;
-    if (prefetch.done < prefetch.row_bytes) continue;
-    prefetch.done = 0;
-    prefetch.row += prefetch.row_stride;
-    --prefetch.rows;
-  }
-}
 
 template <typename Tiles, int kLefts, int kRights>
 void multiply_block(const TileBlock& block) {
@@ -45,7 +33,8 @@ void multiply_block(const TileBlock& block) {
     if constexpr (kLefts == 2) Tiles::template zero<2>();
     if constexpr (kLefts == 2 && kRights == 2) Tiles::template zero<3>();
   }
-  TilePrefetch prefetch = *block.prefetch;
+  Prefetch prefetch = *block.prefetch;
+  const int64_t lines_of_step = (block.prefetched_lines + block.steps - 1) / block.steps;
   const unsigned char* left = block.left;
   const unsigned char* right = block.right;
   for (int64_t step = 0; step < block.steps; ++step) {
@@ -72,7 +61,7 @@ void multiply_block(const TileBlock& block) {
     }
     left += block.left_step;
     right += block.right_step;
-    prefetch_step<Tiles>(prefetch);
+    prefetch_lines(prefetch, lines_of_step);
   }
   *block.prefetch = prefetch;
   Tiles::template store<0>(sums);
@@ -90,6 +79,76 @@ void multiply_tiles(const TileBlock& block) {
     block.right_tiles == 2 ? multiply_block<Tiles, 1, 2>(block)
                            : multiply_block<Tiles, 1, 1>(block);
   }
+}
+
+// The products of parts that a precision keeps, ordered so that each shares a part with the one
+// before it. Returns their number.
+inline int choose_passes(int left_parts, int right_parts, TilePass* passes) {
+  static constexpr TilePass kThree[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+  static constexpr TilePass kTwo[] = {{1, 0}, {0, 0}, {0, 1}};
+  const bool three = left_parts == 3 || right_parts == 3;
+  int count = 0;
+  for (int i = 0; i < (three ? 6 : 3); ++i) {
+    const TilePass pass = three ? kThree[i] : kTwo[i];
+    if (pass.left_part < left_parts && pass.right_part < right_parts) passes[count++] = pass;
+  }
+  return count;
+}
+
+inline TileBlock tiles_of(const PanelBlock& panels, int step_depth, int step_bytes_of_part) {
+  TileBlock block = {};
+  block.left = panels.left, block.right = panels.right;
+  block.left_step = panels.left_parts * step_bytes_of_part;
+  block.right_step = panels.right_parts * step_bytes_of_part;
+  block.left_tiles = panels.left_lanes > kTileLanes ? 2 : 1;
+  block.right_tiles = panels.right_lanes > kTileLanes ? 2 : 1;
+  block.steps = (panels.depth + step_depth - 1) / step_depth;
+  block.prefetch = panels.prefetch;
+  block.prefetched_lines = panels.prefetch->lines_per_block;
+  return block;
+}
+
+// The product of panels of bfloat16 parts, by `multiply`. With three parts a sum is rounded six times
+// in each step. So each block of k then has its own sums, which begin at zero, and they are added to
+// the old ones at the end.
+inline void multiply_parts(const PanelBlock& panels, void (*multiply)(const TileBlock&),
+                           AddTiles add) {
+  TilePass passes[6];
+  TileBlock block = tiles_of(panels, kTileDepth, 2 * kTileBytes);
+  block.num_passes = choose_passes(panels.left_parts, panels.right_parts, passes);
+  block.passes = passes;
+  const bool three = panels.left_parts == kMaxParts || panels.right_parts == kMaxParts;
+  if (!three || !panels.accumulate) {
+    block.sums = panels.sums;
+    block.accumulate = panels.accumulate;
+    return multiply(block);
+  }
+  alignas(64) float own[kBlockSums];
+  block.sums = own;
+  multiply(block);
+  add(own, block.left_tiles, block.right_tiles, panels.sums);
+}
+
+// The products of digits, in order of their order: order i begins at kFirstOfOrder[i].
+constexpr TilePass kDigitPasses[] = {{0, 0}, {0, 1}, {1, 0}, {0, 2}, {1, 1}, {2, 0}};
+constexpr int kFirstOfOrder[] = {0, 1, 3, 6};
+
+// The product of panels of digits, by `multiply`.
+inline void multiply_digits(const PanelBlock& panels, void (*multiply)(const TileBlock&),
+                            AddDigits add) {
+  TileBlock block = tiles_of(panels, kDigitDepth, 2 * kTileBytes);
+  alignas(64) int32_t sums[kDigitOrders * kBlockSums];
+  block.prefetched_lines = (block.prefetched_lines + kDigitOrders - 1) / kDigitOrders;
+  for (int order = 0; order < kDigitOrders; ++order) {
+    block.passes = kDigitPasses + kFirstOfOrder[order];
+    block.num_passes = kFirstOfOrder[order + 1] - kFirstOfOrder[order];
+    block.sums = sums + order * kBlockSums;
+    multiply(block);
+  }
+  const int64_t scales = block.steps * kDigitStepBytes;
+  add(sums, reinterpret_cast<const float*>(panels.left + scales),
+      reinterpret_cast<const float*>(panels.right + scales), block.left_tiles, block.right_tiles,
+      panels.accumulate, panels.sums);
 }
 
 }  // namespace

@@ -60,8 +60,6 @@ struct AmxRegisters {
 #undef GPT2_JAX_CASE
     }
   }
-
-  static void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 };
 
 // The number of the sums' tile determines the operands' tiles.
@@ -110,6 +108,14 @@ void multiply_tiles_amx(const TileBlock& block) {
 void multiply_digits_amx(const TileBlock& block) {
   __asm__ volatile("" ::: "memory");
   multiply_tiles<AmxDigits>(block);
+}
+
+void multiply_parts_panels_amx(const PanelBlock& block) {
+  multiply_parts(block, multiply_tiles_amx, add_tiles_avx512);
+}
+
+void multiply_digits_panels_amx(const PanelBlock& block) {
+  multiply_digits(block, multiply_digits_amx, add_digits_avx512);
 }
 
 }  // namespace gpt2_jax

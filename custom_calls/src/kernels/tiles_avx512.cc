@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-#include "kernels/registers_avx512.h"
-#include "kernels/tile_kernel.h"
+#include "kernels/vector_avx512.h"
+#include "kernels/tile_format.h"
 
 namespace gpt2_jax {
 namespace {
@@ -132,7 +132,7 @@ struct Layout {
 
 // Packs left tiles when memory runs along k: lane by lane.
 template <bool kNarrow, int kParts>
-void pack_lanes(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
+void pack_lanes(PackSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
                 unsigned char* packed) {
   for (int64_t lane = 0; lane < all_lanes; ++lane) {
     unsigned char* to = packed + layout.offset(lane) + lane % kTileLanes * 64;
@@ -149,7 +149,7 @@ void pack_lanes(TileSource source, int64_t lanes, int64_t all_lanes, int64_t dep
 
 // Packs right tiles when memory runs along the lanes: one pair of k after another.
 template <bool kNarrow, int kParts>
-void pack_pairs(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
+void pack_pairs(PackSource source, int64_t lanes, int64_t all_lanes, int64_t depth, Layout layout,
                 unsigned char* packed) {
   const int64_t all_depth = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
   for (int64_t k = 0; k < all_depth; k += 2) {
@@ -173,7 +173,7 @@ void pack_pairs(TileSource source, int64_t lanes, int64_t all_lanes, int64_t dep
 // pack_tile (below) for three parts: transposes once as float32, then cuts. That is less work than
 // transposing each part.
 template <bool kAlongK, bool kWhole>
-inline void pack_tile_in_three(TileSource source, int64_t lane, int64_t k, int64_t lanes,
+inline void pack_tile_in_three(PackSource source, int64_t lane, int64_t k, int64_t lanes,
                                int64_t depth, unsigned char* to) {
   if constexpr (kWhole) {
     lanes = kTileLanes;
@@ -213,7 +213,7 @@ inline void pack_tile_in_three(TileSource source, int64_t lane, int64_t k, int64
 // Packs one transposed tile, from element (lane, k) on. `lanes` and `depth` are those left in the
 // source; they are ignored when the tile is whole.
 template <bool kNarrow, int kParts, bool kAlongK, bool kWhole>
-inline void pack_tile(TileSource source, int64_t lane, int64_t k, int64_t lanes, int64_t depth,
+inline void pack_tile(PackSource source, int64_t lane, int64_t k, int64_t lanes, int64_t depth,
                       unsigned char* to) {
   if constexpr (kParts == 3) {
     return pack_tile_in_three<kAlongK, kWhole>(source, lane, k, lanes, depth, to);
@@ -249,7 +249,7 @@ inline void pack_tile(TileSource source, int64_t lane, int64_t k, int64_t lanes,
 
 // Packs tile by tile and transposes each: right tiles when memory runs along k, else left tiles.
 template <bool kNarrow, int kParts, bool kAlongK>
-void pack_transposed(TileSource source, int64_t lanes, int64_t all_lanes, int64_t depth,
+void pack_transposed(PackSource source, int64_t lanes, int64_t all_lanes, int64_t depth,
                      Layout layout, unsigned char* packed) {
   for (int64_t lane = 0; lane < all_lanes; lane += kTileLanes) {
     unsigned char* to = packed + layout.offset(lane);
@@ -262,27 +262,27 @@ void pack_transposed(TileSource source, int64_t lanes, int64_t all_lanes, int64_
   }
 }
 
-// TileSource and Layout are passed by value, so that the compiler knows that stores to `packed` do
+// PackSource and Layout are passed by value, so that the compiler knows that stores to `packed` do
 // not change them.
 template <bool kNarrow, int kParts>
-void pack(TileSource source, int64_t lanes, int64_t depth, TileSide side, unsigned char* packed) {
+void pack(PackSource source, int64_t lanes, int64_t depth, Side side, unsigned char* packed) {
   const int64_t steps = (depth + kTileDepth - 1) / kTileDepth;
   const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
   const int64_t step_bytes = kParts * 2 * kTileBytes;
   const Layout layout = {step_bytes, steps * step_bytes};
   if (source.k_stride == 1) {
-    side == TileSide::kLeft
+    side == Side::kLeft
         ? pack_lanes<kNarrow, kParts>(source, lanes, all_lanes, depth, layout, packed)
         : pack_transposed<kNarrow, kParts, true>(source, lanes, all_lanes, depth, layout, packed);
   } else {
-    side == TileSide::kRight
+    side == Side::kRight
         ? pack_pairs<kNarrow, kParts>(source, lanes, all_lanes, depth, layout, packed)
         : pack_transposed<kNarrow, kParts, false>(source, lanes, all_lanes, depth, layout, packed);
   }
 }
 
 // Writes one row of up to 16 sums to the output. Returns the output's new elements.
-inline __m512 finish_row(const TileResult& result, __m512 value, int64_t row, int column,
+inline __m512 finish_row(const OutputBlock& result, __m512 value, int64_t row, int column,
                          __mmask16 mask) {
   if (result.bias != nullptr) {
     value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, result.bias + column));
@@ -305,7 +305,7 @@ inline __m512 finish_row(const TileResult& result, __m512 value, int64_t row, in
 
 }  // namespace
 
-void pack_tiles_avx512(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+void pack_tiles_avx512(const PackSource& source, int64_t lanes, int64_t depth, Side side,
                        int parts, unsigned char* packed) {
   if (source.narrow) return pack<true, 1>(source, lanes, depth, side, packed);
   if (parts == 1) return pack<false, 1>(source, lanes, depth, side, packed);
@@ -313,7 +313,7 @@ void pack_tiles_avx512(const TileSource& source, int64_t lanes, int64_t depth, T
   pack<false, 3>(source, lanes, depth, side, packed);
 }
 
-void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, int columns) {
+void finish_tiles_avx512(const OutputBlock& result, const float* sums, int rows, int columns) {
   __m512 squares = _mm512_setzero_ps();
   for (int row = 0; row < rows; row += kTileLanes) {
     for (int column = 0; column < columns; column += kTileLanes) {
@@ -349,9 +349,10 @@ void finish_tiles_avx512(const TileResult& result, const float* sums, int rows, 
 }
 
 void add_digits_avx512(const int32_t* sums, const float* left_scales, const float* right_scales,
-                       bool accumulate, float* total) {
+                       int left_tiles, int right_tiles, bool accumulate, float* total) {
   const __m512 low_order = _mm512_set1_ps(0x1p-8f), unit = _mm512_set1_ps(0x1p-18f);
   for (int tile = 0; tile < 4; ++tile) {
+    if (tile / 2 >= left_tiles || tile % 2 >= right_tiles) continue;
     const __m512 right = _mm512_loadu_ps(right_scales + tile % 2 * kTileLanes);
     for (int row = 0; row < kTileLanes; ++row) {
       const int at = (tile * kTileLanes + row) * kTileLanes;
@@ -369,9 +370,14 @@ void add_digits_avx512(const int32_t* sums, const float* left_scales, const floa
   }
 }
 
-void add_tiles_avx512(const float* sums, float* total) {
-  for (int i = 0; i < kBlockSums; i += 16) {
-    _mm512_store_ps(total + i, _mm512_add_ps(_mm512_load_ps(total + i), _mm512_load_ps(sums + i)));
+void add_tiles_avx512(const float* sums, int left_tiles, int right_tiles, float* total) {
+  for (int tile = 0; tile < 4; ++tile) {
+    if (tile / 2 >= left_tiles || tile % 2 >= right_tiles) continue;
+    const int first = tile * kTileLanes * kTileLanes;
+    for (int i = first; i < first + kTileLanes * kTileLanes; i += 16) {
+      _mm512_store_ps(total + i,
+                      _mm512_add_ps(_mm512_load_ps(total + i), _mm512_load_ps(sums + i)));
+    }
   }
 }
 

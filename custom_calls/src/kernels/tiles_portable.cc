@@ -5,19 +5,19 @@
 #include <limits>
 
 #include "bfloat16.h"
-#include "kernels/tile_kernel.h"
+#include "kernels/tile_format.h"
 
 namespace gpt2_jax {
 namespace {
 
-float element(const TileSource& source, int64_t lane, int64_t k) {
+float element(const PackSource& source, int64_t lane, int64_t k) {
   const int64_t index = lane * source.lane_stride + k * source.k_stride;
   return source.narrow ? bfloat16_to_float(static_cast<const uint16_t*>(source.data)[index])
                        : static_cast<const float*>(source.data)[index];
 }
 
 // Sets `words` to the parts of element (lane, k) of the source.
-void split(const TileSource& source, int64_t lane, int64_t k, int parts, uint16_t* words) {
+void split(const PackSource& source, int64_t lane, int64_t k, int parts, uint16_t* words) {
   float rest = element(source, lane, k);
   if (source.narrow) {
     words[0] = upper_half(rest);
@@ -39,7 +39,7 @@ uint32_t exponent_of_digits(uint32_t largest) {
 
 }  // namespace
 
-void pack_tiles_portable(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+void pack_tiles_portable(const PackSource& source, int64_t lanes, int64_t depth, Side side,
                          int parts, unsigned char* packed) {
   const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
   const int64_t steps = (depth + kTileDepth - 1) / kTileDepth;
@@ -47,7 +47,7 @@ void pack_tiles_portable(const TileSource& source, int64_t lanes, int64_t depth,
     const int64_t tile = lane / kTileLanes % 2, row = lane % kTileLanes;
     for (int64_t k = 0; k < steps * kTileDepth; ++k) {
       const int64_t word = k % kTileDepth;
-      const int64_t at = side == TileSide::kLeft ? row * kTileDepth + word
+      const int64_t at = side == Side::kLeft ? row * kTileDepth + word
                                                  : word / 2 * kTileDepth + row * 2 + word % 2;
       uint16_t words[kMaxParts] = {};
       if (lane < lanes && k < depth) split(source, lane, k, parts, words);
@@ -60,7 +60,7 @@ void pack_tiles_portable(const TileSource& source, int64_t lanes, int64_t depth,
   }
 }
 
-void pack_digits_portable(const TileSource& source, int64_t lanes, int64_t depth, TileSide side,
+void pack_digits_portable(const PackSource& source, int64_t lanes, int64_t depth, Side side, int,
                           unsigned char* packed) {
   const int64_t steps = (depth + kDigitDepth - 1) / kDigitDepth;
   const int64_t all_lanes = (lanes + kPanelLanes - 1) / kPanelLanes * kPanelLanes;
@@ -82,7 +82,7 @@ void pack_digits_portable(const TileSource& source, int64_t lanes, int64_t depth
       // Adding 128 to each digit makes them bytes from 0 to 255; the xor below subtracts it again.
       const uint32_t raised = static_cast<uint32_t>(integer) + 0x808080;
       const int64_t dword = k % kTileLanes, row = lane % kTileLanes;
-      const int64_t at = (side == TileSide::kLeft ? row * 16 + dword : dword * 16 + row) * 4 +
+      const int64_t at = (side == Side::kLeft ? row * 16 + dword : dword * 16 + row) * 4 +
                          k % kDigitDepth / kTileLanes;
       for (int part = 0; part < kMaxParts; ++part) {
         const int64_t tile =
@@ -94,7 +94,7 @@ void pack_digits_portable(const TileSource& source, int64_t lanes, int64_t depth
   }
 }
 
-void finish_tiles_portable(const TileResult& result, const float* sums, int rows, int columns) {
+void finish_tiles_portable(const OutputBlock& result, const float* sums, int rows, int columns) {
   float squares = 0;
   for (int row = 0; row < rows; ++row) {
     for (int column = 0; column < columns; ++column) {
@@ -117,14 +117,18 @@ void finish_tiles_portable(const TileResult& result, const float* sums, int rows
   if (result.squares != nullptr) *result.squares = squares;
 }
 
-void add_tiles_portable(const float* sums, float* total) {
-  for (int i = 0; i < kBlockSums; ++i) total[i] += sums[i];
+void add_tiles_portable(const float* sums, int left_tiles, int right_tiles, float* total) {
+  for (int i = 0; i < kBlockSums; ++i) {
+    const int tile = i / (kTileLanes * kTileLanes);
+    if (tile / 2 < left_tiles && tile % 2 < right_tiles) total[i] += sums[i];
+  }
 }
 
 void add_digits_portable(const int32_t* sums, const float* left_scales, const float* right_scales,
-                         bool accumulate, float* total) {
+                         int left_tiles, int right_tiles, bool accumulate, float* total) {
   for (int i = 0; i < kBlockSums; ++i) {
     const int tile = i / (kTileLanes * kTileLanes), row = i / kTileLanes % kTileLanes;
+    if (tile / 2 >= left_tiles || tile % 2 >= right_tiles) continue;
     const int left = tile / 2 * kTileLanes + row;
     const int right = tile % 2 * kTileLanes + i % kTileLanes;
     const int32_t first_two = sums[i] * 256 + sums[kBlockSums + i];

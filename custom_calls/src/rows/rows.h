@@ -46,8 +46,8 @@ struct RowKernels {
   void (*causal_softmax_backward)(int64_t count, int64_t visible, float scale, float log_sum,
                                   float output_product, float* scores, float* dscores);
   float (*dot)(int64_t count, bool narrow, const void* a, const void* b);
-  // The dot products of `rows` rows of x, one after the other, with y: `count` elements each. Only y
-  // may be narrow.
+  // The dot products of `rows` rows of x, one after the other, with y: `count` elements each. Only
+  // y may be narrow.
   void (*dots)(int64_t rows, int64_t count, const float* x, bool narrow, const void* y,
                float* sums);
   void (*copy)(int64_t count, const float* x, bool narrow, void* out);

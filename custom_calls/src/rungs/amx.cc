@@ -1,13 +1,13 @@
 #include "few_rows.h"
-#include "kernels/tile_kernel.h"
+#include "kernels/kernel.h"
 #include "rungs/rungs.h"
-#include "schedule_tiles.h"
+#include "schedule.h"
 
 namespace gpt2_jax {
 
 void run_amx(const Matmul& matmul, Executor& executor) {
   if (has_few_rows(matmul)) return few_rows_matmul(matmul, executor);
-  tile_matmul(matmul, *amx_kernel(), executor);
+  packed_matmul(matmul, *amx_kernel(matmul.precision), executor);
 }
 
 }  // namespace gpt2_jax

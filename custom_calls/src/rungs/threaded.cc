@@ -1,5 +1,5 @@
-#include "cpu_features.h"
 #include "few_rows.h"
+#include "kernels/kernel.h"
 #include "rungs/rungs.h"
 #include "schedule.h"
 
@@ -7,7 +7,7 @@ namespace gpt2_jax {
 
 void run_threaded(const Matmul& matmul, Executor& executor) {
   if (has_few_rows(matmul)) return few_rows_matmul(matmul, executor);
-  packed_matmul(matmul, best_kernel(cpu_features()), executor);
+  packed_matmul(matmul, best_kernel(matmul.precision), executor);
 }
 
 }  // namespace gpt2_jax

@@ -8,6 +8,8 @@ Names: the embedding table (V, C), V padded; U is the true vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,7 +18,15 @@ from gpt2_jax.ops.matmul import product, product_dx, weight_gradient
 from gpt2_jax.ops.threaded import Site, Slots, WeightView, rounded
 from gpt2_jax.ops.writer import write_gradient
 
+if TYPE_CHECKING:
+    from gpt2_jax.compute.plan import Plan
+
+ON_MLX_ONLY = "with plugins on MLX only"
 _FLOAT32 = jnp.dtype(jnp.float32)
+
+
+def refuses(plan: Plan) -> str | None:
+    return None if "fused_reductions" in plan.backend.lacks else ON_MLX_ONLY
 
 
 def token_losses(site: Site, h_BTC: jax.Array, y_BT: jax.Array, flat_N: jax.Array) -> jax.Array:

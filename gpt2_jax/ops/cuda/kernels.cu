@@ -2,7 +2,8 @@
 // capitals are defined by the caller. Arrays are row-major and bfloat16, or float32 where they are of
 // floats. Sums are float32.
 //
-// No header is included, so that NVRTC alone can compile this.
+// No header is included, so that NVRTC alone can compile this. Consecutive addresses of the caller's are
+// one array where a kernel takes a structure of pointers.
 
 // Eight bfloat16 numbers, the 16 bytes that a thread loads and stores at once. Of each word the lower
 // half is the first number.
@@ -133,11 +134,26 @@ softmax_cross_entropy(const Eight* logits, const int* targets, float* losses, Ei
 #endif
 
 #ifdef LAYER_NORM
-// Rows of C channels, one warp a row: (x - mean) / deviation, and 1 / deviation.
+// Rows of C channels, one warp a row: n = (x - mean) / deviation, and 1 / deviation. With AFFINE also
+// gain * n + shift.
 constexpr int kPerLane = (C / 8 + 31) / 32;
 
+__device__ inline void load_channels(const float4* from, int vector, float (&values)[8]) {
+  const float4 low = from[2 * vector], high = from[2 * vector + 1];
+  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
-layer_norm(const Eight* x, Eight* normed, float* reciprocals) {
+layer_norm(const Eight* x,
+#if AFFINE
+           const float4* gain, const float4* shift,
+#endif
+           Eight* normed, float* reciprocals
+#if AFFINE
+           , Eight* result
+#endif
+) {
   const int row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= ROWS) return;
   const size_t start = static_cast<size_t>(row) * (C / 8);
@@ -172,20 +188,39 @@ layer_norm(const Eight* x, Eight* normed, float* reciprocals) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[i][j] *= reciprocal;
       normed[start + vector] = packed(values[i]);
+#if AFFINE
+      float gains[8], shifts[8];
+      load_channels(gain, vector, gains);
+      load_channels(shift, vector, shifts);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[i][j] = values[i][j] * gains[j] + shifts[j];
+      result[start + vector] = packed(values[i]);
+#endif
     }
   }
   if (lane == 0) reciprocals[row] = reciprocal;
 }
 
 // The cotangent of x from that of the normed rows n, plus the cotangent that reached x around the norm:
-// dx = dresidual + (d - mean(d) - n mean(d n)) / deviation. d is the sum of the first PARTS of three
-// arguments. Each block writes the column sums of its own rows of dx to its row of `sums`.
+// dx = dresidual + (d - mean(d) - n mean(d n)) / deviation. d is the sum of PARTS arguments; with AFFINE
+// they add up to the cotangent of gain * n + shift. Each block writes column sums of its own rows to its
+// part of `sums`: those of dx, and with AFFINE those of d / gain times n and of d / gain, which are the
+// gradients of gain and shift.
+constexpr int kSums = AFFINE ? 3 : 1;
+
+struct Parts {
+  const Eight* of[PARTS];
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 layer_norm_backward(const Eight* normed, const float* reciprocals, const Eight* dresidual,
-                    const Eight* d0, const Eight* d1, const Eight* d2, Eight* dx, float* sums) {
+#if AFFINE
+                    const float4* gain,
+#endif
+                    const __grid_constant__ Parts parts, Eight* dx, float* sums) {
   constexpr int kWarpsOfBlock = THREADS / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float totals[kPerLane][8] = {};
+  float totals[kSums][kPerLane][8] = {};
   for (int row = blockIdx.x * kWarpsOfBlock + warp; row < ROWS; row += gridDim.x * kWarpsOfBlock) {
     const size_t start = static_cast<size_t>(row) * (C / 8);
     float n[kPerLane][8], d[kPerLane][8];
@@ -196,10 +231,22 @@ layer_norm_backward(const Eight* normed, const float* reciprocals, const Eight* 
       const int vector = lane + 32 * i;
       if (vector < C / 8) {
         unpack(load_once(normed + start + vector), n[i]);
-        unpack(load_once(d0 + start + vector), d[i]);
-        if (PARTS > 1) add(load_once(d1 + start + vector), d[i]);
-        if (PARTS > 2) add(load_once(d2 + start + vector), d[i]);
+        unpack(load_once(parts.of[0] + start + vector), d[i]);
+#pragma unroll
+        for (int part = 1; part < PARTS; ++part) {
+          add(load_once(parts.of[part] + start + vector), d[i]);
+        }
         residual[i] = load_once(dresidual + start + vector);
+#if AFFINE
+        float gains[8];
+        load_channels(gain, vector, gains);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          totals[1][i][j] += d[i][j] * n[i][j];
+          totals[2][i][j] += d[i][j];
+          d[i][j] *= gains[j];
+        }
+#endif
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           sum += d[i][j];
@@ -221,12 +268,12 @@ layer_norm_backward(const Eight* normed, const float* reciprocals, const Eight* 
         }
         const Eight rounded = packed(values);
         dx[start + vector] = rounded;
-        add(rounded, totals[i]);
+        add(rounded, totals[0][i]);
       }
     }
   }
   // The warps add in their order, so that the bits of a sum are the same in every run.
-  __shared__ float of_block[C];
+  __shared__ float of_block[kSums][C];
   for (int turn = 0; turn < kWarpsOfBlock; ++turn) {
     if (warp == turn) {
 #pragma unroll
@@ -234,17 +281,162 @@ layer_norm_backward(const Eight* normed, const float* reciprocals, const Eight* 
         const int vector = lane + 32 * i;
         if (vector < C / 8) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            float& total = of_block[8 * vector + j];
-            total = turn == 0 ? totals[i][j] : total + totals[i][j];
+          for (int which = 0; which < kSums; ++which) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+              float& total = of_block[which][8 * vector + j];
+              total = turn == 0 ? totals[which][i][j] : total + totals[which][i][j];
+            }
           }
         }
       }
     }
     __syncthreads();
   }
-  for (int column = threadIdx.x; column < C; column += THREADS) {
-    sums[static_cast<size_t>(blockIdx.x) * C + column] = of_block[column];
+  for (int i = threadIdx.x; i < kSums * C; i += THREADS) {
+    sums[static_cast<size_t>(blockIdx.x) * kSums * C + i] = of_block[i / C][i % C];
   }
+}
+#endif
+
+#ifdef FOLD
+// A linear layer of OUTPUTS rows of C weights behind a norm, in PARTS equal parts of its rows: of
+// gain * n + shift it is that of n with the weight times gain, and the bias plus the weight times shift.
+constexpr int kRowsOfPart = OUTPUTS / PARTS;
+
+struct Folded {
+  Eight* weight[PARTS];
+  unsigned short* bias[PARTS];
+};
+
+// One warp a row.
+extern "C" __global__ void __launch_bounds__(THREADS)
+fold(const float4* weight, const float* bias, const float4* gain, const float4* shift,
+     const __grid_constant__ Folded folded) {
+  const int row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= OUTPUTS) return;
+  const int part = row / kRowsOfPart, row_of_part = row % kRowsOfPart;
+  const float4* from = weight + static_cast<size_t>(row) * (C / 4);
+  Eight* to = folded.weight[part] + static_cast<size_t>(row_of_part) * (C / 8);
+  float sum = 0;
+#pragma unroll
+  for (int vector = lane; vector < C / 8; vector += 32) {
+    float values[8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 w = from[2 * vector + half], g = gain[2 * vector + half];
+      const float4 s = shift[2 * vector + half];
+      sum += w.x * s.x + w.y * s.y + w.z * s.z + w.w * s.w;
+      values[4 * half] = w.x * g.x, values[4 * half + 1] = w.y * g.y;
+      values[4 * half + 2] = w.z * g.z, values[4 * half + 3] = w.w * g.w;
+    }
+    to[vector] = packed(values);
+  }
+  const float both[8] = {bias[row] + warp_sum(sum)};
+  if (lane == 0) folded.bias[part][row_of_part] = static_cast<unsigned short>(packed(both).words[0]);
+}
+
+// The gradients of weight (written over `gradient`, or added to it with ACCUMULATE), gain and shift, from
+// those of the folded weight and the bias:
+//   dweight = dfolded * gain + dbias shift,  dgain = sum of dfolded * weight over the rows,
+//   dshift = sum of dbias * weight over the rows.
+// CLUSTER blocks share kColumns columns, and add their sums in their order.
+constexpr int kColumns = 32, kLanes = kColumns / 4, kRowsAtOnce = THREADS / kLanes;
+
+struct Gradients {
+  const uint2* folded[PARTS];
+  const float* bias[PARTS];
+};
+
+__device__ inline void cluster_barrier() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// A number in the shared memory of another block of the cluster, at the place where `own` is in this one.
+__device__ inline float of_block(const float* own, int block) {
+#if CLUSTER > 1
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(own));
+  float result;
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\t"
+      "ld.shared::cluster.f32 %0, [there];\n\t}"
+      : "=f"(result)
+      : "r"(address), "r"(block)
+      : "memory");
+  return result;
+#else
+  return *own;
+#endif
+}
+
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER)
+#endif
+__launch_bounds__(THREADS)
+unfold(const float4* weight, const float4* gain, const float4* shift, const float4* earlier,
+       const __grid_constant__ Gradients gradients, float4* gradient, float* dgain,
+       float* dshift) {
+  const int first = blockIdx.x / CLUSTER * kColumns, block = blockIdx.x % CLUSTER;
+  const int lane = threadIdx.x % kLanes, turn = threadIdx.x / kLanes;
+  const int column = first / 4 + lane;  // of four
+  float totals[8] = {};                 // of gain, then of shift
+  if (column < C / 4) {
+    const float4 g = gain[column], s = shift[column];
+#pragma unroll 4
+    for (int row = block * kRowsAtOnce + turn; row < OUTPUTS; row += CLUSTER * kRowsAtOnce) {
+      const int part = row / kRowsOfPart, row_of_part = row % kRowsOfPart;
+      const size_t place = static_cast<size_t>(row) * (C / 4) + column;
+      const uint2 words =
+          gradients.folded[part][static_cast<size_t>(row_of_part) * (C / 4) + column];
+      const float d[4] = {__uint_as_float(words.x << 16), __uint_as_float(words.x & 0xffff0000u),
+                          __uint_as_float(words.y << 16), __uint_as_float(words.y & 0xffff0000u)};
+      const float b = gradients.bias[part][row_of_part];
+      const float4 w = weight[place];
+      float4 result = {d[0] * g.x + b * s.x, d[1] * g.y + b * s.y, d[2] * g.z + b * s.z,
+                       d[3] * g.w + b * s.w};
+#if ACCUMULATE
+      const float4 before = earlier[place];
+      result.x += before.x, result.y += before.y, result.z += before.z, result.w += before.w;
+#endif
+      gradient[place] = result;
+      const float weights[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        totals[i] += d[i] * weights[i];
+        totals[4 + i] += b * weights[i];
+      }
+    }
+  }
+  constexpr int kWarps = THREADS / 32;
+  __shared__ float of_warps[kWarps][kLanes * 8], of_rows[kLanes * 8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (int offset = 16; offset >= kLanes; offset /= 2) {
+      totals[i] += __shfl_xor_sync(0xffffffff, totals[i], offset);
+    }
+    if (threadIdx.x % 32 < kLanes) of_warps[threadIdx.x / 32][8 * lane + i] = totals[i];
+  }
+  __syncthreads();
+  if (threadIdx.x < 8 * kLanes) {
+    float sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[warp][threadIdx.x];
+    of_rows[threadIdx.x] = sum;
+  }
+  cluster_barrier();
+  if (block == 0 && threadIdx.x < 8 * kLanes) {
+    float sum = 0;
+#pragma unroll
+    for (int other = 0; other < CLUSTER; ++other) sum += of_block(of_rows + threadIdx.x, other);
+    const int number = threadIdx.x % 8, at = first + threadIdx.x / 8 * 4 + number % 4;
+    if (at < C) (number < 4 ? dgain : dshift)[at] = sum;
+  }
+  cluster_barrier();  // until then the blocks' shared memory must stay
 }
 #endif

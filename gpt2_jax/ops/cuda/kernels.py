@@ -19,6 +19,7 @@ from gpt2_jax import jax_compat
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.cuda import libraries
 from gpt2_jax.ops.table import Fallback
+from gpt2_jax.ops.threaded import WeightView
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
@@ -44,18 +45,34 @@ def refusal(plan: Plan) -> str | None:
 def call(
     kernel: str,
     result: Any,
-    *operands: jax.Array,
+    *operands: jax.Array | WeightView,
     constants: dict[str, str | int | float],
     blocks: int,
     threads: int,
     shared_bytes: int = 0,
     aliases: dict[int, int] | None = None,
 ) -> Any:
-    """Launch a kernel of kernels.cu, compiled with these constants and THREADS; `result` is its shape, or a tuple of them."""
+    """Launch a kernel of kernels.cu, compiled with these constants and THREADS; `result` is its shape, or a tuple of them.
+
+    Its parameters are the addresses of the operands, then those of the results; a view's is that of its place in the buffer,
+    also where the buffer is written over as a result (`aliases`: operand -> result).
+    """
     constants = {**constants, "THREADS": threads}
     name = _loaded(kernel, tuple(sorted((key, str(value)) for key, value in constants.items())))
+    buffers, offsets = zip(*map(_placed, operands), strict=True)
+    of_results = [0] * (len(result) if isinstance(result, tuple) else 1)
+    for operand, number in (aliases or {}).items():
+        of_results[number] = offsets[operand]
     attributes = {"blocks": np.int64(blocks), "threads": np.int64(threads), "shared_bytes": np.int64(shared_bytes)}
-    return jax_compat.ffi_call(_TARGET, result, *operands, aliases=aliases, kernel=name, **attributes)
+    places = np.array([*offsets, *of_results], dtype=np.int64)
+    return jax_compat.ffi_call(_TARGET, result, *buffers, aliases=aliases, kernel=name, offsets=places, **attributes)
+
+
+def _placed(operand: jax.Array | WeightView) -> tuple[jax.Array, int]:
+    """The buffer that holds an operand, and the byte that it begins at."""
+    if isinstance(operand, WeightView):
+        return operand.buffer, operand.offset * operand.buffer.dtype.itemsize
+    return operand, 0
 
 
 @cache

@@ -1,5 +1,5 @@
-// Masks and transposition in AVX-512 registers, for both kinds of packing. Internal linkage: each
-// file that includes this is compiled with flags of its own.
+// AVX-512 registers: masks, transposition, partial loads and stores. Internal linkage: each file that
+// includes this is compiled with flags of its own.
 #pragma once
 
 #include <immintrin.h>
@@ -42,6 +42,40 @@ inline void transpose(__m512i (&row)[16]) {
     row[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
   }
 }
+
+// What panels.inc asks of an instruction set.
+typedef float Vector __attribute__((vector_size(64)));
+constexpr int kVectorLanes = 16;
+
+inline void transpose(Vector (&rows)[16]) {
+  __m512i registers[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) registers[i] = (__m512i)rows[i];
+  transpose(registers);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = (Vector)registers[i];
+}
+
+// The first kCount floats; zeros after them.
+template <int kCount>
+inline Vector load_first(const float* from) {
+  return (Vector)_mm512_maskz_loadu_ps(first16(kCount), from);
+}
+
+// The first kCount bfloat16, each in the upper half of its float's bits.
+template <int kCount>
+inline Vector load_first(const uint16_t* from) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first16(kCount), from));
+  return (Vector)_mm512_slli_epi32(words, 16);
+}
+
+template <int kCount>
+inline void store_first(Vector values, float* to) {
+  _mm512_mask_storeu_ps(to, first16(kCount), (__m512)values);
+}
+
+// `to` is a multiple of 64.
+inline void stream(Vector values, float* to) { _mm512_stream_ps(to, (__m512)values); }
 
 }  // namespace
 }  // namespace gpt2_jax
