@@ -9,10 +9,8 @@ import os
 import re
 import shlex
 import signal
-import site
 import subprocess
 import sys
-import sysconfig
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -84,8 +82,8 @@ def environment(wheel, tmp_path_factory) -> dict[str, str]:
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
     )
     # As plain folders: the editable installation of the checkout, which a .pth file there announces, is not seen.
-    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
-    Path(found.stdout.strip(), "dependencies.pth").write_text("\n".join(sorted(others)) + "\n", encoding="utf-8")
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    Path(found.stdout.strip(), "dependencies.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
     path = f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return {**kept, "PATH": path, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
