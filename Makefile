@@ -7,7 +7,9 @@
 # make test-aarch64        the same for arm64 Linux, cross-compiled and run under qemu-user
 # make check-macos         the library cross-compiled for macOS on Apple silicon, and its file checked
 # make wheel               dist/*.whl, in which the custom calls must be
+# make docs                the documentation's pages, into build/site; a warning is an error
 # make lint                ruff, mypy, and zizmor for the GitHub workflows
+# make help                these lines
 # Every target is a plain command or two; see README.md for them without make.
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 EXTRA = $(shell $(PYTHON) -m gpt2_jax.compute.backend)
 CUSTOM_CALL_SOURCES := $(shell find custom_calls -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: train test bench test-oldest-jax test-matrix test-custom-calls test-aarch64 check-macos wheel lint clean
+.PHONY: train test bench test-oldest-jax test-matrix test-custom-calls test-aarch64 check-macos wheel docs lint help clean
 
 train: $(VENV)/installed
 	$(BIN)/python scripts/prepare_data.py
@@ -89,6 +91,12 @@ wheel:
 		--config-settings=cmake.define.GPT2_JAX_REQUIRE_CUSTOM_CALLS=ON .
 	$(PYTHON) .ci/check_wheel.py dist/*.whl
 
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -113,6 +121,11 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml $(CUSTOM_CALL_SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed-test
 	$(BIN)/python -m pip install -e '.[test,dev]'
+	@touch $@
+
+# Beside the package itself, whose docstrings are the reference.
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install -e '.[docs]'
 	@touch $@
 
 clean:

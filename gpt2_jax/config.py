@@ -90,6 +90,12 @@ class OptimizerSettings:
     """What AdamW adds to the root of the second moment."""
     gradient_clip: float = 1.0
     """Scale a gradient whose norm is larger down to this norm; 0: never."""
+    dropout: float = 0.0
+    """Probability with which a training step drops an element of the embedding, of the attention weights, and of what
+    attention and MLP add to the residual stream; validation and samples drop nothing."""
+    freeze: str = ""
+    """Tensors that stay as they are, by llm.c's names or patterns of them, separated by commas: wte,wpe or 'ln*'. They get
+    no update and no weight decay, and their gradients are not computed."""
     skip_loss_z: float = 0.0
     """Refuse an update whose loss lies more than so many standard deviations above the last 128 steps' mean; 0: never."""
     skip_gradient_z: float = 0.0
@@ -98,6 +104,11 @@ class OptimizerSettings:
     """A loss or gradient that is not finite never reaches the parameters; then the run ends, or goes on with a warning."""
     master_weights: bool = True
     """Off: in bfloat16 the parameters hold only what bfloat16 can represent, rounded stochastically as llm.c does."""
+
+    @property
+    def frozen_patterns(self) -> tuple[str, ...]:
+        """The patterns of `freeze`."""
+        return tuple(pattern for each in self.freeze.split(",") if (pattern := each.strip()))
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,9 @@ class EvaluationSettings:
     """Tokens of each sample."""
     hellaswag: FilePath = ""
     """llm.c's hellaswag_val.bin: score its questions whenever there is a validation, but for the first; empty: never."""
+    patience: int = 0
+    """End the run when so many validations in a row have not lowered the validation loss; the checkpoint of the lowest is
+    kept, as with --keep-best. 0: never."""
     prompt: str = ""
     """Text that each sample continues; empty: the end-of-text token, as in llm.c. <|endoftext|> in it ends a document and
     begins the next, as in the texts of prepare."""
@@ -199,6 +213,7 @@ class RunConfig:
             (self.evaluation, "validation_batches", -1),
             (self.evaluation, "sample_every", 0),
             (self.evaluation, "sample_tokens", 1),
+            (self.evaluation, "patience", 0),
             (self.compute, "devices", 0),
             (self.run, "steps", 0),
             (self.run, "seed", 0),
@@ -212,16 +227,17 @@ class RunConfig:
             raise Gpt2JaxError(
                 "--validation-batches: expected at least 1, or -1 for all, found 0", "--validate-every 0 turns it off"
             )
-        if self.run.keep_best and self.evaluation.validate_every == 0:
-            raise Gpt2JaxError(
-                "--keep-best: expected a run that validates, found --validate-every 0",
-                "--validate-every 20   (or without --keep-best)",
-            )
+        for flag, given in (("--keep-best", self.run.keep_best), ("--patience", self.evaluation.patience)):
+            if given and self.evaluation.validate_every == 0:
+                raise Gpt2JaxError(
+                    f"{flag}: expected a run that validates, found --validate-every 0",
+                    f"--validate-every 20   (or without {flag})",
+                )
         for section in (self.optimizer, self.run):
             for name, value in dataclasses.asdict(section).items():
                 if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
                     raise Gpt2JaxError(f"{_flag(name)}: expected a finite number of at least 0, found {value}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "dropout"):
             if getattr(self.optimizer, name) >= 1:
                 raise Gpt2JaxError(f"--{name}: expected a number below 1, found {getattr(self.optimizer, name)}")
         if self.optimizer.epsilon == 0:
@@ -261,6 +277,11 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.num_micro_batches * self.num_devices * self.data.batch_size * self.data.sequence_length
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint of the lowest validation loss is kept."""
+        return self.run.keep_best or self.evaluation.patience > 0
 
     @property
     def rounds_parameters(self) -> bool:

@@ -39,7 +39,7 @@ FLAGS = {
     *("--train", "--validation", "--batch-size", "--sequence-length", "--total-batch-size", "--shuffle", "--no-shuffle"),
     "--overfit-one-batch",
     *("--learning-rate", "--schedule", "--warmup-steps", "--final-learning-rate-fraction", "--weight-decay"),
-    *("--beta1", "--beta2", "--epsilon", "--gradient-clip"),
+    *("--beta1", "--beta2", "--epsilon", "--gradient-clip", "--dropout", "--freeze", "--patience"),
     *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
     *("--dry-run", "--strict", "--devices", "--zero"),
@@ -174,6 +174,9 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
         (["--max-minutes", "inf"], "--max-minutes: expected a finite number"),
         (["--checkpoint-minutes", "-1"], "--checkpoint-minutes: expected a finite number of at least 0"),
         (["--keep-best", "--validate-every", "0"], "--keep-best: expected a run that validates"),
+        (["--patience", "3", "--validate-every", "0"], "--patience: expected a run that validates"),
+        (["--dropout", "1"], "--dropout: expected a number below 1, found 1.0"),
+        (["--dropout", "-0.1"], "--dropout: expected a finite number of at least 0, found -0.1"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):

@@ -27,6 +27,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("gpt2_jax.buffer", "gpt2_jax.models"),
     ("gpt2_jax.compute",),
     (
+        "gpt2_jax.serving",
         *("gpt2_jax.evaluate", "gpt2_jax.generate", "gpt2_jax.gradient_check", "gpt2_jax.selfcheck", "gpt2_jax.starter_pack"),
         "gpt2_jax.selfcheck_report",
         *("gpt2_jax.convert", "gpt2_jax.logits_check", "gpt2_jax.curve_check", "gpt2_jax.api"),

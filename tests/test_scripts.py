@@ -11,13 +11,14 @@ import sys
 import numpy as np
 import pytest
 
+from gpt2_jax.config import RunConfig, format_config
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.checkpoint_set import complete_steps, newest_step
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.state_file import read_state_files
 from gpt2_jax.llmc.tokenizer_file import read_tokenizer_file
 from gpt2_jax.training.checkpoint import load_checkpoint
-from tests.conftest import REPOSITORY, TINY
+from tests.conftest import REPOSITORY, TINY, change
 from tests.llmc.test_command_line import ALL_FLAGS
 
 TINY_FLAGS = [
@@ -190,6 +191,14 @@ def test_a_run_follows_pytorchs_losses(tiny_shards, tmp_path, dtype):
 def test_only_a_run_has_a_curve(tmp_path):
     _, error = run("check_curve.py", tmp_path, status=2)
     assert error.startswith(f"error: {tmp_path}: expected a run with losses, found none")
+
+
+def test_a_run_that_pytorch_does_not_repeat_is_refused(tmp_path):
+    config = change(RunConfig(), optimizer={"dropout": 0.1, "freeze": "wte"})
+    (tmp_path / "config.toml").write_text(format_config(config), encoding="utf-8")
+    (tmp_path / "log.jsonl").write_text('{"event": "train", "step": 1, "loss": 5.0}\n', encoding="utf-8")
+    _, error = run("check_curve.py", tmp_path, status=2)
+    assert "expected a run that PyTorch repeats, found one with --dropout and --freeze" in error
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):

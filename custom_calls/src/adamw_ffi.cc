@@ -38,24 +38,9 @@ ffi::Error sums_of_squares_handler(ffi::ThreadPool pool, Floats values, ffi::Res
   });
 }
 
-// [0, count) as spans of equal weight decay, in order.
-std::vector<DecaySpan> runs_of_one_decay(ffi::Span<const int64_t> decay_spans, float weight_decay,
-                                         int64_t count) {
-  std::vector<DecaySpan> spans;
-  int64_t position = 0;
-  for (size_t i = 0; i < decay_spans.size(); i += 2) {
-    const int64_t start = decay_spans[i], stop = decay_spans[i + 1];
-    spans.push_back({position, start, 0.0f});
-    spans.push_back({start, stop, weight_decay});
-    position = stop;
-  }
-  spans.push_back({position, count, 0.0f});
-  return spans;
-}
-
 ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, Floats m, Floats v,
                          Floats scalars, ffi::Result<Floats> params_out, ffi::Result<Floats> m_out,
-                         ffi::Result<Floats> v_out, ffi::Span<const int64_t> decay_spans,
+                         ffi::Result<Floats> v_out, ffi::Span<const int64_t> spans,
                          float weight_decay, float beta1, float beta2, float epsilon,
                          int64_t num_threads) {
   std::vector<NamedBuffer> buffers = {
@@ -66,19 +51,20 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
   check.size(buffers.back(), 5);
   buffers.pop_back();
   for (const NamedBuffer& buffer : buffers) check.size(buffer, count);
-  check.expect(decay_spans.size() % 2 == 0, "decay_spans of starts and stops, got " +
-                                                std::to_string(decay_spans.size()) + " bounds");
+  check.expect(spans.size() % 3 == 0, "spans of start, stop and whether they decay, got " +
+                                          std::to_string(spans.size()) + " numbers");
+  std::vector<DecaySpan> updated_spans;
   int64_t position = 0;
-  for (size_t i = 0; check.ok() && i < decay_spans.size(); i += 2) {
-    const int64_t start = decay_spans[i], stop = decay_spans[i + 1];
+  for (size_t i = 0; check.ok() && i < spans.size(); i += 3) {
+    const int64_t start = spans[i], stop = spans[i + 1];
     check.expect(position <= start && start <= stop && stop <= count,
-                 "decay_spans in order within " + std::to_string(count) + " elements, got [" +
+                 "spans in order within " + std::to_string(count) + " elements, got [" +
                      std::to_string(start) + "," + std::to_string(stop) + ")");
+    updated_spans.push_back({start, stop, spans[i + 2] != 0 ? weight_decay : 0.0f});
     position = stop;
   }
   XlaExecutor executor(pool, check.num_threads(num_threads));
   return check.run([&] {
-    const std::vector<DecaySpan> spans = runs_of_one_decay(decay_spans, weight_decay, count);
     const float* const s = scalars.typed_data();
     const AdamWConstants constants = {s[0], s[1], beta1, beta2, s[2], s[3], epsilon};
     const AdamWUpdate update = {count,
@@ -86,8 +72,8 @@ ffi::Error adamw_handler(ffi::ThreadPool pool, Floats gradients, Floats params, 
                                 updated(params, params_out),
                                 updated(m, m_out),
                                 updated(v, v_out),
-                                spans.data(),
-                                static_cast<int64_t>(spans.size())};
+                                updated_spans.data(),
+                                static_cast<int64_t>(updated_spans.size())};
     if (s[4] != 0.0f) adamw_update(update, constants, executor);
   });
 }
@@ -114,7 +100,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_adamw, gpt2_jax::guarded<gpt2_jax::adamw_
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // params
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // m
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // v
-                                  .Attr<xla::ffi::Span<const int64_t>>("decay_spans")
+                                  .Attr<xla::ffi::Span<const int64_t>>("spans")
                                   .Attr<float>("weight_decay")
                                   .Attr<float>("beta1")
                                   .Attr<float>("beta2")

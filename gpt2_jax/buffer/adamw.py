@@ -64,7 +64,8 @@ def adamw(
     custom_call: bool = False,
 ) -> Optimizer:
     """AdamW on (num_parameters,) float32 buffers: clip by the global norm, moments, bias correction from step + 1,
-    and decoupled decay of the layout's decayed tensors (1-D and stacked bias tensors never decay).
+    and decoupled decay of the layout's decayed tensors (1-D and stacked bias tensors never decay). Frozen tensors and their
+    moments stay as they are.
 
     update(grads, state, params) returns -lr * (m_hat / (sqrt(v_hat) + epsilon) + weight_decay * params), to be added
     by optax.apply_updates. `params` is required. `apply` does both, or nothing but count the step; with `custom_call`
@@ -91,8 +92,13 @@ def adamw(
         v_hat_N = v_N / (1.0 - jnp.power(beta2, updates_done))
         direction_N = m_hat_N / (jnp.sqrt(v_hat_N) + epsilon)
         if weight_decay:
-            direction_N += jnp.where(_decays(layout), weight_decay, 0.0) * params_N
-        return -schedule(state.step) * direction_N, AdamWState(state.step + 1, m_N, v_N)
+            direction_N += jnp.where(_within(layout, layout.decay_spans), weight_decay, 0.0) * params_N
+        updates_N = -schedule(state.step) * direction_N
+        if layout.frozen_names:
+            trains_N = _within(layout, tuple((start, stop) for start, stop, _ in layout.update_spans))
+            updates_N = jnp.where(trains_N, updates_N, 0.0)
+            m_N, v_N = jnp.where(trains_N, m_N, state.m), jnp.where(trains_N, v_N, state.v)
+        return updates_N, AdamWState(state.step + 1, m_N, v_N)
 
     def apply(
         grads_N: jax.Array, norm: jax.Array, applies: jax.Array, state: AdamWState, params_N: jax.Array
@@ -117,7 +123,7 @@ def adamw(
             state.v,
             scalars,
             aliases={1: 0, 2: 1, 3: 2},
-            decay_spans=np.array(layout.decay_spans, dtype=np.int64).reshape(-1),
+            spans=np.array(layout.update_spans, dtype=np.int64).reshape(-1),
             weight_decay=np.float32(weight_decay),
             beta1=np.float32(beta1),
             beta2=np.float32(beta2),
@@ -128,20 +134,20 @@ def adamw(
     return Optimizer(init, update, apply_by_custom_call if custom_call else apply)
 
 
-def _decays(layout: ParameterLayout) -> jax.Array:
-    """(num_parameters,) bool, true where weight decay applies: comparisons that fuse into the update, not an array.
+def _within(layout: ParameterLayout, spans: tuple[tuple[int, int], ...]) -> jax.Array:
+    """(num_parameters,) bool, true within [start, stop) of a span: comparisons that fuse into the update, not an array.
 
     Rows of equal length are counted rather than elements, whose number may exceed 32 bits.
     """
-    bounds = [bound for span in layout.decay_spans for bound in span]
+    bounds = [bound for span in spans for bound in span]
     length = math.gcd(layout.num_parameters, *bounds)
     num_rows = layout.num_parameters // length
     # One number a row, broadcast after the comparisons: a compiler that does not fuse iota would write one an element.
     row = lax.broadcasted_iota(jnp.uint32, (num_rows, 1), 0)
-    decays = jnp.zeros((num_rows, 1), dtype=bool)
-    for start, stop in layout.decay_spans:
-        decays |= (row >= start // length) & (row < stop // length)
-    return jnp.broadcast_to(decays, (num_rows, length)).reshape(-1)
+    within = jnp.zeros((num_rows, 1), dtype=bool)
+    for start, stop in spans:
+        within |= (row >= start // length) & (row < stop // length)
+    return jnp.broadcast_to(within, (num_rows, length)).reshape(-1)
 
 
 TABLE = (

@@ -8,13 +8,16 @@ model's family declares, back to back in file order, row-major, every layer stac
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.names import nearest
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Tensor:
     valid_rows: int | None = None  # rows from here on are padding and hold zeros in every buffer; None: there is no padding
     huggingface_name: str = ""  # of transformers' parameter; '{layer}' stands for the layer's number
     huggingface_transposed: bool = False  # transformers stores (in, out)
+    trains: bool = True  # False: it is frozen, and no step changes it or its moments
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,47 @@ class ParameterLayout:
         return tuple(tensor.padding_span for tensor in self.tensors if tensor.valid_rows is not None)
 
     @property
+    def update_spans(self) -> tuple[tuple[int, int, bool], ...]:
+        """(start, stop, whether weight decay applies) of every maximal run of elements that steps update, in order."""
+        spans: list[tuple[int, int, bool]] = []
+        for tensor in self.tensors:
+            if not tensor.trains:
+                continue
+            if spans and spans[-1][1:] == (tensor.offset, tensor.decays):
+                spans[-1] = (spans[-1][0], tensor.stop, tensor.decays)
+            else:
+                spans.append((tensor.offset, tensor.stop, tensor.decays))
+        return tuple(spans)
+
+    @property
     def decay_spans(self) -> tuple[tuple[int, int], ...]:
         """[start, stop) of every maximal run of elements that weight decay applies to, in order."""
-        spans: list[tuple[int, int]] = []
-        for tensor in self.tensors:
-            if tensor.decays and spans and spans[-1][1] == tensor.offset:
-                spans[-1] = (spans[-1][0], tensor.stop)
-            elif tensor.decays:
-                spans.append((tensor.offset, tensor.stop))
-        return tuple(spans)
+        return tuple((start, stop) for start, stop, decays in self.update_spans if decays)
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """The tensors that no step changes."""
+        return tuple(tensor.name for tensor in self.tensors if not tensor.trains)
+
+    def frozen(self, patterns: Sequence[str]) -> ParameterLayout:
+        """The same places, where the tensors that one of the shell patterns matches do not train.
+
+        Gpt2JaxError for a pattern that matches none, and where nothing would be left to train.
+        """
+        names = [tensor.name for tensor in self.tensors]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                close = nearest(pattern, names)
+                raise Gpt2JaxError(
+                    f"--freeze: expected names of tensors ({', '.join(names)}) or patterns such as ln*, found {pattern!r}",
+                    f"--freeze {close[0] if close else 'wte,wpe'}",
+                )
+        frozen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+        if len(frozen) == len(names):
+            raise Gpt2JaxError("--freeze: expected a tensor that is left to train, found none", "--freeze wte,wpe")
+        return ParameterLayout(
+            tuple(dataclasses.replace(each, trains=each.trains and each.name not in frozen) for each in self._declarations)
+        )
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors as NumPy views into `buffer` (num_parameters,): writing to a view writes to the buffer."""

@@ -10,6 +10,7 @@ import jax
 
 from gpt2_jax.ops.activation import activation_of
 from gpt2_jax.ops.attention import attention_of
+from gpt2_jax.ops.dropout import dropped, noise_of_place
 from gpt2_jax.ops.embedding import embedding_of
 from gpt2_jax.ops.linear import linear
 from gpt2_jax.ops.norm import norms_of
@@ -27,12 +28,23 @@ class Weights:
     """The weights of one model, or of one of its layers; every op takes `flat_N` and leaves it for the next.
 
     Each method applies the plan's implementation of one op, under the op's name in profiles. Arrays are (B, T, ...),
-    and those between the embedding and the last norm come as `Summed`.
+    and those between the embedding and the last norm come as `Summed`. With `noise`, the uint32 scalar of ops/dropout.py,
+    elements are dropped at the plan's rate; without it, as when a model is only used, none are.
     """
 
-    def __init__(self, plan: Plan, flat_N: jax.Array, slots: AllSlots, *, layer: int = 0, accumulate: bool = False):
+    def __init__(
+        self,
+        plan: Plan,
+        flat_N: jax.Array,
+        slots: AllSlots,
+        *,
+        layer: int = 0,
+        accumulate: bool = False,
+        noise: jax.Array | None = None,
+    ):
         self.plan, self.flat_N = plan, flat_N
         self._slots, self._layer, self._accumulate = slots, layer, accumulate
+        self._noise = noise if plan.dropout else None
 
     def embedding(self, tokens: str, positions: str, x_BT: jax.Array) -> Summed:
         """Rows of the token table plus rows of the position table, (B, T, C) in the dtype of products."""
@@ -65,7 +77,24 @@ class Weights:
         with jax.named_scope("attention"):
             attention = attention_of(self.plan)
             sums = None if attention.sums is None else partial(attention.sums, self.plan)
-            return mapped(self.plan, partial(attention.compute, self.plan, self._layer), *qkv, sums=sums)
+            compute = partial(attention.compute, self.plan, self._layer)
+            if (drop := self._drop("attention")) is not None:
+                compute = partial(compute, drop=drop)
+            return mapped(self.plan, compute, *qkv, sums=sums)
+
+    def dropout(self, place: str, x: Summed) -> Summed:
+        """x, of which elements are dropped in training; `place` is one of ops.dropout.PLACES."""
+        drop = self._drop(place)
+        if drop is None:
+            return x
+        with jax.named_scope("dropout"):
+            return mapped(self.plan, drop, x)
+
+    def _drop(self, place: str) -> Callable[[jax.Array], jax.Array] | None:
+        if self._noise is None:
+            return None
+        rate, noise = self.plan.dropout, noise_of_place(self._noise, self._layer, place)
+        return lambda x: dropped(rate, x, noise)
 
     @property
     def attention_parts(self) -> int:
@@ -78,9 +107,8 @@ class Weights:
         def op(site: Site, x: Summed, flat_N: jax.Array, slots: Slots) -> tuple[Summed, jax.Array]:
             if writer_of(self.plan).scatters:
                 slots = scattering_slots(self.plan, slots)
-            weights = Weights(
-                self.plan, flat_N, {name: (slot,) for name, slot in slots.items()}, layer=site.layer, accumulate=site.accumulate
-            )
+            of_layer: AllSlots = {name: (slot,) for name, slot in slots.items()}
+            weights = Weights(self.plan, flat_N, of_layer, layer=site.layer, accumulate=site.accumulate, noise=self._noise)
             return block(weights, x), weights.flat_N
 
         for layer in range(self.plan.config.num_layers):

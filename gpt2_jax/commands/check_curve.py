@@ -53,6 +53,11 @@ def main(words: list[str]) -> None:
         raise Gpt2JaxError(
             f"{folder}: expected a run with losses, found none", "a folder such as runs/latest, which training makes"
         )
+    if given := [f"--{name}" for name in ("dropout", "freeze") if getattr(config.optimizer, name)]:
+        raise Gpt2JaxError(
+            f"{folder}: expected a run that PyTorch repeats, found one with {' and '.join(given)}, which it does not here",
+            "a run without them",
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{folder}: {config.compute.dtype}, against PyTorch {torch.__version__} on {device}", flush=True)
 

@@ -11,6 +11,7 @@ from gpt2_jax.names import nearest
 COMMANDS = {
     "train": "train a GPT-2, and leave llm.c checkpoints, a log and a loss curve",
     "generate": "continue a text with a trained model",
+    "serve": "a page to type into, and OpenAI's completions, of one model",
     "evaluate": "loss, perplexity, bits per byte, HellaSwag, LAMBADA",
     "prepare": "make token shards for training",
     "check-gradients": "compare loss, logits, gradients and ten steps with PyTorch",

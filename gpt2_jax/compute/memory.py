@@ -64,7 +64,8 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     B, T, L, C, H = batch_size, sequence_length, config.num_layers, config.channels, config.num_heads
     buffer = 4 * plan.layout.num_parameters
     states = 1 if plan.backend.donates else 2
-    softmax = s * H * T if attention_of(plan).keeps_scores else 4 * H
+    # With dropout both what the softmax gave and what is left of it.
+    softmax = s * H * T * (2 if plan.dropout else 1) if attention_of(plan).keeps_scores else 4 * H
     attention_and_mlp = (12 * s + 2 * norms_of(plan).keeps(s)) * C + softmax  # of one layer, bytes a token
     a_layer = {
         "none": attention_and_mlp,

@@ -126,8 +126,8 @@ def _functions_of_a_run(config: RunConfig, model: FamilyConfig, backend: Backend
     """The functions that a run compiles, by name, to be traced on shapes alone."""
     # Without its plugin jax does not know that a platform donates, and would warn; no operation depends on it.
     backend = dataclasses.replace(backend, lacks=backend.lacks | {"donation"})
-    plan = make_plan(config.compute, backend, model)
-    step = make_step(plan, config.optimizer, config.run.steps or 1000)
+    plan = make_plan(config.compute, backend, model, optimizer=config.optimizer)
+    step = make_step(plan, config.optimizer, config.run.steps or 1000, seed=config.run.seed)
     state = state_shapes(plan)
     A, B, T = config.num_micro_batches, config.data.batch_size, config.data.sequence_length
     x_ABT, x_BT, x_1T = (

@@ -143,6 +143,11 @@ def parts_of(buffer: jax.Array) -> list[jax.Array]:
 # Inside of `on_every_device`.
 
 
+def rank() -> jax.Array:
+    """This device's rank, an int32 scalar."""
+    return lax.axis_index(AXIS)
+
+
 def row_of(plan: Plan, buffer: jax.Array) -> jax.Array:
     """A device's part (1, n) of rows (D, n) as a flat buffer (n,); a whole buffer as it is."""
     return buffer if buffer.ndim == 1 else buffer[0]

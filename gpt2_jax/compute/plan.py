@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from gpt2_jax import jax_compat
 from gpt2_jax.buffer import adamw
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.backend import Backend
-from gpt2_jax.config import ComputeSettings
+from gpt2_jax.config import ComputeSettings, OptimizerSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.family import FamilyConfig
 from gpt2_jax.ops import activation, attention, classifier, embedding, matmul, norm, recompute, writer
@@ -61,6 +62,8 @@ class Plan:
     deterministic: bool = False  # the same bits in every run
     devices: int = 1  # that train together
     zero: int = 0  # what of a state each of them keeps: compute/parallel.py's stages
+    dropout: float = 0.0  # probability, below 1, with which a training step drops an element (ops/dropout.py)
+    frozen: tuple[str, ...] = ()  # names of tensors that no step changes
     linear: Choice = _UNDECIDED
     norm_linear: Choice = _UNDECIDED
     attention: Choice = _UNDECIDED
@@ -74,9 +77,10 @@ class Plan:
     product_precision: str | None = None
     weight_gradient_precision: str | None = None
 
-    @property
+    @cached_property
     def layout(self) -> ParameterLayout:
-        return self.config.layout
+        """The model's, in which frozen tensors are marked."""
+        return self.config.layout.frozen(self.frozen) if self.frozen else self.config.layout
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -145,12 +149,21 @@ class Plan:
         return {name: value if isinstance(value, bool) else str(value) for name, value, _ in options}
 
 
-def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig, *, devices: int = 1, zero: int = 0) -> Plan:
-    """Resolve how a model of these sizes is computed on so many devices of this backend.
+def make_plan(
+    compute: ComputeSettings,
+    backend: Backend,
+    config: FamilyConfig,
+    *,
+    devices: int = 1,
+    zero: int = 0,
+    optimizer: OptimizerSettings | None = None,
+) -> Plan:
+    """Resolve how a model of these sizes is computed on so many devices of this backend. The optimizer's settings say which
+    tensors are frozen, and how much is dropped; without them nothing is.
 
-    Gpt2JaxError for a number of devices that does not divide the model, when an implementation that was named cannot
-    serve, for an unknown name in GPT2_JAX_DISABLE, for a switch of jax's that a run cannot heed, and with --strict for
-    every fallback.
+    Gpt2JaxError for a pattern that matches no tensor, for a number of devices that does not divide the model, when an
+    implementation that was named cannot serve, for an unknown name in GPT2_JAX_DISABLE, for a switch of jax's that a run
+    cannot heed, and with --strict for every fallback.
     """
     _check_switches()
     check_switched_off([f"{seam}:{row.name}" for seam, table in SEAMS.items() for row in table])
@@ -176,6 +189,8 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig, 
         deterministic=compute.deterministic,
         devices=devices,
         zero=zero,
+        dropout=0.0 if optimizer is None else optimizer.dropout,
+        frozen=() if optimizer is None else config.layout.frozen(optimizer.frozen_patterns).frozen_names,
     )
     for seam, table in SEAMS.items():
         requested = compute.matmul if seam == "linear" else "auto"

@@ -23,6 +23,7 @@ from gpt2_jax.compute.stability import Verdict, empty_windows, judge
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops.classifier import classifier_of
+from gpt2_jax.ops.dropout import noise_of, noise_of_step
 from gpt2_jax.ops.sharded import at_hand
 from gpt2_jax.ops.threaded import Site
 from gpt2_jax.ops.writer import empty_slots, writer_of
@@ -100,21 +101,34 @@ def state_shapes(plan: Plan) -> TrainState:
 
 
 def accumulated_gradient(
-    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_ABT: jax.Array, y_ABT: jax.Array
+    plan: Plan,
+    params_N: jax.Array,
+    grads_N: jax.Array | None,
+    x_ABT: jax.Array,
+    y_ABT: jax.Array,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """loss_and_gradient of the mean over A micro-batches, summed in float32 in their order.
+    """loss_and_gradient of the mean over A micro-batches, summed in float32 in their order; `noise` (ops/dropout.py) is the
+    step's.
 
     Where the backend has no loops the function holds the micro-batches one after another.
     """
-    return with_squares(plan, *_sums_of_micro_batches(plan, params_N, grads_N, x_ABT, y_ABT))
+    return with_squares(plan, *_sums_of_micro_batches(plan, params_N, grads_N, x_ABT, y_ABT, noise))
 
 
 def _sums_of_micro_batches(
-    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_ABT: jax.Array, y_ABT: jax.Array
+    plan: Plan,
+    params_N: jax.Array,
+    grads_N: jax.Array | None,
+    x_ABT: jax.Array,
+    y_ABT: jax.Array,
+    noise: jax.Array | None,
 ) -> _Sums:
     num_micro_batches = x_ABT.shape[0]
+    noises = None if noise is None else noise_of(noise, lax.iota(jnp.uint32, num_micro_batches))
+    first = x_ABT[0], y_ABT[0], None if noises is None else noises[0]
     if num_micro_batches == 1:
-        return micro_batch_gradient(plan, params_N, grads_N, (x_ABT[0], y_ABT[0]), 1.0, accumulate=False)
+        return micro_batch_gradient(plan, params_N, grads_N, first, 1.0, accumulate=False)
 
     def add(total: _Sums, batch: _Batch) -> tuple[_Sums, None]:
         loss, grads_N, known = micro_batch_gradient(plan, params_N, total[1], batch, 1.0 / num_micro_batches, accumulate=True)
@@ -124,24 +138,28 @@ def _sums_of_micro_batches(
     sizes = (parallel.gradient_layout(plan).num_parameters,), (writer_of(plan).num_known(plan),)
     total: _Sums = (zeros(()), zeros(sizes[0]), zeros(sizes[1]))
     if plan.backend.loops:
-        total = lax.scan(add, total, (x_ABT, y_ABT))[0]
+        total = lax.scan(add, total, (x_ABT, y_ABT, noises))[0]
     else:
         add_once = jax.jit(add)  # traced once, called A times
         for index in range(num_micro_batches):
-            total, _ = add_once(total, (x_ABT[index], y_ABT[index]))
+            batch = x_ABT[index], y_ABT[index], None if noises is None else noises[index]
+            total, _ = add_once(total, batch)
     return total
 
 
-def _reduced_gradient(plan: Plan, state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array) -> tuple[_Sums, jax.Array]:
+def _reduced_gradient(
+    plan: Plan, state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, noise: jax.Array | None
+) -> tuple[_Sums, jax.Array]:
     """Inside of `on_every_device`: the mean loss of all devices, the gradient of what this device updates, each tensor's
     sum of squares; and this device's own gradient, in whose memory the next is written."""
     params, own = parallel.row_of(plan, state.params), None if state.grads is None else parallel.row_of(plan, state.grads)
     if plan.devices == 1:
-        loss, grads, squares_S = accumulated_gradient(plan, params, own, x_ABT, y_ABT)
+        loss, grads, squares_S = accumulated_gradient(plan, params, own, x_ABT, y_ABT, noise)
         return (loss, grads, squares_S), grads
+    own_noise = None if noise is None else noise_of(noise, parallel.rank())
     with jax.named_scope("gather"):
         params_N = parallel.gathered_weights(plan, params)
-    loss, own, _ = _sums_of_micro_batches(plan, params_N, own, x_ABT, y_ABT)
+    loss, own, _ = _sums_of_micro_batches(plan, params_N, own, x_ABT, y_ABT, own_noise)
     with jax.named_scope("scatter"):
         # Keeps XLA from pulling the making of the gradient into the passes over the buffer. From here on nobody needs it as
         # it was before, which would be a copy.
@@ -153,14 +171,20 @@ def _reduced_gradient(plan: Plan, state: TrainState, x_ABT: jax.Array, y_ABT: ja
 
 
 def loss_and_gradient(
-    plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, x_BT: jax.Array, y_BT: jax.Array
+    plan: Plan,
+    params_N: jax.Array,
+    grads_N: jax.Array | None,
+    x_BT: jax.Array,
+    y_BT: jax.Array,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean loss, float32; its gradient (num_parameters,) float32; and each tensor's sum of squares (S,).
 
-    Where the plan's writer works in place the gradient is written over `grads_N`, if there is one. x and y are (B, T)
-    int32, ids below the true vocabulary.
+    Where the plan's writer works in place the gradient is written over `grads_N`, if there is one; the part of a frozen
+    tensor stays as it is. x and y are (B, T) int32, ids below the true vocabulary. Without `noise`, the uint32 scalar of
+    ops/dropout.py, nothing is dropped.
     """
-    return with_squares(plan, *micro_batch_gradient(plan, params_N, grads_N, (x_BT, y_BT), 1.0, accumulate=False))
+    return with_squares(plan, *micro_batch_gradient(plan, params_N, grads_N, (x_BT, y_BT, noise), 1.0, accumulate=False))
 
 
 def with_squares(plan: Plan, loss: jax.Array, grads_N: jax.Array, known: jax.Array) -> _Sums:
@@ -169,7 +193,7 @@ def with_squares(plan: Plan, loss: jax.Array, grads_N: jax.Array, known: jax.Arr
         return loss, *writer_of(plan).squares(plan, grads_N, known)
 
 
-_Batch = tuple[jax.Array, jax.Array]  # x_BT, y_BT
+_Batch = tuple[jax.Array, jax.Array, jax.Array | None]  # x_BT, y_BT, and the noise of its dropout
 _Sums = tuple[jax.Array, jax.Array, jax.Array]  # loss, gradient, and those squares that the writer has summed
 
 
@@ -177,14 +201,14 @@ def micro_batch_gradient(
     plan: Plan, params_N: jax.Array, grads_N: jax.Array | None, batch: _Batch, scale: float, *, accumulate: bool
 ) -> _Sums:
     """`scale` times the mean loss of one micro-batch, and its gradient, or with `accumulate` that added to `grads_N`."""
-    x_BT, y_BT = batch
+    x_BT, y_BT, noise = batch
     if grads_N is None:
         grads_N = jnp.zeros((parallel.gradient_layout(plan).num_parameters,), jnp.float32)
     # A buffer that is not written in place is passed on untouched: any will do.
     buffer_N = grads_N if plan.writes_in_place else jnp.zeros_like(params_N)
 
     def forward(flat_N: jax.Array, slots: Any) -> tuple[jax.Array, jax.Array]:
-        weights = Weights(plan, flat_N, slots, accumulate=accumulate)
+        weights = Weights(plan, flat_N, slots, accumulate=accumulate, noise=noise)
         return model.hidden_states(weights, x_BT), weights.flat_N
 
     with plan.precision():
@@ -211,13 +235,16 @@ def schedule_of(settings: OptimizerSettings, steps: int) -> Schedule:
     )
 
 
-def make_step(plan: Plan, settings: OptimizerSettings, steps: int, *, rounds: bool = False) -> jax.stages.Wrapped:
+def make_step(
+    plan: Plan, settings: OptimizerSettings, steps: int, *, rounds: bool = False, seed: int = 0
+) -> jax.stages.Wrapped:
     """The step to compile: (state, x, y) -> (new state, metrics), x and y (A, B, T) int32, for a run of so many steps; of
     D devices (A, D * B, T), rank r's rows being [r * B, (r + 1) * B).
 
     The old state is donated where the backend can. An update that is not finite, or an outlier by the settings' z-scores,
     leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
     the new parameters to bfloat16's values; several devices need `rounds` for it, and from --zero 1 on seeds (D, S).
+    Dropout's bits come from `seed` and the number of updates done.
     """
     schedule = schedule_of(settings, steps)
     optimizer = adamw(
@@ -234,7 +261,8 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int, *, rounds: bo
     def step(
         state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, tensor_seeds: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        (loss, grads_N, squared_norms_S), own = _reduced_gradient(plan, state, x_ABT, y_ABT)
+        noise = noise_of_step(seed, state.optimizer.step) if plan.dropout else None
+        (loss, grads_N, squared_norms_S), own = _reduced_gradient(plan, state, x_ABT, y_ABT, noise)
         norm = jnp.sqrt(jnp.sum(squared_norms_S))
         verdict, windows = judge(
             loss, norm, state.windows, max_loss_z=settings.skip_loss_z, max_gradient_z=settings.skip_gradient_z
@@ -266,11 +294,11 @@ def make_step(plan: Plan, settings: OptimizerSettings, steps: int, *, rounds: bo
 
 
 def compile_step(
-    plan: Plan, settings: OptimizerSettings, steps: int, shape: tuple[int, ...], *, rounds: bool = False
+    plan: Plan, settings: OptimizerSettings, steps: int, shape: tuple[int, ...], *, rounds: bool = False, seed: int = 0
 ) -> jax.stages.Compiled:
     """make_step compiled for micro-batches of shape (A, D * B, T), from shapes alone; `rounds`: with tensor seeds."""
     batch = jax.ShapeDtypeStruct(shape, jnp.int32)
     num_tensors = len(plan.layout.tensors)
     seeds = (jax.ShapeDtypeStruct((plan.devices, num_tensors) if plan.zero else (num_tensors,), jnp.uint32),) if rounds else ()
-    lowered = make_step(plan, settings, steps, rounds=rounds).lower(state_shapes(plan), batch, batch, *seeds)
+    lowered = make_step(plan, settings, steps, rounds=rounds, seed=seed).lower(state_shapes(plan), batch, batch, *seeds)
     return lowered.compile(compiler_options=plan.compiler_options())

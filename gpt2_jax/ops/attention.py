@@ -26,11 +26,21 @@ if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
 
-def attention(q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, seen_TS: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / sqrt(D), positions that are seen) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
+Drop = Callable[[jax.Array], jax.Array]
+
+
+def attention(
+    q_BTHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, seen_TS: jax.Array, drop: Drop | None = None
+) -> jax.Array:
+    """softmax(q kᵀ / sqrt(D), positions that are seen) v, (B, T, H, D) in the dtype of q; the softmax in float32.
+
+    `drop` is given the softmax (B, H, T, S) in the dtype of q, and what it returns takes its place.
+    """
     scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD, preferred_element_type=jnp.float32)
     scores_BHTS = jnp.where(seen_TS[None, None], scores_BHTS * (1.0 / math.sqrt(q_BTHD.shape[-1])), -jnp.inf)
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(q_BTHD.dtype)
+    if drop is not None:
+        weights_BHTS = drop(weights_BHTS)
     return jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHD)
 
 
@@ -43,7 +53,8 @@ def _cached_by_xla(plan: Plan, q_BTC: jax.Array, keys_BHSD: jax.Array, values_BH
 
 
 class Attention(NamedTuple):
-    compute: Callable[..., jax.Array]  # (plan, layer, *qkv) -> (B, T, C)
+    # (plan, layer, *qkv) -> (B, T, C); where the plan drops out, also with drop=, a function of the softmax's result
+    compute: Callable[..., jax.Array]
     parts: int  # arrays that hold q, k and v: 1 or 3
     keeps_scores: bool  # for the backward: B H T T elements
     # (plan, ...) as SumsOf: the column sums of the cotangents of q, k and v, where they are known without adding
@@ -57,10 +68,10 @@ def attention_of(plan: Plan) -> Attention:
     return next(row.functions for row in TABLE if row.name == plan.attention.name)
 
 
-def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array) -> jax.Array:
+def causal_attention(q_BTHD: jax.Array, k_BTHD: jax.Array, v_BTHD: jax.Array, drop: Drop | None = None) -> jax.Array:
     """softmax(q kᵀ / sqrt(D), positions up to one's own) v, (B, T, H, D) in the dtype of q; the softmax in float32."""
     T = q_BTHD.shape[1]
-    return attention(q_BTHD, k_BTHD, v_BTHD, jnp.tril(jnp.ones((T, T), dtype=bool)))
+    return attention(q_BTHD, k_BTHD, v_BTHD, jnp.tril(jnp.ones((T, T), dtype=bool)), drop)
 
 
 def by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
@@ -69,8 +80,9 @@ def by_heads(plan: Plan, x_BTC: jax.Array) -> jax.Array:
     return x_BTC.reshape(*x_BTC.shape[:-1], H, x_BTC.shape[-1] // H)
 
 
-def _reference(plan: Plan, layer: int, qkv: jax.Array) -> jax.Array:
-    out_BTHD = causal_attention(*(by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1)))
+def _reference(plan: Plan, layer: int, qkv: jax.Array, drop: Drop | None = None) -> jax.Array:
+    q, k, v = (by_heads(plan, part) for part in jnp.split(qkv, 3, axis=-1))
+    out_BTHD = causal_attention(q, k, v, drop)
     return out_BTHD.reshape(*out_BTHD.shape[:-2], -1)
 
 
@@ -131,6 +143,15 @@ def _cached_by_custom_call(
     return library.call(library.CACHED_ATTENTION, result, q_BTC, keys_BHSD, values_BHSD, start, **names)
 
 
+def _without_dropout(accepts: Callable[[Plan], str | None]) -> Callable[[Plan], str | None]:
+    """`accepts` of an implementation that never has the softmax in hand, and so cannot drop of it."""
+
+    def refuses(plan: Plan) -> str | None:
+        return accepts(plan) or ("cannot drop attention weights (--dropout)" if plan.dropout else None)
+
+    return refuses
+
+
 def _refuses_cudnn(plan: Plan) -> str | None:
     if "cuda_libraries" in plan.backend.lacks:
         return ON_NVIDIA_ONLY
@@ -147,8 +168,10 @@ _BY_CUDNN = Attention(_cudnn, parts=3, keeps_scores=False, sums=_known_sums)
 _BY_REFERENCE = Attention(_reference, parts=1, keeps_scores=True)
 _BY_PLUGIN = Attention(_plugin, parts=1, keeps_scores=False)
 TABLE = (
-    Implementation("custom_call", library.refusal, "keeps no scores", functions=_BY_CUSTOM_CALL),
-    Implementation("cudnn", _refuses_cudnn, "keeps no scores", functions=_BY_CUDNN),
-    Implementation("apple", plugin.refuses("attention"), "one operation, keeps no scores", functions=_BY_PLUGIN),
+    Implementation("custom_call", _without_dropout(library.refusal), "keeps no scores", functions=_BY_CUSTOM_CALL),
+    Implementation("cudnn", _without_dropout(_refuses_cudnn), "keeps no scores", functions=_BY_CUDNN),
+    Implementation(
+        "apple", _without_dropout(plugin.refuses("attention")), "one operation, keeps no scores", functions=_BY_PLUGIN
+    ),
     Implementation("xla", always, "the reference, on every device", functions=_BY_REFERENCE),
 )

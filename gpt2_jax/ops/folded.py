@@ -165,7 +165,7 @@ def _kernel_fold(site: Site, flat_N: jax.Array, dtype: jnp.dtype) -> list[tuple[
 def _kernel_unfold(
     site: Site, flat_N: jax.Array, gradient_N: jax.Array, parts: list[tuple[jax.Array, jax.Array]]
 ) -> tuple[jax.Array, Slots]:
-    if refuses_updates(site.plan):
+    if refuses_updates(site.plan) or not site.plan.layout[site.names[2]].trains:
         return _xla_unfold(site, flat_N, gradient_N, parts)
     names = gain_name, shift_name, weight_name, bias_name = site.names
     gain, shift, weight, _ = (site.view(flat_N, name) for name in names)

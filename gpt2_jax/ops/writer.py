@@ -69,9 +69,9 @@ def empty_slots(plan: Plan) -> AllSlots:
     writer = writer_of(plan)
 
     def shape_of(tensor: PlacedTensor) -> tuple[int, ...]:
-        if writer.writes_at_once and tensor.multiplies:
-            return ()
-        return (tensor.layer_size // plan.devices,) if writer.scatters and tensor.stacked else tensor.shape
+        if writer.scatters and tensor.stacked:
+            return (tensor.layer_size // plan.devices,)
+        return slot_shape(plan, tensor)
 
     return {tensor.name: (jnp.zeros(shape_of(tensor), _FLOAT32),) * tensor.num_layers for tensor in plan.layout.tensors}
 
@@ -79,11 +79,15 @@ def empty_slots(plan: Plan) -> AllSlots:
 def write_product(site: Site, gradient_N: jax.Array, name: str, dy: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Write dyᵀ x of dy (..., O) and x (..., I), the gradient of a product's weight; returns the buffer and the slot's
     cotangent."""
+    if not site.plan.layout[name].trains:
+        return _unwritten(site, gradient_N, name)
     return writer_of(site.plan).product(site, gradient_N, name, dy, x)
 
 
 def write_gradient(site: Site, gradient_N: jax.Array, name: str, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Write a tensor's gradient, in the shape of one layer; returns the buffer and the slot's cotangent."""
+    if not site.plan.layout[name].trains:
+        return _unwritten(site, gradient_N, name)
     return writer_of(site.plan).array(site, gradient_N, name, lax.convert_element_type(gradient, _FLOAT32))
 
 
@@ -91,7 +95,19 @@ def write_rows(
     site: Site, gradient_N: jax.Array, name: str, indices: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Add rows (..., C) to those of a matrix that `indices` (...) name; returns the buffer and the slot's cotangent."""
+    if not site.plan.layout[name].trains:
+        return _unwritten(site, gradient_N, name)
     return writer_of(site.plan).rows(site, gradient_N, name, indices, rows)
+
+
+def _unwritten(site: Site, gradient_N: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+    """Of a frozen tensor: nobody computes its gradient, and the buffer keeps the zeros that it began with."""
+    return gradient_N, jnp.zeros(slot_shape(site.plan, site.plan.layout[name]), _FLOAT32)
+
+
+def slot_shape(plan: Plan, tensor: PlacedTensor) -> tuple[int, ...]:
+    """The shape of a tensor's slot of one layer, as an op fills it."""
+    return () if writer_of(plan).writes_at_once and tensor.multiplies else tensor.shape
 
 
 def squared_norms(gradient_N: jax.Array, tensors: Sequence[PlacedTensor], *, custom_call: bool = False) -> jax.Array:

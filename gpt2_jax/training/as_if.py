@@ -73,7 +73,9 @@ def _print_gpus(config: RunConfig, model: GPT2Config, number: int, size: int) ->
 
 def plan_of_gpus(config: RunConfig, model: GPT2Config, devices: int, zero: int) -> Plan:
     """The plan of so many GPUs that have all that this project brings for them."""
-    plan = make_plan(config.compute, cuda_backend("as if it were here"), model, devices=devices, zero=zero)
+    plan = make_plan(
+        config.compute, cuda_backend("as if it were here"), model, devices=devices, zero=zero, optimizer=config.optimizer
+    )
     if plan.dtype != "bfloat16":
         return plan
     kernels: dict[str, Any] = {seam: Choice(name, "as if it were here") for seam, name in _KERNELS.items()}
@@ -81,7 +83,8 @@ def plan_of_gpus(config: RunConfig, model: GPT2Config, devices: int, zero: int) 
 
 
 def _print_mac(config: RunConfig, model: GPT2Config, plugin: MetalPlugin, size: int) -> None:
-    plan = make_plan(config.compute, metal_backend(plugin, f"as if it were here, with {size} GB"), model)
+    backend = metal_backend(plugin, f"as if it were here, with {size} GB")
+    plan = make_plan(config.compute, backend, model, optimizer=config.optimizer)
     _, B, T = config.batch_shape
     needed = memory.estimate(plan, B, T, num_micro_batches=config.num_micro_batches)
     kinds = ("parameters", "gradients", "moments", "activations")

@@ -60,6 +60,10 @@ def _train(run: Run) -> None:
             if not run.is_saved:
                 save(run)
             _stop(run)
+        if not last and run.has_lost_patience and any(event.logged_as == "validation" for event in due):
+            run.display.line(_lost_patience(run))
+            happen(run, [event for event in events if event.at_end and event not in due])
+            last = True
         if due:
             run.clock.restart()
         batch = None if last else run.data.next_batch()
@@ -89,6 +93,15 @@ def _report(run: Run, done: StepInFlight, later: StepInFlight | None) -> None:
     raise Gpt2JaxError(
         f"{problem}; no parameter was changed by it",
         f"python scripts/train.py --resume --out-dir {folder} --nonfinite skip   (or with a lower --learning-rate)",
+    )
+
+
+def _lost_patience(run: Run) -> str:
+    evaluation = run.config.evaluation
+    best = "" if run.best is None else f" below {run.best.loss:.6f}, that of step {run.best.step}"
+    return (
+        f"ended early after step {run.step} of {run.steps}: {evaluation.patience} validations in a row "
+        f"have not brought the loss{best} (--patience)"
     )
 
 

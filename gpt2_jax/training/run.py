@@ -130,7 +130,9 @@ def prepare(config: RunConfig, name: str, backend: Backend, say: Callable[[str],
         tokenizer = tokenizer_of_run(config.data.train, model.vocab_size)
         start_of_samples(config.evaluation.prompt, model.vocab_size, tokenizer)
     config = _with_devices(config, num_devices(backend, config.compute.devices))
-    plan = make_plan(config.compute, backend, model, devices=config.num_devices, zero=config.compute.zero)
+    plan = make_plan(
+        config.compute, backend, model, devices=config.num_devices, zero=config.compute.zero, optimizer=config.optimizer
+    )
     data = open_data(config, model)
     steps = config.run.steps or data.train.num_tokens // config.tokens_per_step
     if steps < 1:
@@ -168,7 +170,12 @@ def _compile(prepared: Prepared, display: Display) -> jax.stages.Compiled:
     display.line("compiling the training step ...")
     started = time.perf_counter()
     compiled = compile_step(
-        prepared.plan, config.optimizer, prepared.steps, config.batch_shape, rounds=config.rounds_parameters
+        prepared.plan,
+        config.optimizer,
+        prepared.steps,
+        config.batch_shape,
+        rounds=config.rounds_parameters,
+        seed=config.run.seed,
     )
     display.line(f"compiled in {time.perf_counter() - started:.1f} s")
     return compiled

@@ -62,7 +62,7 @@ class RunRecord:
     settings: dict[str, dict[str, Any]]  # the whole configuration, for people
     plan: tuple[tuple[str, str], ...] = ()  # the implementations, as in the start table, for people
     kept: str = STEP  # why this set was saved
-    best: Best | None = None  # of the run so far, with --keep-best
+    best: Best | None = None  # of the run so far, with --keep-best or --patience
 
 
 def write_run_record(path: str | os.PathLike, record: RunRecord, *, write: Writer = atomic_write) -> None:

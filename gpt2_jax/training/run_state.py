@@ -48,7 +48,7 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     baseline: float | None = None  # unigram cross-entropy of the validation tokens
     other_roundings: tuple[RoundingStream, ...] = ()  # of the ranks behind rank 0
-    best: Best | None = None  # with --keep-best
+    best: Best | None = None  # with --keep-best or --patience
     saved_step: int = -1  # the last one of which a checkpoint was tried
     saved_at: float = field(default_factory=time.monotonic)
     drawn_at: float = -math.inf
@@ -70,6 +70,14 @@ class Run:
     def is_stopping(self) -> bool:
         """Whether the run was asked to stop before its last step, after which it ends anyway."""
         return self.step < self.steps and self.stop.reason is not None
+
+    @property
+    def has_lost_patience(self) -> bool:
+        """Whether --patience validations in a row have not lowered the validation loss. They are counted by their steps, so
+        that a resumed run counts on."""
+        evaluation = self.config.evaluation
+        since = self.step - (0 if self.best is None else self.best.step)
+        return 0 < evaluation.patience * evaluation.validate_every <= since
 
     def give_way(self) -> None:
         """Called now and then by an event that takes long: StoppedError when the run is to stop."""

@@ -49,9 +49,10 @@ def save_by_time(run: Run) -> None:
 
 
 def keep_best(run: Run, loss: float) -> None:
-    """With --keep-best: save the step of the lowest validation loss so far, or note it in the record of its checkpoint."""
+    """With --keep-best or --patience: save the step of the lowest validation loss so far, or note it in the record of its
+    checkpoint."""
     is_best = math.isfinite(loss) and (run.best is None or loss < run.best.loss)
-    if not (run.config.run.keep_best and is_best and run.step > 0):
+    if not (run.config.keeps_best and is_best and run.step > 0):
         return
     before, run.best = run.best, Best(run.step, loss)
     if run.is_saved:

@@ -84,6 +84,13 @@ def _all_rows(
         rows += _of_the_plugin(metal_plugins.plugin_named(backend.plugin))
     if plan.devices > 1:
         rows.append((_IS_ASKED_FOR, ("devices", parallel.describe(plan, config.num_micro_batches))))
+    if plan.frozen:
+        frozen = sum(tensor.size for tensor in plan.layout.tensors if not tensor.trains)
+        what = f"{', '.join(plan.frozen)}: {frozen:,} of {plan.layout.num_parameters:,} parameters"
+        rows.append((_IS_ASKED_FOR, ("frozen", what)))
+    if plan.dropout:
+        what = f"{plan.dropout:g} of the embedding, of attention weights, and of what attention and MLP add"
+        rows.append((_IS_ASKED_FOR, ("dropout", what)))
     if data.validation is not None:
         rows.append((_SAYS_WHAT, ("validation data", f"{data.validation.pattern}: {data.validation.num_tokens:,} tokens")))
     if shared := data.trained_validation_paths:
@@ -136,6 +143,8 @@ def _evaluations(config: RunConfig) -> str:
         f"{what} every {every} steps" if every else f"no {what}"
         for what, every in (("validation", evaluation.validate_every), ("sample", evaluation.sample_every))
     ]
+    if evaluation.patience:
+        parts.append(f"ends when {evaluation.patience} validations in a row have not lowered the loss")
     return ", ".join(parts + ([f"HellaSwag from {evaluation.hellaswag}"] if evaluation.hellaswag else []))
 
 

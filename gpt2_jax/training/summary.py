@@ -29,11 +29,13 @@ def summarize(run: Run) -> None:
         run.display.line(f"lowest validation loss: {run.best.loss:.4f} at step {run.best.step}, whose checkpoint is kept")
     folder, T = shlex.quote(str(run.folder)), run.config.data.sequence_length
     # The default is longer than a small model's positions.
+    more = f"--steps {2 * run.steps}" if run.step == run.steps else f"--patience {2 * run.config.evaluation.patience}"
+    best = "" if run.best is None or run.best.step == run.step else f" --step {run.best.step}"
     fits = "" if DataSettings().sequence_length == T else f" --sequence-length {T}"
     run.display.line(
         as_typed(
-            f"talk to it:   python scripts/generate.py {folder}\n"
-            f"go on:        python scripts/train.py --resume --out-dir {folder} --steps {2 * run.steps}\n"
+            f"talk to it:   python scripts/generate.py {folder}{best}\n"
+            f"go on:        python scripts/train.py --resume --out-dir {folder} {more}\n"
             f"fine-tune it: python scripts/train.py --init {folder}{fits} --train data/my_train.bin"
         )
     )

@@ -210,6 +210,7 @@ OFF_AS_WELL = {"train": {"--no-shuffle", "--no-master-weights"}, "reshard": {"--
 ALIASES = {"--lr": "--learning-rate", "--max-iters": "--steps", "--device": "--backend"}
 WITHOUT_FLAG = {
     "generate": {"--checkpoint"},
+    "serve": {"--checkpoint"},
     "evaluate": {"--checkpoint"},
     "reshard": {"--folder"},
     "convert": {"--source", "--target"},

@@ -16,12 +16,13 @@ from gpt2_jax import jax_compat
 from gpt2_jax.compute import parallel
 from gpt2_jax.compute.backend import Backend
 from gpt2_jax.compute.plan import Plan, make_plan
-from gpt2_jax.compute.step import compile_step, create_state, make_step, state_shapes
+from gpt2_jax.compute.step import compile_step, create_state, loss_and_gradient, make_step, state_shapes
 from gpt2_jax.config import ComputeSettings, OptimizerSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.rounding import RoundingStream, rounded_to_nearest, stochastically_rounded
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, read_state_files, write_state_files
+from gpt2_jax.ops.dropout import noise_of, noise_of_step
 from tests.conftest import CPU, TINY, available, can_alias
 
 pytestmark = pytest.mark.skipif(not jax_compat.serves_several_devices(), reason="this jax does not serve several devices")
@@ -317,3 +318,21 @@ def test_the_bytes_that_travel():
     assert f"4 on the one axis 'data', ZeRO stage 3: {parallel._DIVIDED[3]}; 0.6 MB" in parallel.describe(plan, 3)
     assert parallel.bytes_sent(plan_of(1), 3) == 0
     assert parallel.measured_bandwidth(plan) > 0
+
+
+def test_every_device_drops_its_own_and_none_updates_what_is_frozen(tiny_params):
+    settings = dataclasses.replace(SETTINGS, dropout=0.25, freeze="wte,ln*")
+    plans = [make_plan(ComputeSettings(matmul="xla"), CPU, TINY, devices=devices, optimizer=settings) for devices in (2, 1)]
+    (rows,) = tokens(1, 2 * B)
+    x, y = rows[:, :-1], rows[:, 1:]
+    step, state = make_step(plans[0], settings, 20, seed=3), create_state(plans[0], tiny_params)
+    new, metrics = step(state, x[None], y[None])
+    noise = noise_of_step(3, np.zeros((), np.int32))
+    of_ranks = [
+        loss_and_gradient(plans[1], tiny_params, None, x[part], y[part], noise_of(noise_of(noise, rank), 0))[0]
+        for rank, part in enumerate((slice(B), slice(B, None)))
+    ]
+    assert abs(float(of_ranks[0]) - float(of_ranks[1])) > 1e-4
+    np.testing.assert_allclose(float(metrics.loss), np.mean([float(loss) for loss in of_ranks]), rtol=1e-6)
+    before, after = (TINY.layout.views(buffer) for buffer in (tiny_params, whole(plans[0], new.params)))
+    assert {name for name in before if np.array_equal(before[name], after[name])} == set(plans[0].frozen)

@@ -69,7 +69,7 @@ CALLS = {
         {"gradients": "f32[6]", "params": "f32[6]", "m": "f32[6]", "v": "f32[6]", "scalars": "f32[5]"},
         {"params_out": "f32[6]", "m_out": "f32[6]", "v_out": "f32[6]"},
         {
-            "decay_spans": np.array([1, 3, 4, 6], np.int64),
+            "spans": np.array([1, 3, 1, 4, 6, 0], np.int64),
             **{name: np.float32(0) for name in ("weight_decay", "beta1", "beta2", "epsilon")},
             **THREADS,
         },
@@ -154,10 +154,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (ADAMW, {"gradients": "bf16[6]"}, "expected F32 but got BF16"),
     *((ADAMW, {name: "f32[5]"}, f"expected {name} of size 6") for name in ("params", "m", "v", "params_out", "m_out", "v_out")),
     (ADAMW, {"scalars": "f32[4]"}, "expected scalars of size 5"),
-    (ADAMW, {"decay_spans": np.array([1, 3, 4], np.int64)}, "expected decay_spans of starts and stops, got 3"),
+    (ADAMW, {"spans": np.array([1, 3, 0, 4], np.int64)}, "expected spans of start, stop and whether they decay, got 4"),
     *(
-        (ADAMW, {"decay_spans": np.array(spans, np.int64)}, f"expected decay_spans in order within 6 elements, got [{wrong})")
-        for spans, wrong in [((0, 7), "0,7"), ((-1, 2), "-1,2"), ((3, 2), "3,2"), ((0, 4, 3, 6), "3,6")]
+        (ADAMW, {"spans": np.array(spans, np.int64)}, f"expected spans in order within 6 elements, got [{wrong})")
+        for spans, wrong in [((0, 7, 0), "0,7"), ((-1, 2, 1), "-1,2"), ((3, 2, 0), "3,2"), ((0, 4, 0, 3, 6, 0), "3,6")]
     ),
     (WRITE_INTO, {"out": "f32[7]"}, "expected out of size 6"),
     (WRITE_INTO, {"target": "bf16[6]"}, "expected F32 but got BF16"),

@@ -36,7 +36,7 @@ using AdamWKernel = void (*)(int64_t count, const AdamWConstants& constants, flo
 // The best kernel for these CpuFeatures.
 AdamWKernel best_adamw_kernel(uint32_t features);
 
-// The buffers are updated in place. The spans are in order and cover [0, count).
+// The buffers are updated in place, and only within the spans, which are in order.
 struct AdamWUpdate {
   int64_t count;
   const float* gradients;
