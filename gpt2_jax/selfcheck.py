@@ -242,12 +242,16 @@ def _train(system: System, params: np.ndarray, x_SBT: np.ndarray, y_SBT: np.ndar
 
 
 def _sample(system: System, params: np.ndarray, x_1T: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The logits after a row of tokens, and what is generated after its first half, both with the same weights."""
+    """The logits after a row of tokens, and what is generated after its first half, both with the same weights; no token
+    where a logit is not finite."""
     with jax.default_device(system.device):
         params_N = jnp.array(params)
         logits = next_token_logits(system.plan, params_N, x_1T, np.int32(x_1T.shape[1] - 1))
+        logits_V = np.asarray(logits)[0]
+        if not np.isfinite(logits_V).all():  # no token can be chosen from them
+            return logits_V, []
         prompt = [int(token) for token in x_1T[0, : x_1T.shape[1] // 2]]
-        return np.asarray(logits)[0], list(generate(system.plan, params_N, prompt, SAMPLE_TOKENS))
+        return logits_V, list(generate(system.plan, params_N, prompt, SAMPLE_TOKENS))
 
 
 def _pytorch_gradients(config: GPT2Config, params: np.ndarray, x_BT: np.ndarray, y_BT: np.ndarray) -> dict[str, np.ndarray]:
