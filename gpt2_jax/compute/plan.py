@@ -59,6 +59,7 @@ class Plan:
     matmul_precision: str | None  # of float32 products, by jax's names; None is jax's default
     deterministic: bool = False  # the same bits in every run
     devices: int = 1  # that train together
+    processes: int = 1  # that have so many of these devices each
     zero: int = 0  # 0: each keeps all parameters and moments; 1: each keeps a row of them (compute/parallel.py)
     linear: Choice = _UNDECIDED
     norm_linear: Choice = _UNDECIDED
@@ -174,6 +175,7 @@ def make_plan(compute: ComputeSettings, backend: Backend, config: FamilyConfig, 
         _matmul_precision(compute),
         deterministic=compute.deterministic,
         devices=devices,
+        processes=max(1, compute.processes),
         zero=zero,
     )
     for seam, table in SEAMS.items():
