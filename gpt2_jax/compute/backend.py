@@ -143,7 +143,7 @@ def open_device(backend: Backend, requested: int = 1) -> str:
         raise Gpt2JaxError(f"backend {backend.name}: expected a device, found: {first_line}", _ON_CPU) from None
     if device.platform == "cpu" and backend.name != "cpu":
         raise Gpt2JaxError(f"backend {backend.name}: expected its device, found that jax opened the CPU instead", _ON_CPU)
-    return f"{device.device_kind} ({jax.device_count()} device(s), using {num_devices(backend, requested)})"
+    return f"{device.device_kind} ({jax.local_device_count()} device(s), using {num_devices(backend, requested)})"
 
 
 _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"

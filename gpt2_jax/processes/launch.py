@@ -136,8 +136,8 @@ def _by_mpi(environment: Mapping[str, str], host: str, port: int) -> Launch:
 
 
 def _is_slurm_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process beside others. A batch script has only its job's variables, and is alone."""
-    return all(name in environment for name in _SLURM) and environment["SLURM_STEP_NUM_TASKS"] != "1"
+    """Whether srun started this process. A batch script has only its job's variables, and is alone."""
+    return all(name in environment for name in _SLURM)
 
 
 def _by_slurm(environment: Mapping[str, str], host: str, port: int) -> Launch:

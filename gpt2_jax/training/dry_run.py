@@ -31,9 +31,10 @@ def dry_run(
     num_tokens: int,
     steps: int,
     display: Display,
+    limit: int | None,
 ) -> None:
-    """Print memory by kind, operations, the time of one step on zeros and so of the run, and the largest batch that fits."""
-    limit = memory.device_limit()
+    """Print memory by kind, operations, the time of one step on zeros and so of the run, and the largest batch that fits into
+    `limit` bytes a device (None: not known), which several processes must be given the same."""
     of_limit = "" if limit is None else f" of {gigabytes(limit)} on the device"
     flops = flops_per_token(plan.config, config.data.sequence_length) * config.tokens_per_step
     rows = [

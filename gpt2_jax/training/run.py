@@ -107,7 +107,8 @@ def train(config: RunConfig, name: str, backend: Backend, group: Group | None = 
             needed = memory.compiled_memory(plan, compiled) or estimated
             display.table(start_table(config, plan, prepared.device, prepared.data, steps, needed, prepared.folder))
             if config.run.dry_run:
-                dry_run(config, plan, compiled, needed, prepared.data.train.num_tokens, steps, display)
+                limit = group.broadcast(memory.device_limit)
+                dry_run(config, plan, compiled, needed, prepared.data.train.num_tokens, steps, display, limit)
                 return None
             with group.agreed():
                 memory.check_memory(needed, memory.device_limit(), less)
