@@ -22,6 +22,9 @@ from gpt2_jax.names import nearest, nearest_path
 
 _MAX_BYTES = 100_000  # of a file with settings
 
+# 0 once several GPUs have been measured: all accelerators of the machine, or the one CPU.
+DEFAULT_DEVICES = 1
+
 # mps is PyTorch's name for metal, and nanoGPT's flag is --device.
 BackendName = Annotated[Literal["auto", "cpu", "cuda", "metal", "mps"], tyro.conf.arg(aliases=("--device",))]
 
@@ -163,11 +166,11 @@ class ComputeSettings:
     deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """The same bits in every run on the same machine. The CPU's always are; on NVIDIA GPUs it costs some speed, which the
     start table tells."""
-    devices: int = 1
-    """Devices of each process that train together, each on its own --batch-size; 0: all accelerators, or the one CPU. Not
-    yet measured on several GPUs."""
-    zero: Literal[0, 1] = 1
-    """What several devices divide (ZeRO's stages): 0 nothing, 1 parameters and moments, of which each keeps its part."""
+    devices: int = DEFAULT_DEVICES
+    """Devices of each process that train together, each on its own --batch-size; 0: all accelerators, or the one CPU."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """What several devices divide (ZeRO's stages): 0 nothing, 1 parameters and moments, of which each keeps its part; 2 also
+    gradients, scattered in each micro-batch; 3 also the weights at work, gathered op by op, forward and backward."""
     coordinator: str = ""
     """HOST:PORT at which process 0 of several answers; the same command on each, with its own --process-id."""
     processes: int = 0

@@ -126,7 +126,7 @@ def bench_train(
         work,
         steps,
         TurnLimits(deadline=_QUICK_SECONDS if quick else None),
-        _say,
+        say,
     )
     measured = sorted(left_out + in_turn, key=lambda one: chosen.index(one.system))
     by_tokens = _measure_scaling(work, chosen) if scaling else []
@@ -156,7 +156,7 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
         batch_size=work.batch_size,
         sequence_length=work.sequence_length,
     )
-    _say("measuring the matrix products alone, for the peak ...")
+    say("measuring the matrix products alone, for the peak ...")
     # In a process of its own: none of the libraries' threads are left.
     command = [sys.executable, "-m", "gpt2_jax.benchmark.peak", json.dumps(dataclasses.asdict(request))]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -164,7 +164,7 @@ def _measure_peak(work: Workload, quick: bool) -> dict[str, Any]:
         found = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
         raise Gpt2JaxError(f"the matrix products alone: expected to measure them, found: {found}")
     answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    _say(f"{answer['gflops']:,.1f} GFLOP/s by {answer['of']}")
+    say(f"{answer['gflops']:,.1f} GFLOP/s by {answer['of']}")
     return answer
 
 
@@ -185,16 +185,16 @@ def _measure_scaling(work: Workload, chosen: list[System]) -> list[tuple[Workloa
     for dtype in dict.fromkeys(system.dtype for system in chosen):
         for tokens in _SCALING_TOKENS:
             grown = dataclasses.replace(work, batch_size=tokens // sequence_length, sequence_length=sequence_length)
-            say = partial(_say_of, f"{tokens} tokens")
+            tell = partial(_say_of, f"{tokens} tokens")
             system = System("gpt2_jax", "auto", dtype)
-            (one,) = measure_in_turn([system], grown, _SCALING_STEPS, TurnLimits(), say)
+            (one,) = measure_in_turn([system], grown, _SCALING_STEPS, TurnLimits(), tell)
             result.append((grown, one))
     return result
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(f"[{seconds_running():4.0f} s] {text}", flush=True)
 
 
 def _say_of(what: str, text: str) -> None:
-    _say(f"{what}: {text}")
+    say(f"{what}: {text}")

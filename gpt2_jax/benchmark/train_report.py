@@ -28,6 +28,7 @@ class System(NamedTuple):
     matmul: str  # an implementation of gpt2_jax or 'auto'; '' for the others
     dtype: str
     setting: str = ""  # of --matmul-precision; '' is its default
+    stage: str = ""  # of gpt2_jax on several devices: 'zero1' for --zero 1
 
     def __str__(self) -> str:
         return ":".join(part for part in self if part)
@@ -44,11 +45,12 @@ class Workload:
     backend: str  # cpu, cuda or metal
     micro_batches: int = 1
     llmc_program: str = ""
+    devices: int = 1  # that train together, each on batch_size sequences
 
     @property
     def tokens(self) -> int:
         """Of a step."""
-        return self.micro_batches * self.batch_size * self.sequence_length
+        return self.micro_batches * self.devices * self.batch_size * self.sequence_length
 
     @property
     def layout(self) -> ParameterLayout:

@@ -134,6 +134,8 @@ class _Process:
             micro_batches=work.micro_batches,
             model_name=work.model_name,
             llmc_program=work.llmc_program,
+            devices=work.devices,
+            zero=int(system.stage.removeprefix("zero") or 0),
         )
         self.system = system
         self.spans: list[tuple[float, float]] = []  # of its turns: beginnings and ends, by time.monotonic()

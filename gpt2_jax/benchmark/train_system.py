@@ -32,7 +32,7 @@ import numpy as np
 
 from gpt2_jax.benchmark import gpu
 from gpt2_jax.buffer.layout import ParameterLayout
-from gpt2_jax.compute.backend import open_device, select_backend
+from gpt2_jax.compute.backend import open_device, select_backend, set_cpu_devices
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
 from gpt2_jax.llmc.token_shard import write_token_shard
@@ -44,10 +44,11 @@ from gpt2_jax.ops.cpu import library as custom_calls
 SYSTEMS = ("gpt2_jax", "pytorch_best", "pytorch_tuned", "llmc", "jax_plain", "pytorch", "pytorch_compiled")
 COMPILED = ("pytorch_compiled", "pytorch_best", "pytorch_tuned")
 WITH_CUDNN = ("pytorch_best", "pytorch_tuned")
+ON_SEVERAL = ("pytorch_ddp", "pytorch_fsdp")  # a process for each device
 ON_NVIDIA_IN_BFLOAT16 = (*WITH_CUDNN, "llmc")
 DTYPES = ("float32", "bfloat16")
 TURN = "waits for its turn, having needed bytes: "
-_LEARNING_RATE, _WEIGHT_DECAY = 3e-4, 0.1
+LEARNING_RATE, WEIGHT_DECAY = 3e-4, 0.1
 _STEPS_IN_A_ROW = 5  # on an accelerator, between two waits for the device, as training does not wait after each step
 
 
@@ -65,6 +66,8 @@ class Request:
     micro_batches: int = 1  # of batch_size sequences each, in every step
     model_name: str = ""  # its descriptor
     llmc_program: str = ""  # the path of train_gpt2cu
+    devices: int = 1  # that train together, each on batch_size sequences
+    zero: int = 0  # of gpt2_jax on several devices: --zero
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,9 @@ def measure_system(request: Request, await_turn: Callable[[int], Turn | None] = 
     NotImplementedError with the reason for a system that cannot be had.
     """
     config = GPT2Config(**request.model)
-    shape = (2, request.micro_batches, request.batch_size, request.sequence_length)
-    x_ABT, y_ABT = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
-    prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain, "llmc": prepare_llmc}.get(request.name, _pytorch)
+    x_ABT, y_ABT = batch_of(request, config)
+    several = dict.fromkeys(ON_SEVERAL, _pytorch_ranks)
+    prepare = {"gpt2_jax": _gpt2_jax, "jax_plain": _jax_plain, "llmc": prepare_llmc, **several}.get(request.name, _pytorch)
     step, result, rest, peak_bytes = prepare(request, config, random_parameters(config.layout), x_ABT, y_ABT)
     in_a_row = 1 if request.backend == "cpu" else _STEPS_IN_A_ROW
     losses: list[float] = []
@@ -138,6 +141,13 @@ def measure_system(request: Request, await_turn: Callable[[int], Turn | None] = 
     return Result(**{"seconds": timed, "losses": losses, "peak_memory_bytes": peak_bytes(), **result})
 
 
+def batch_of(request: Request, config: GPT2Config) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets (A, D * B, T) int32: the rows of all devices."""
+    shape = (2, request.micro_batches, request.devices * request.batch_size, request.sequence_length)
+    x_ABT, y_ABT = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
+    return x_ABT, y_ABT
+
+
 def random_parameters(layout: ParameterLayout) -> np.ndarray:
     """A flat buffer like a fresh model's: normals times 0.02, LayerNorm gains 1, biases 0, padding rows 0."""
     # One block of normals, repeated: drawing them all takes seconds. Its length is a prime, so no row is another's twin.
@@ -155,7 +165,7 @@ def _gpt2_jax(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: n
     import jax
     import jax.numpy as jnp
 
-    from gpt2_jax.compute import memory
+    from gpt2_jax.compute import memory, parallel
     from gpt2_jax.compute.plan import make_plan
     from gpt2_jax.compute.step import compile_step, create_state
     from gpt2_jax.config import ComputeSettings, OptimizerSettings
@@ -163,15 +173,25 @@ def _gpt2_jax(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: n
     backend = select_backend(request.backend)
     if backend.platform == "cpu":
         keep_freed_memory()
-    device = open_device(backend)
+        if request.devices > 1:
+            set_cpu_devices(request.devices)
+    try:
+        device = open_device(backend, request.devices)
+    except Gpt2JaxError as error:
+        if request.devices == 1:
+            raise
+        raise NotImplementedError(error.problem) from None
     asked = {"dtype": request.dtype, "matmul": request.matmul, "matmul_precision": request.matmul_precision}
     compute: dict[str, Any] = asked
     try:
-        plan = make_plan(ComputeSettings(**compute), backend, config)
+        plan = make_plan(ComputeSettings(**compute), backend, config, devices=request.devices, zero=request.zero)
     except Gpt2JaxError as error:
         raise NotImplementedError(str(error).splitlines()[0]) from None
-    settings = OptimizerSettings(schedule="constant", learning_rate=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    x, y = jnp.asarray(x_ABT), jnp.asarray(y_ABT)
+    settings = OptimizerSettings(schedule="constant", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    x, y = (
+        jnp.asarray(tokens) if plan.devices == 1 else parallel.place(plan, tokens, parallel.BATCHES)
+        for tokens in (x_ABT, y_ABT)
+    )
     started = time.perf_counter()
     compiled = compile_step(plan, settings, request.steps, x.shape)
     compile_seconds = time.perf_counter() - started
@@ -211,7 +231,7 @@ def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: 
     if request.micro_batches > 1:
         raise NotImplementedError("plain JAX has one micro-batch here")
     device = open_device(select_backend(request.backend))
-    optimizer = plain_jax.make_optimizer(_LEARNING_RATE, _WEIGHT_DECAY)
+    optimizer = plain_jax.make_optimizer(LEARNING_RATE, WEIGHT_DECAY)
     tree = plain_jax.parameters_from_buffer(params, config.layout)
     state = optimizer.init(tree)
     cudnn = request.backend == "cuda" and request.dtype == "bfloat16"
@@ -236,6 +256,14 @@ def _jax_plain(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: 
     return Prepared(step, known, peak_bytes=lambda: memory.measured_peak()[0])
 
 
+def _pytorch_ranks(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
+    try:
+        from gpt2_jax.benchmark import pytorch_ranks
+    except ImportError:
+        raise NotImplementedError("PyTorch is not installed: pip install -e '.[test]'") from None
+    return pytorch_ranks.prepare(request, config, params, x_ABT, y_ABT)
+
+
 def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np.ndarray, y_ABT: np.ndarray) -> Prepared:
     try:
         import torch
@@ -256,7 +284,7 @@ def _pytorch(request: Request, config: GPT2Config, params: np.ndarray, x_ABT: np
         # By default TF32, which is XLA's default there too.
         torch.set_float32_matmul_precision("highest" if request.matmul_precision == "highest" else "high")
     model = pytorch_model.model_from_buffer(params, config, low_residual=tuned).to(device)
-    optimizer = pytorch_model.make_optimizer(model, _LEARNING_RATE, _WEIGHT_DECAY)
+    optimizer = pytorch_model.make_optimizer(model, LEARNING_RATE, WEIGHT_DECAY)
     if request.name == "pytorch_tuned" and request.micro_batches > 1:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -301,7 +329,7 @@ def prepare_llmc(request: Request, config: GPT2Config, params: np.ndarray, x_ABT
     shape = f"-e {request.model_name} -b {request.batch_size} -t {request.sequence_length} -d {tokens}"
     steps = 10 * request.steps + 100
     # It divides by the interval of its validations (-v), so there is one before the first step and none until the last.
-    training = f"-x {steps} -l {_LEARNING_RATE} -c {_WEIGHT_DECAY} -v {steps} -m 1 -s 0 -h 0 -n 0"
+    training = f"-x {steps} -l {LEARNING_RATE} -c {WEIGHT_DECAY} -v {steps} -m 1 -s 0 -h 0 -n 0"
     fastest = "-r 0 -ge 2"  # nothing computed anew, and GELU in the products
     words = [os.path.abspath(request.llmc_program), "-i", shard, "-j", shard, *f"{shape} {training} {fastest}".split()]
     used_by_others = gpu.used_memory()

@@ -14,9 +14,10 @@ from gpt2_jax.ops.embedding import embedding_of
 from gpt2_jax.ops.linear import linear
 from gpt2_jax.ops.norm import norms_of
 from gpt2_jax.ops.recompute import recomputed_if_asked
+from gpt2_jax.ops.sharded import scattering_slots
 from gpt2_jax.ops.summed import Summed, mapped, summed, value_of
 from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp
-from gpt2_jax.ops.writer import AllSlots
+from gpt2_jax.ops.writer import AllSlots, writer_of
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
@@ -75,6 +76,8 @@ class Weights:
         stacked = tuple(tensor.name for tensor in self.plan.layout.tensors if tensor.stacked)
 
         def op(site: Site, x: Summed, flat_N: jax.Array, slots: Slots) -> tuple[Summed, jax.Array]:
+            if writer_of(self.plan).scatters:
+                slots = scattering_slots(self.plan, slots)
             weights = Weights(
                 self.plan, flat_N, {name: (slot,) for name, slot in slots.items()}, layer=site.layer, accumulate=site.accumulate
             )

@@ -50,7 +50,8 @@ class _RunArguments:
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as TOML and stop."""
     as_if: str = ""
-    """With --dry-run --backend metal: what fits on a Mac that is not here, by its plugin and memory: "jax-mps, 16 GB"."""
+    """With --dry-run: what fits on a machine that is not here. With --backend metal a Mac, by its plugin and memory: "jax-mps,
+    16 GB"; with --backend cuda GPUs, by --zero and their number: "8 GPUs, 80 GB"."""
 
 
 class RunCommand(NamedTuple):
@@ -60,7 +61,7 @@ class RunCommand(NamedTuple):
     name: str  # of the TOML file or descriptor
     only_print: bool
     names_a_run: bool  # False: it says nothing of model and data, so that the defaults decide what is trained
-    as_if: str = ""  # the Mac of --as-if
+    as_if: str = ""  # the machine of --as-if
 
 
 def parse_command_line(words: list[str], description: str | None) -> RunCommand:

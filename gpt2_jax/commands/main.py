@@ -23,6 +23,7 @@ COMMANDS = {
     "starter-pack": "the four files that llm.c's programs test and train with",
     "bench-matmul": "time the matrix products of a training step",
     "bench-train": "time whole training steps beside plain JAX and PyTorch",
+    "bench-scale": "time training steps on several devices beside PyTorch's DDP and FSDP2",
 }
 
 

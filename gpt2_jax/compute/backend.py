@@ -172,7 +172,12 @@ def _cuda(reason: str = "asked for with --backend cuda") -> Backend:
         raise Gpt2JaxError(
             "backend cuda: expected jax's CUDA plugin, found an NVIDIA driver but no plugin", "pip install -e '.[cuda]'"
         )
-    return Backend("cuda", "cuda", reason, frozenset({"custom_calls"}), environment=_kept_programs())
+    return cuda_backend(reason, environment=_kept_programs())
+
+
+def cuda_backend(reason: str, *, environment: tuple[tuple[str, str], ...] = ()) -> Backend:
+    """The record of NVIDIA GPUs, wherever this runs."""
+    return Backend("cuda", "cuda", reason, frozenset({"custom_calls"}), environment=environment)
 
 
 def _kept_programs() -> tuple[tuple[str, str], ...]:

@@ -52,6 +52,11 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     for every row of the softmax; where LayerNorm is folded into the weight behind it, its input is not kept; jax-mps's
     LayerNorm, which computes in float32, keeps its input so too; a classifier in chunks has the logits of one chunk, and
     may have their gradient in the same memory.
+
+    Of D devices each has what --zero leaves it. From stage 1 on: its parts of parameters and moments, and weights that are
+    gathered, all (stages 1, 2) or the largest op's. From stage 2 on: its part of the gradient (two where micro-batches are
+    added up), and the whole gradients of the tensors that the model has once, until they are scattered. When the activations
+    are gone, the gradient is put in the order of ranks (stage 1) or summed (stage 0), into memory that this may need instead.
     """
     config, s = plan.config, plan.compute_dtype.itemsize
     shares = plan.devices if plan.zero else 1  # a device keeps one of so many parts
@@ -68,11 +73,21 @@ def estimate(plan: Plan, batch_size: int, sequence_length: int, *, num_micro_bat
     }[plan.recompute if saves_memory(plan) else "none"]
     classifier = classifier_of(plan)
     a_row = classifier.bytes_of_logit(s) * config.padded_vocab_size
+    activations = B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + classifier.most_rows(B * T) * a_row
+    gathered, exchanged = 0, 0
+    gradients = buffer * (1 if plan.writes_in_place or num_micro_batches == 1 else 2)
+    if plan.devices > 1:
+        gathered = {0: 0, 3: 4 * max(tensor.layer_size for tensor in plan.layout.tensors)}.get(plan.zero, buffer)
+        exchanged = buffer + (buffer // plan.devices if plan.zero else 0)
+    if plan.zero >= 2:
+        once = 4 * sum(tensor.size for tensor in plan.layout.tensors if not tensor.stacked)
+        gradients = buffer // plan.devices * (1 if num_micro_batches == 1 else 2) + once
+        exchanged = buffer // plan.devices
     return MemoryEstimate(
-        parameters=buffer * states // shares + (buffer if plan.zero else 0),  # its part, and the gathered ones
-        gradients=buffer * (1 if plan.writes_in_place or num_micro_batches == 1 else 2),
+        parameters=buffer * states // shares + gathered,
+        gradients=gradients,
         moments=2 * buffer * states // shares,
-        activations=B * T * (L * a_layer + attention_and_mlp - a_layer + 2 * s * C) + classifier.most_rows(B * T) * a_row,
+        activations=max(activations, exchanged - gathered),
     )
 
 
@@ -92,8 +107,8 @@ def compiled_memory(plan: Plan, compiled: jax.stages.Compiled) -> MemoryEstimate
     buffer = 4 * plan.layout.num_parameters
     kept = buffer // plan.devices if plan.zero else buffer
     states = 1 if analysis.alias_size_in_bytes >= kept else 2
-    rest = total - 3 * kept * states - buffer
-    return MemoryEstimate(kept * states, buffer, 2 * kept * states, rest)
+    gradient = buffer // plan.devices if plan.zero >= 2 else buffer
+    return MemoryEstimate(kept * states, gradient, 2 * kept * states, total - 3 * kept * states - gradient)
 
 
 def device_limit() -> int | None:

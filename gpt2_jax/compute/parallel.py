@@ -1,4 +1,4 @@
-"""Several devices that train one model: the only file that sends anything from one device to another.
+"""Several devices that train one model: how a state lies on them, and what of it travels when.
 
 A rank is a device: its place on the one mesh axis. Rank r keeps row r of every sharded buffer (D, N/D), which is llm.c's
 ZeRO-1 part of rank r (`layout.part(D)`). What travels, by --zero:
@@ -7,12 +7,15 @@ ZeRO-1 part of rank r (`layout.part(D)`). What travels, by --zero:
 | --- | --- | --- | --- |
 | 0 | whole on every device | all-reduce, once a step | do not travel |
 | 1 | rows | reduce-scatter, once a step | all-gather, once a step, in the dtype of products |
+| 2 | rows | reduce-scatter of each layer, in every micro-batch | as 1 |
+| 3 | rows | as 2 | all-gather of each op's, forward and backward, in every micro-batch |
 
 On one device every function here gives back what it is given.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import chain
@@ -27,12 +30,13 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import jax_compat
 from gpt2_jax.buffer.layout import ParameterLayout
+from gpt2_jax.ops import collectives
+from gpt2_jax.ops.collectives import AXIS
 from gpt2_jax.ops.writer import squared_norms
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
 
-AXIS = "data"
 EVERYWHERE = P()  # the same values on every device
 BY_RANK = P(AXIS)  # the leading axis is divided among the devices
 BATCHES = P(None, AXIS)  # (A, D * B, T): the second is
@@ -89,13 +93,54 @@ def _is_spec(value: Any) -> bool:
     return isinstance(value, P)
 
 
-def describe(plan: Plan) -> str:
-    """For people: the stage, and the bytes that each of several devices sends in a step."""
-    N, D = plan.layout.num_parameters, plan.devices
-    width = plan.compute_dtype.itemsize
-    sent = (4 + width if plan.zero else 8) * N * (D - 1) // D
-    what = "parameters and moments are divided" if plan.zero else "every device keeps all parameters and moments"
-    return f"ZeRO stage {plan.zero}: {what}; {sent / 1e6:.1f} MB travel from each in a step"
+_DIVIDED = {
+    0: "every device keeps all parameters and moments",
+    1: "parameters and moments are divided",
+    2: "parameters, moments and gradients are divided",
+    3: "parameters, moments and gradients are divided, weights are gathered op by op",
+}
+
+
+def bytes_sent(plan: Plan, num_micro_batches: int) -> int:
+    """Bytes that each of several devices sends in a step of so many micro-batches, and receives."""
+    D, w = plan.devices, plan.compute_dtype.itemsize
+    of_parameter = {0: 8, 1: 4 + w, 2: 4 * num_micro_batches + w, 3: (4 + 2 * w) * num_micro_batches}[plan.zero]
+    if plan.zero == 3 and plan.recompute == "block":
+        of_parameter += w * num_micro_batches
+    return of_parameter * plan.layout.num_parameters * (D - 1) // D
+
+
+def describe(plan: Plan, num_micro_batches: int) -> str:
+    """For people: mesh and stage, and the bytes that each of several devices sends in a step."""
+    sent = bytes_sent(plan, num_micro_batches) / 1e6
+    of_processes = f" of {plan.processes} processes" if plan.processes > 1 else ""
+    where = f"{plan.devices}{of_processes} on the one axis '{AXIS}'"
+    return f"{where}, ZeRO stage {plan.zero}: {_DIVIDED[plan.zero]}; {sent:.1f} MB travel from each in a step"
+
+
+_MEASURED_ELEMENTS, _EXCHANGES, _MEASUREMENTS = 1 << 24, 4, 3
+
+
+def measured_bandwidth(plan: Plan) -> float:
+    """Bytes a second that each of several devices sends while all scatter and gather a long array, as a step does."""
+    D = plan.devices
+    size = min(plan.layout.num_parameters, _MEASURED_ELEMENTS) // D * D
+
+    def exchange(values: jax.Array) -> jax.Array:
+        for _ in range(_EXCHANGES):
+            values = collectives.gathered(collectives.scattered_sum(plan, values.reshape(D, -1))).reshape(-1)
+        return values
+
+    values = zeros(plan, jax.ShapeDtypeStruct((D * size,), jnp.float32), BY_RANK)
+    jitted = jax.jit(on_every_device(plan, exchange, (BY_RANK,), BY_RANK))
+    compiled = jitted.lower(values).compile(compiler_options=plan.compiler_options())
+    jax.block_until_ready(compiled(values))
+    seconds = []
+    for _ in range(_MEASUREMENTS):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(values))
+        seconds.append(time.perf_counter() - started)
+    return 2 * _EXCHANGES * 4 * size * (D - 1) / D / min(seconds)
 
 
 def zeros(plan: Plan, shapes: Any, specs: Any) -> Any:
@@ -138,90 +183,55 @@ def row_of(plan: Plan, buffer: jax.Array) -> jax.Array:
 
 
 def gathered_weights(plan: Plan, row: jax.Array) -> jax.Array:
-    """The whole parameter buffer (N,) float32 of the devices' rows, whose values are those of the dtype of products.
-
-    With bfloat16 each value travels as 2 bytes: gathered as integers, since XLA would gather float32 and convert it after.
-    """
-    if plan.zero == 0:
+    """The parameter buffer that a micro-batch reads: the whole one (N,) float32 of the devices' rows, whose values are those
+    of the dtype of products; with stage 3 the row, of which ops gather what they need."""
+    if plan.zero in (0, 3):
         return row
-    if plan.dtype == "float32":
-        return _joined(plan.layout, lax.all_gather(row, AXIS))
-    # reduce_precision is a rounding that XLA does not take for the conversion's inverse and remove.
-    narrow = lax.reduce_precision(row, 8, 7).astype(jnp.bfloat16)
-    bits = lax.all_gather(lax.bitcast_convert_type(narrow, jnp.uint16), AXIS)
-    return lax.bitcast_convert_type(_joined(plan.layout, bits), jnp.bfloat16).astype(jnp.float32)
+    return _joined(plan.layout, collectives.gathered_weights(plan, row)).astype(jnp.float32)
 
 
 def whole_buffer(plan: Plan, row: jax.Array) -> jax.Array:
     """The whole buffer (N,) of the devices' rows, every bit of it."""
-    return row if plan.zero == 0 else _joined(plan.layout, lax.all_gather(row, AXIS))
+    return row if plan.zero == 0 else _joined(plan.layout, collectives.gathered(row))
 
 
 def mean_gradient(plan: Plan, grads_N: jax.Array) -> jax.Array:
-    """The mean of all devices' gradients: whole with stage 0, else this device's row (N/D,)."""
+    """The mean of all devices' gradients: whole with stage 0, else this device's row (N/D,). From stage 2 on the row of
+    their sum is given."""
     D = plan.devices
     if D == 1:
         return grads_N
-    # Keeps XLA from pulling the making of the gradient into the passes over the buffer.
-    grads_N = lax.optimization_barrier(grads_N)
+    if plan.zero >= 2:
+        return grads_N / D
     if plan.zero:
-        return _scattered_sum(plan, _divided(plan.layout, grads_N, D)) / D
-    if not _adds_in_rank_order(plan):
-        return lax.psum(grads_N, AXIS) / D
-    size = grads_N.shape[0]
-    padded = jnp.pad(grads_N, (0, -size % D)).reshape(D, -1)
-    return lax.all_gather(_scattered_sum(plan, padded), AXIS, tiled=True)[:size] / D
+        return collectives.scattered_sum(plan, _divided(plan.layout, grads_N, D)) / D
+    return collectives.whole_sum(plan, grads_N) / D
 
 
 def mean(plan: Plan, value: jax.Array) -> jax.Array:
     """The mean of a small array over all devices."""
-    return value if plan.devices == 1 else _sum(plan, value) / plan.devices
+    return value if plan.devices == 1 else collectives.sum_everywhere(plan, value) / plan.devices
 
 
 def highest(plan: Plan, numbers: jax.Array) -> jax.Array:
     """The highest over all devices of each of a few numbers (1, K), as (K,)."""
-    return jnp.max(lax.all_gather(numbers[0], AXIS), axis=0)
+    return jnp.max(collectives.gathered(numbers[0]), axis=0)
 
 
 def everywhere(plan: Plan, part: jax.Array) -> jax.Array:
     """Where there are several processes, what the devices have one after another, the same on all; else this device's."""
-    return part if plan.processes == 1 else lax.all_gather(part, AXIS, tiled=True)
+    return part if plan.processes == 1 else collectives.gathered(part).reshape(-1, *part.shape[1:])
 
 
 def squares(plan: Plan, grads: jax.Array) -> jax.Array:
     """Each tensor's sum of squares (S,) of the gradient that `mean_gradient` returned, the same on every device."""
     own = squared_norms(grads, buffer_layout(plan).tensors)
-    return _sum(plan, own) if plan.zero else own
+    return collectives.sum_everywhere(plan, own) if plan.zero else own
 
 
 def buffer_layout(plan: Plan) -> ParameterLayout:
     """The layout of what one device keeps of parameters and moments."""
     return plan.layout.part(plan.devices) if plan.zero else plan.layout
-
-
-def _sum(plan: Plan, value: jax.Array) -> jax.Array:
-    if not _adds_in_rank_order(plan):
-        return lax.psum(value, AXIS)
-    return _in_order(lax.all_gather(value, AXIS))
-
-
-def _scattered_sum(plan: Plan, pieces: jax.Array) -> jax.Array:
-    """Of every device's pieces (D, n), one for each rank, the sum of those for this device."""
-    if not _adds_in_rank_order(plan):
-        return lax.psum_scatter(pieces, AXIS, scatter_dimension=0, tiled=True)[0]
-    return _in_order(lax.all_to_all(pieces, AXIS, 0, 0, tiled=True))
-
-
-def _adds_in_rank_order(plan: Plan) -> bool:
-    return "reduce_scatter" in plan.backend.lacks
-
-
-def _in_order(values: jax.Array) -> jax.Array:
-    """The sum over the leading axis, one after another, so that the bits depend on the order of ranks alone."""
-    total = values[0]
-    for rank in range(1, values.shape[0]):
-        total = total + values[rank]
-    return total
 
 
 def _divided(layout: ParameterLayout, buffer: jax.Array, num_parts: int) -> jax.Array:
@@ -241,6 +251,11 @@ def _joined(layout: ParameterLayout, rows: jax.Array) -> jax.Array:
         piece = lax.slice(rows, (0, tensor.offset), (num_parts, tensor.stop)).reshape(num_parts, tensor.num_layers, -1)
         pieces.append(piece.transpose(1, 0, 2).reshape(-1))
     return lax.concatenate(pieces, 0)
+
+
+def gradient_layout(plan: Plan) -> ParameterLayout:
+    """The layout of the gradient that a micro-batch makes on one device."""
+    return plan.layout.part(plan.devices) if plan.zero >= 2 else plan.layout
 
 
 @cache
@@ -264,7 +279,7 @@ def make_tensor_rows(plan: Plan, number: int) -> Callable[[jax.Array], jax.Array
     tensor = buffer_layout(plan).tensors[number]
 
     def body(part: jax.Array) -> jax.Array:
-        return lax.all_gather(lax.slice(part[0], (tensor.offset,), (tensor.stop,)), AXIS)
+        return collectives.gathered(lax.slice(part[0], (tensor.offset,), (tensor.stop,)))
 
     return jax.jit(on_every_device(plan, body, (BY_RANK,), EVERYWHERE))
 

@@ -60,7 +60,7 @@ class Plan:
     deterministic: bool = False  # the same bits in every run
     devices: int = 1  # that train together
     processes: int = 1  # that have so many of these devices each
-    zero: int = 0  # 0: each keeps all parameters and moments; 1: each keeps a row of them (compute/parallel.py)
+    zero: int = 0  # what of a state each of them keeps: compute/parallel.py's stages
     linear: Choice = _UNDECIDED
     norm_linear: Choice = _UNDECIDED
     attention: Choice = _UNDECIDED
@@ -85,7 +85,7 @@ class Plan:
     @property
     def writes_in_place(self) -> bool:
         """Whether a step fills the last step's gradient buffer, rather than making a new one."""
-        return self.writer.name != "concatenate"
+        return writer.writer_of(self).writes_at_once
 
     def precision(self) -> AbstractContextManager[None]:
         """In it jax traces products of the plan's precision."""

@@ -22,6 +22,7 @@ from gpt2_jax.compute.stability import Verdict, empty_windows, judge
 from gpt2_jax.config import OptimizerSettings
 from gpt2_jax.models import gpt2 as model
 from gpt2_jax.ops.classifier import classifier_of
+from gpt2_jax.ops.sharded import at_hand
 from gpt2_jax.ops.threaded import Site
 from gpt2_jax.ops.writer import empty_slots, writer_of
 
@@ -35,7 +36,7 @@ class TrainState:
     optimizer: AdamWState
     windows: jax.Array  # (2, 128) float32, of stability.py
     # Where gradients are written in place: the last step's, (num_parameters,), whose memory the next step overwrites; of D
-    # devices each has its own, (D, num_parameters).
+    # devices each has its own, (D * num_parameters,): without a second axis, whose removal XLA would make a copy of.
     grads: jax.Array | None = None
 
 
@@ -69,8 +70,7 @@ def _fresh_state(plan: Plan, params: Any, numpy: Any = jnp) -> TrainState:
     moments = AdamWState(numpy.zeros((), numpy.int32), numpy.zeros_like(params), numpy.zeros_like(params))
     # On the host of several devices those of this process, else all.
     number = plan.devices if numpy is jnp else len(parallel.own_ranks(plan))
-    shape = (plan.layout.num_parameters,) if plan.devices == 1 else (number, plan.layout.num_parameters)
-    grads = numpy.zeros(shape, numpy.float32) if plan.writes_in_place else None
+    grads = numpy.zeros(number * plan.layout.num_parameters, numpy.float32) if plan.writes_in_place else None
     return TrainState(params=params, optimizer=moments, windows=numpy.array(empty_windows()), grads=grads)
 
 
@@ -150,8 +150,13 @@ def _reduced_gradient(plan: Plan, state: TrainState, x_ABT: jax.Array, y_ABT: ja
         params_N = parallel.gathered_weights(plan, params)
     loss, own, _ = _sums_of_micro_batches(plan, params_N, own, x_ABT, y_ABT)
     with jax.named_scope("scatter"):
+        # Keeps XLA from pulling the making of the gradient into the passes over the buffer. From here on nobody needs it as
+        # it was before, which would be a copy.
+        own = lax.optimization_barrier(own)
         grads = parallel.mean_gradient(plan, own)
-        return (parallel.mean(plan, loss), grads, parallel.squares(plan, grads)), own
+        # The next gradient may be written over any buffer of its size: that of the sum needs no other beside it.
+        written_next = grads if grads.shape == own.shape else own
+        return (parallel.mean(plan, loss), grads, parallel.squares(plan, grads)), written_next
 
 
 def loss_and_gradient(
@@ -180,7 +185,10 @@ def micro_batch_gradient(
 ) -> _Sums:
     """`scale` times the mean loss of one micro-batch, and its gradient, or with `accumulate` that added to `grads_N`."""
     x_BT, y_BT = batch
-    grads_N = jnp.zeros_like(params_N) if grads_N is None else grads_N
+    if grads_N is None:
+        grads_N = jnp.zeros((parallel.gradient_layout(plan).num_parameters,), jnp.float32)
+    # A buffer that is not written in place is passed on untouched: any will do.
+    buffer_N = grads_N if plan.writes_in_place else jnp.zeros_like(params_N)
 
     def forward(flat_N: jax.Array, slots: Any) -> tuple[jax.Array, jax.Array]:
         weights = Weights(plan, flat_N, slots, accumulate=accumulate)
@@ -189,11 +197,14 @@ def micro_batch_gradient(
     with plan.precision():
         (h_BTC, _), pull_back = jax.vjp(forward, params_N, empty_slots(plan))
         with jax.named_scope("classifier"):
-            site = Site(plan, (model.CLASSIFIER,), accumulate=accumulate)
+            site, table = at_hand(Site(plan, (model.CLASSIFIER,), accumulate=accumulate), params_N, h_BTC)
             classify = classifier_of(plan).loss_and_gradient
-            loss, dh_BTC, grads_N, of_classifier = classify(site, h_BTC, y_BT, params_N, grads_N, scale)
-        grads_N, slots = pull_back((dh_BTC, grads_N))
+            written = buffer_N if table is params_N else jnp.zeros_like(table)
+            loss, dh_BTC, written, of_classifier = classify(site, h_BTC, y_BT, table, written, scale)
+            buffer_N = written if table is params_N else buffer_N
+        buffer_N, slots = pull_back((dh_BTC, buffer_N))
         with jax.named_scope("gradient"):
+            grads_N = buffer_N if plan.writes_in_place else grads_N
             # The token table has its gradient from both ends of the model.
             slots |= {name: (slots[name][0] + slot,) for name, slot in of_classifier.items()}
             return loss, *writer_of(plan).finish(plan, grads_N, slots, accumulate)

@@ -11,10 +11,10 @@ from jax import lax
 from gpt2_jax import jax_compat
 from gpt2_jax.ops.cpu import library
 from gpt2_jax.ops.table import Fallback, Implementation, always
-from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp
 
 if TYPE_CHECKING:
     from gpt2_jax.compute.plan import Plan
+    from gpt2_jax.ops.threaded import Site, Slots, ThreadedOp
 
 # For each choice of --recompute the parts of a block that the backward pass computes anew from their inputs. "gelu" and
 # "layer_norm" go up to the product behind them, which keeps its input otherwise and is itself not made twice.

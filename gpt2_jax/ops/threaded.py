@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from gpt2_jax.ops.sharded import at_hand
 from gpt2_jax.ops.summed import is_summed, summed, with_sums, without_sums
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Site(NamedTuple):
     parts: int = 1  # equal parts that its result comes in, by the last axis
     accumulate: bool = False  # gradients are added to what the gradient buffer holds, rather than written over it
     added: tuple[str, ...] = ()  # of these tensors the buffer holds a part of this step's gradient already
+    packed: bool = False  # the buffer of weights holds the tensors of `names` alone, one after another
 
     def over(self, *names: str) -> Site:
         """The same place for an op over other tensors."""
@@ -67,6 +69,9 @@ class Site(NamedTuple):
 
     def view(self, flat_N: jax.Array, name: str) -> WeightView:
         tensor = self.plan.layout[name]
+        if self.packed:
+            before = self.names[: self.names.index(name)]
+            return WeightView(flat_N, sum(self.plan.layout[other].layer_size for other in before), tensor.shape)
         return WeightView(flat_N, tensor.layer_offset(self.layer), tensor.shape)
 
 
@@ -93,25 +98,35 @@ ThreadedOp = Callable[[Site, Any, jax.Array, Slots], tuple[Any, jax.Array]]
 def threaded(forward: Forward, backward: Backward, *, knows_sums: bool = False) -> ThreadedOp:
     """The threaded op of a forward and a backward function. x and y are pytrees of arrays, or of `Summed`.
 
-    Both functions are about bare arrays. With `knows_sums` the backward is given dy as a pytree of `Summed`, and may return
-    such for dx where it knows the sums; what it leaves out is added up here.
+    Both functions are about bare arrays; the buffer of weights that they are given may be one that ops/sharded.py made for
+    the op. With `knows_sums` the backward is given dy as a pytree of `Summed`, and may return such for dx where it knows the
+    sums; what it leaves out is added up here.
     """
+
+    def compute(site: Site, hands_on: bool, x: Any, flat_N: jax.Array) -> tuple[Any, Any]:
+        x = without_sums(x)
+        here, weights = at_hand(site, flat_N, x)
+        y, saved = forward(here, x, weights)
+        return (jax.tree_util.tree_map(summed, y) if hands_on else y), saved
 
     @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
     def op(site: Site, hands_on: bool, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, jax.Array]:
-        y = forward(site, without_sums(x), flat_N)[0]
-        return (jax.tree_util.tree_map(summed, y) if hands_on else y), flat_N
+        return compute(site, hands_on, x, flat_N)[0], flat_N
 
     def op_forward(site: Site, hands_on: bool, x: Any, flat_N: jax.Array, slots: Slots) -> tuple[Any, Any]:
-        y, saved = forward(site, without_sums(x), flat_N)
-        return ((jax.tree_util.tree_map(summed, y) if hands_on else y), flat_N), (saved, flat_N)
+        y, saved = compute(site, hands_on, x, flat_N)
+        return (y, flat_N), (saved, flat_N)
 
     def op_backward(
         site: Site, hands_on: bool, residuals: Any, cotangents: tuple[Any, jax.Array]
     ) -> tuple[Any, jax.Array, Slots]:
         (saved, flat_N), (dy, gradient_N) = residuals, cotangents
+        here, weights = at_hand(site, flat_N, without_sums(dy))
         dy = with_sums(site.plan, dy) if knows_sums else without_sums(dy)
-        dx, gradient_N, slots = backward(site, saved, flat_N, dy, gradient_N)
+        # Where weights are gathered, gradients leave in slots.
+        buffer = gradient_N if weights is flat_N else jnp.zeros_like(weights)
+        dx, buffer, slots = backward(here, saved, weights, dy, buffer)
+        gradient_N = buffer if weights is flat_N else gradient_N
         return (with_sums(site.plan, dx) if hands_on else without_sums(dx)), gradient_N, slots
 
     op.defvjp(op_forward, op_backward)

@@ -8,6 +8,9 @@ into the buffer at once and in what they leave in slots for `finish`, which comp
 | in_place | written by the product itself | written together at the end | sum of squares, a scalar | the gradient |
 | update_slice | written at once | written at the end, stacked over layers | a scalar without meaning | the gradient |
 | concatenate | joined with all others at the end | the same | the gradient | the gradient |
+| scattered | a layer's: scattered at once, the rest at the end | the same | a layer's: this rank's part | the same |
+
+The buffer of `scattered` is this rank's row (N/D,); that of the others is whole.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from gpt2_jax import jax_compat
 from gpt2_jax.buffer.layout import PlacedTensor
 from gpt2_jax.ops import matmul
 from gpt2_jax.ops.cpu import library
-from gpt2_jax.ops.table import Fallback, Implementation, always
+from gpt2_jax.ops.sharded import scattered
+from gpt2_jax.ops.table import Fallback, Implementation
 from gpt2_jax.ops.threaded import Site
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ class Writer(NamedTuple):
     squares: Callable[[Plan, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     # Whether the slots of product weights hold a scalar rather than the gradient.
     writes_at_once: bool
+    # Whether a layer's gradients are scattered over the devices at once; its slots hold this device's parts.
+    scatters: bool = False
 
 
 def writer_of(plan: Plan) -> Writer:
@@ -58,11 +64,14 @@ def writer_of(plan: Plan) -> Writer:
 
 def empty_slots(plan: Plan) -> AllSlots:
     """The inputs whose cotangents are the slots: zeros, which no computation reads."""
-    at_once = writer_of(plan).writes_at_once
-    return {
-        tensor.name: (jnp.zeros(() if at_once and tensor.multiplies else tensor.shape, _FLOAT32),) * tensor.num_layers
-        for tensor in plan.layout.tensors
-    }
+    writer = writer_of(plan)
+
+    def shape_of(tensor: PlacedTensor) -> tuple[int, ...]:
+        if writer.writes_at_once and tensor.multiplies:
+            return ()
+        return (tensor.layer_size // plan.devices,) if writer.scatters and tensor.stacked else tensor.shape
+
+    return {tensor.name: (jnp.zeros(shape_of(tensor), _FLOAT32),) * tensor.num_layers for tensor in plan.layout.tensors}
 
 
 def write_product(
@@ -237,11 +246,39 @@ def _concatenate(plan: Plan, gradient_N: jax.Array, slots: AllSlots, accumulate:
     return gradient_N + whole_N if accumulate else whole_N, jnp.zeros((0,), _FLOAT32)
 
 
+# Scattered over several devices.
+
+
+def _join_row(plan: Plan, gradient: jax.Array, slots: AllSlots, accumulate: bool) -> tuple[jax.Array, jax.Array]:
+    once = [tensor.name for tensor in plan.layout.tensors if not tensor.stacked]
+    parts = dict(zip(once, scattered(plan, [slots[name][0] for name in once]), strict=True))
+    pieces = [
+        piece
+        for tensor in plan.layout.tensors
+        for piece in ([parts[tensor.name]] if tensor.name in parts else slots[tensor.name])
+    ]
+    row = lax.concatenate(pieces, 0)
+    return gradient + row if accumulate else row, jnp.zeros((0,), _FLOAT32)
+
+
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
+_SCATTERED = "gradients are scattered over the devices (--zero 2 and 3)"
+
+
+def _refuses_scattered(plan: Plan) -> str | None:
+    return None if plan.zero >= 2 else "gradients stay whole on their device"
+
+
+def _refuses_whole(plan: Plan) -> str | None:
+    return _SCATTERED if plan.zero >= 2 else None
+
+
 def _refuses_in_place(plan: Plan) -> str | None:
+    if plan.zero >= 2:
+        return _SCATTERED
     if reason := library.refusal(plan):
         return reason
     if not jax_compat.ffi_call_can_alias():
@@ -250,6 +287,8 @@ def _refuses_in_place(plan: Plan) -> str | None:
 
 
 def _refuses_update(plan: Plan) -> str | None:
+    if plan.zero >= 2:
+        return _SCATTERED
     if "slice_updates" in plan.backend.lacks:
         return f"on {plan.backend.name} an update of a slice may copy the whole buffer"
     # jax makes the place of an update an int32, without a word where it does not fit; XLA then takes it for 0.
@@ -259,6 +298,14 @@ def _refuses_update(plan: Plan) -> str | None:
 
 
 TABLE = (
+    Implementation(
+        "scattered",
+        _refuses_scattered,
+        "a device keeps the gradient of what it updates",
+        functions=Writer(
+            _product_as_array, _array_as_it_is, _rows_as_array, _join_row, _squares_by_a_pass, False, scatters=True
+        ),
+    ),
     Implementation(
         "in_place",
         _refuses_in_place,
@@ -273,7 +320,7 @@ TABLE = (
     ),
     Implementation(
         "concatenate",
-        always,
+        _refuses_whole,
         "the reference, on every device",
         functions=Writer(_product_as_array, _array_as_it_is, _rows_as_array, _concatenate, _squares_by_a_pass, False),
     ),

@@ -97,6 +97,16 @@ def estimate(config: RunConfig, steps: int, seconds: float) -> str:
     return text
 
 
+def share_of_travel(config: RunConfig, plan: Plan, seconds: float) -> str:
+    """What travels between devices in a step of these seconds, by the bandwidth that is measured now."""
+    bandwidth, sent = parallel.measured_bandwidth(plan), parallel.bytes_sent(plan, config.num_micro_batches)
+    alone = sent / bandwidth
+    return (
+        f"between devices: {sent / 1e6:.1f} MB from each in a step, at the measured {bandwidth / 1e9:.1f} GB/s "
+        f"{_in_units(alone)} or {100 * alone / seconds:.1f} % of it, unless it is hidden"
+    )
+
+
 def _in_units(seconds: float) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"

@@ -25,13 +25,15 @@ from gpt2_jax.training.run_record import RunRecord
 
 def check_settings(config: RunConfig) -> None:
     """Gpt2JaxError for other model or data settings, or another seed, than the run folder's, if it says what they were:
-    one that llm.c wrote does not."""
+    one that llm.c wrote does not. The batch size may be another, of which a step then has more or fewer."""
     saved = load_saved_config(config.run.out_dir)
     if saved is None:
         return
     for section in ("model", "data"):
         before, now = getattr(saved, section), getattr(config, section)
         for field in dataclasses.fields(before):
+            if field.name == "batch_size":
+                continue
             _expect_the_same(f"{section}.{field.name}", getattr(before, field.name), getattr(now, field.name))
     _expect_the_same("run.seed", saved.run.seed, config.run.seed)
 
@@ -61,7 +63,7 @@ def resumed_state(
 ) -> TrainState:
     """A fresh state of the saved parameters made the saved one, and the data put where they stood; says what is other.
 
-    Gpt2JaxError for a checkpoint of another batch size or sequence length, with which the data would be others.
+    Gpt2JaxError for a checkpoint of another sequence length, with which the data would be others.
     """
     windows = empty_windows()
     if resumed.record is None:
@@ -73,7 +75,11 @@ def resumed_state(
             display.line(f"from here on by {computed_by}: its bits are no longer those of a straight run")
         windows = np.stack([resumed.record.windows[name] for name in WATCHED])
     saved, now = len(resumed.processes), plan.devices
-    if saved == now:
+    batch_size = config.data.batch_size if resumed.record is None else resumed.record.batch_size
+    if batch_size != config.data.batch_size:
+        train_loader.skip(resumed.step * config.num_micro_batches)
+        display.line(f"the checkpoint is of --batch-size {batch_size}: the training data go on in the order of another")
+    elif saved == now:
         train_loader.restore([process.loader for process in resumed.processes])
     else:
         train_loader.skip(resumed.step * config.num_micro_batches)
@@ -95,8 +101,7 @@ def roundings(plan: Plan, resumed: Checkpoint | None) -> list[RoundingStream]:
 
 
 def _check_record(record: RunRecord, config: RunConfig) -> None:
-    for name in ("batch_size", "sequence_length"):
-        _expect_the_same(f"data.{name}", getattr(record, name), getattr(config.data, name))
+    _expect_the_same("data.sequence_length", record.sequence_length, config.data.sequence_length)
     if {name: window.size for name, window in record.windows.items()} != dict.fromkeys(WATCHED, WINDOW):
         raise Gpt2JaxError(f"--resume: expected the record of {WINDOW} values each of {' and '.join(WATCHED)}, found others")
 

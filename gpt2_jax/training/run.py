@@ -45,7 +45,7 @@ from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.report.trackers import check_tracker, open_tracker
 from gpt2_jax.training import checkpoint, resume
-from gpt2_jax.training.dry_run import dry_run, estimate, time_step
+from gpt2_jax.training.dry_run import dry_run, estimate, share_of_travel, time_step
 from gpt2_jax.training.evaluation import start_of_samples, tokenizer_of_run
 from gpt2_jax.training.folder import folder_of, open_folder, refuse_used_folder
 from gpt2_jax.training.interrupts import StopRequest, stop_requests
@@ -119,6 +119,8 @@ def train(config: RunConfig, name: str, backend: Backend, group: Group | None = 
             if request.reason is None:
                 seconds = time_step(config, plan, compiled)
                 display.line(estimate(config, steps - (prepared.resumes_from or 0), seconds))
+                if plan.devices > 1:
+                    display.line(share_of_travel(config, plan, seconds))
             with group.agreed():
                 run = _start(prepared, compiled, display, stack, group)
             group.watch(max(_STUCK_SECONDS, _STUCK_STEPS * seconds))
@@ -177,31 +179,31 @@ def prepare(
 
 
 def _with_devices(config: RunConfig, devices: int) -> RunConfig:
-    """The settings with the number of devices that was found. A resumed run keeps its tokens of a step; Gpt2JaxError where
-    the devices cannot share them."""
-    tokens, saved = config.data.total_batch_size, load_saved_config(config.run.out_dir) if config.run.resume else None
+    """The settings with the number of devices that was found. A resumed run keeps its tokens of a step, whatever its devices
+    and --batch-size; Gpt2JaxError where these cannot share them."""
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, devices=devices))
+    saved = load_saved_config(config.run.out_dir) if config.run.resume else None
     if saved is not None:
-        tokens = saved.tokens_per_step
-    alone = devices == 1 and config.compute.processes <= 1
-    if alone and (saved is None or saved.num_devices == 1):
-        return config
-    one, all_devices = config.data.batch_size * config.data.sequence_length, devices * max(1, config.compute.processes)
-    if saved is not None and tokens % (one * all_devices):
-        fitting = [number for number in range(1, all_devices + 1) if tokens % (one * number) == 0]
-        hint = f"--devices {fitting[-1]}"
-        if config.compute.processes > 1:  # which have as many devices each
-            of_each = [number for number in fitting if number % devices == 0] or [1]
-            hint = f"--processes {max(1, of_each[-1] // devices)} --devices {min(devices, of_each[-1])}"
-        raise Gpt2JaxError(
-            f"--resume: expected devices that share the run's {tokens} tokens of a step in batches of {one}, "
-            f"found {all_devices}",
-            hint,
-        )
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, total_batch_size=tokens or one * all_devices),
-        compute=dataclasses.replace(config.compute, devices=devices),
-    )
+        tokens, B, T = saved.tokens_per_step, config.data.batch_size, config.data.sequence_length
+        processes = max(1, config.compute.processes)
+
+        def fits(devices: int, batch_size: int) -> bool:
+            return tokens % (batch_size * T * processes * devices) == 0
+
+        if not fits(devices, B):
+            launched, alone = (f"--processes {processes} ", "--processes 1 ") if processes > 1 else ("", "")
+            fewer = [f"{launched}--devices {number}" for number in range(devices, 0, -1) if fits(number, B)]
+            smaller = [f"{launched}--devices {devices} --batch-size {n}" for n in range(B, 0, -1) if fits(devices, n)]
+            fitting = [*fewer[:1], *smaller[:1]] or [f"{alone}--devices 1 --batch-size {saved.data.batch_size}"]
+            raise Gpt2JaxError(
+                f"--resume: expected devices and a batch size that share the run's {tokens} tokens of a step, "
+                f"found {processes * devices} x {B} x {T}",
+                "   or ".join(fitting),
+            )
+        if config.tokens_per_step != tokens:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, total_batch_size=tokens))
+    if config.compute.processes > 1:  # whose number is not kept with the settings
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, total_batch_size=config.tokens_per_step))
     config.validate()
     return config
 

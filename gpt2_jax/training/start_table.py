@@ -80,9 +80,7 @@ def _all_rows(
         (_SAYS_WHAT, ("training data", f"{data.train.pattern}: {data.train.num_tokens:,} tokens, {order}")),
     ]
     if plan.devices > 1:
-        processes = f" of {plan.processes} processes" if plan.processes > 1 else ""
-        mesh = f"{plan.devices}{processes} on one axis, {parallel.AXIS}"
-        rows.append((_IS_ASKED_FOR, ("devices", f"{mesh}; {parallel.describe(plan)}")))
+        rows.append((_IS_ASKED_FOR, ("devices", parallel.describe(plan, config.num_micro_batches))))
     if data.validation is not None:
         rows.append((_SAYS_WHAT, ("validation data", f"{data.validation.pattern}: {data.validation.num_tokens:,} tokens")))
     if shared := data.trained_validation_paths:

@@ -42,3 +42,23 @@ def test_another_machine_is_refused(text):
 def test_it_is_a_dry_run_on_metal_only(config):
     with pytest.raises(Gpt2JaxError, match="--as-if: expected"):
         print_as_if(config, "jax-mps, 16 GB")
+
+
+def test_gpus_by_stage_and_number(capsys):
+    """GPT-2 1558M: whole on each GPU it needs 16 bytes a parameter, with stage 3 on 8 a fraction."""
+    config = dataclasses.replace(
+        DRY,
+        model=dataclasses.replace(BASE.model, init="d48"),
+        data=dataclasses.replace(BASE.data, batch_size=4),
+        compute=dataclasses.replace(BASE.compute, backend="cuda", dtype="bfloat16"),
+    )
+    print_as_if(config, "8 GPUs, 40 GB")
+    lines = {line.partition("  ")[0].strip(): line for line in map(str.strip, capsys.readouterr().out.splitlines())}
+    assert lines["GB on each of"].split()[4:8] == ["1", "2", "4", "8"]
+    needed = {stage: [float(cell.rstrip("*")) for cell in lines[f"--zero {stage}"].split()[2:]] for stage in range(4)}
+    assert all(row[0] == needed[0][0] for row in needed.values())
+    assert needed[0][0] > 16 * 1.557
+    assert needed[3] == sorted(needed[3], reverse=True)
+    for before, after in zip(needed.values(), list(needed.values())[1:], strict=False):
+        assert all(one >= other for one, other in zip(before[1:], after[1:], strict=True))
+    assert "--batch-size" in lines["largest batch, --zero 3"]

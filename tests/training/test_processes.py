@@ -172,7 +172,7 @@ def test_two_processes_have_the_bits_of_two_devices(small, tiny_shards, hellaswa
         same_bytes(folder, expected, step)
     assert names(folder) == names(expected)
     assert (folder / "main.log").read_text() == (expected / "main.log").read_text()
-    assert "2 of 2 processes on one axis, data; ZeRO stage" in output
+    assert "2 of 2 processes on the one axis 'data', ZeRO stage" in output
     # What says how it was started is no setting of the run.
     assert load_saved_config(folder).compute.coordinator == ""
     assert load_saved_config(folder).compute.processes == 0

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.config import saved_config_path
+from gpt2_jax.config import load_saved_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.loader import TokenLoader
 from gpt2_jax.llmc.model_file import write_model_file
 from gpt2_jax.llmc.rounding import rounded_to_nearest, stochastically_rounded
 from gpt2_jax.llmc.state_file import ProcessState, TrainingState, write_state_files
+from gpt2_jax.report.log import RunLog
 from gpt2_jax.training import checkpoint
 from gpt2_jax.training.run import train
 from gpt2_jax.training.run_record import read_run_record
@@ -90,8 +91,23 @@ def test_a_folder_of_llmcs_resumes(config, tiny_shards, capsys):
 
 def test_resuming_with_another_model_or_data_is_refused(config):
     train(config, "tiny", CPU)
-    with pytest.raises(Gpt2JaxError, match=r"expected the run's data.batch_size = 2, found 3"):
-        train(change(config, run={"resume": True}, data={"batch_size": 3}), "tiny", CPU)
+    with pytest.raises(Gpt2JaxError, match=r"expected the run's data.shuffle = True, found False"):
+        train(change(config, run={"resume": True}, data={"shuffle": False}), "tiny", CPU)
+
+
+def test_a_resumed_run_may_have_another_batch_size_if_that_divides_its_step(config, capsys):
+    """The same tokens in the same order: float32's roundings apart, the losses of a straight run."""
+    ordered = change(config, data={"shuffle": False, "batch_size": 4}, evaluation={"validate_every": 0, "sample_every": 0})
+    straight = train(change(ordered, run={"out_dir": config.run.out_dir + "-straight"}), "tiny", CPU)
+    train(change(ordered, run={"steps": 4}), "tiny", CPU)
+    with pytest.raises(Gpt2JaxError, match=r"share the run's 64 tokens of a step, found 1 x 3 x 16") as raised:
+        train(change(ordered, run={"resume": True}, data={"batch_size": 3}), "tiny", CPU)
+    assert raised.value.hint == "--devices 1 --batch-size 2"
+    folder = train(change(ordered, run={"resume": True}, data={"batch_size": 2}), "tiny", CPU)
+    assert "the checkpoint is of --batch-size 4" in capsys.readouterr().out
+    expected, found = (list(RunLog(path / "log.jsonl").finite_values("train", "loss").values()) for path in (straight, folder))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert load_saved_config(folder).tokens_per_step == 64
 
 
 def test_resuming_a_folder_without_a_complete_checkpoint_is_refused(config):
