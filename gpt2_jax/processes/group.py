@@ -33,6 +33,7 @@ _RETRY_SECONDS = 0.2
 _HELLO_SECONDS = 10.0  # within which a connection must say who it is
 _LOSS_SECONDS = 5.0  # within which a process that is gone is noticed, once a collective has failed
 _TICK_SECONDS = 5.0  # between two reports of progress
+_LEAVE_SECONDS = 2.0  # that process 0 waits for the others to end: jax's service ends with it, and they with a stack trace
 _NAMES_FIRST_SECONDS = 10.0  # that process 0 has to name the process that is stuck, before the others end by themselves
 _PROTOCOL = 1
 _MAX_LINE = 10_000_000
@@ -60,6 +61,7 @@ class Group:
         self._values: dict[int, queue.SimpleQueue[Any]] = {}  # by the process that sent them
         self._ending = threading.Lock()  # taken by whoever ends this process
         self._gone: set[int] = set()  # those that ended as they should
+        self._left: set[int] = set()  # those whose connection has closed
         self._seen: dict[int, tuple[int, float]] = {}  # progress, and since when it has not changed
 
     @property
@@ -145,15 +147,16 @@ class Group:
 
     def _end_with(self, error: BaseException) -> NoReturn:
         self._ending.acquire()
-        status = 2 if isinstance(error, Gpt2JaxError) else 1
+        status = 2 if isinstance(error, Gpt2JaxError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         end = {"kind": "end", "texts": _texts(error), "index": self.index, "status": status}
         with suppress(OSError):
             self._tell_all({"kind": "bye"} if isinstance(error, AgreedError) else end)
         if not isinstance(error, (Gpt2JaxError, KeyboardInterrupt)):
             traceback.print_exception(error)
         elif self.is_first:
-            print(f"error: {as_typed(str(error))}", file=sys.stderr)
-        _leave(status)
+            is_error = isinstance(error, Gpt2JaxError)
+            print(f"error: {as_typed(str(error))}" if is_error else "interrupted", file=sys.stderr)
+        self._leave(status)
 
     def watch(self, seconds: float) -> None:
         """From here on end all processes when `progress` has stood still for so long on every one of them, as it soon does
@@ -202,6 +205,7 @@ class Group:
             except (OSError, ValueError):
                 message = None
             if message is None:
+                self._left.add(index)
                 if index not in self._gone:
                     expected = f"processes: expected {self.number} to train together"
                     self._end_all(f"{expected}, found that {self.name_of(index)} has ended")
@@ -233,21 +237,25 @@ class Group:
             print(f"error: {as_typed(str(Gpt2JaxError(problem, hint)))}", file=sys.stderr)
         with suppress(Exception):
             self.before_loss()
-        _leave(status)
+        self._leave(status)
+
+    def _leave(self, status: int) -> NoReturn:
+        """End the process without jax's own end, which waits for the other processes."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        until = time.monotonic() + (_LEAVE_SECONDS if self.is_first else 0.0)
+        while len(self._left) < self.number - 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        os._exit(status)
 
 
 def _texts(error: BaseException) -> list[str | None]:
     if isinstance(error, Gpt2JaxError):
         return [error.problem, error.hint]
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted", None]
     return [" ".join(f"{type(error).__name__}: {error}".split())[:500], None]
-
-
-def _leave(status: int) -> NoReturn:
-    """End the process without jax's own end, which waits for the other processes."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(status)
 
 
 def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], hosts: list[str], index: int) -> Gpt2JaxError | None:

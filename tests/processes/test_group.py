@@ -306,6 +306,16 @@ def test_a_fault_of_the_program_shows_its_traceback_and_ends_all():
     assert "RuntimeError: no such thing" in first[2]
 
 
+def test_ctrl_c_to_one_process_ends_all():
+    with Members("waits", "waits", "waits") as members:
+        time.sleep(0.3)
+        members.processes[1].send_signal(signal.SIGINT)
+        first, interrupted, third = members.ended(0, 1, 2)
+    assert [first[0], interrupted[0], third[0]] == [130, 130, 130]
+    assert re.match(r"error: process 1 of 3 \(.+\): interrupted\n", first[2])
+    assert "Traceback" not in interrupted[2]
+
+
 def test_a_process_that_ends_as_it_should_ends_nobody():
     with Members("waits", "ends", "waits") as members:
         assert members.ended(1)[0][0] == 0
