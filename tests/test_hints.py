@@ -167,6 +167,7 @@ def test_flags_in_a_hint_are_flags(hint):
 
 COMMAND_OF = {f"gpt2_jax/commands/{name.replace('-', '_')}.py": name for name in FROZEN}
 COMMAND_OF |= {"gpt2_jax/benchmark/matmul_timing.py": "bench-matmul", "gpt2_jax/benchmark/train.py": "bench-train"}
+COMMAND_OF["gpt2_jax/benchmark/scale.py"] = "bench-scale"
 
 
 def command_of(hint: str) -> str | None:

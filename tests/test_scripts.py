@@ -222,6 +222,7 @@ def test_bench_matmul_ends_with_a_json_line_and_draws(tmp_path):
         ("bench_train.py", ["--systems", "tensorflow"], "--systems: expected names of gpt2_jax"),
         ("bench_train.py", ["--model", "d13"], "model descriptor: expected one of d6"),
         ("bench_train.py", ["--sequence-length", "4096"], "--sequence-length 1 to 1024"),
+        ("bench_scale.py", ["--devices", "2", "3"], "--devices: expected numbers that divide the largest of them, found 2, 3"),
     ],
 )
 def test_wrong_flags_of_the_benches_are_one_clear_error(script, flags, message):

@@ -41,7 +41,7 @@ def bench_scale(work: Workload, devices: Sequence[int], stages: Sequence[int], d
     if min(devices) < 1 or any(largest % number for number in devices):
         found = ", ".join(map(str, devices))
         raise Gpt2JaxError(
-            f"--devices: expected numbers that divide the largest of them, found {found}", f"--devices 1 {largest}"
+            f"--devices: expected numbers that divide the largest of them, found {found}", f"--devices {largest}"
         )
     machine, load_before, during = describe_machine(), measure_load(), OthersWork()
     print(f"{title(work)} on each device\n{machine_line(machine)}\nbefore: {load_before}", flush=True)

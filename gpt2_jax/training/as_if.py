@@ -62,7 +62,7 @@ def _print_gpus(config: RunConfig, model: GPT2Config, number: int, size: int) ->
     rows = [("GB on each of", "  ".join(f"{count:>6}" for count in numbers) + " GPUs, estimated; * is more than it has")]
     for stage in STAGES:
         cells = [f"{needed[stage, count] / 1e9:>5.1f}{'*' if needed[stage, count] > size * 1e9 else ' '}" for count in numbers]
-        rows.append((f"--zero {stage}", "  ".join(cells)))
+        rows.append((f"with --zero {stage}", "  ".join(cells)))
     for stage in STAGES:
         plan = plan_of_gpus(config, model, numbers[-1], stage)
         batch = _largest_batch(plan, size * 10**9, config.data.sequence_length, config.num_micro_batches)

@@ -226,6 +226,10 @@ def test_help_has_the_frozen_flags_and_no_others(started, command, capsys, monke
     # At the border of a box, which is a space where the terminal cannot show lines.
     shown = re.findall(r"[│\s] (--[a-z][a-z0-9-]*)(?: [A-Z]+| \{[^}]*\})?(?:, (--[a-z0-9-]+))?", capsys.readouterr().out)
     flags = {"--" + name.replace("_", "-") for name in frozen_flags()[command]}
-    flags |= {alias for alias, flag in ALIASES.items() if flag in flags and command not in ("bench-train", "check-curve")}
+    flags |= {
+        alias
+        for alias, flag in ALIASES.items()
+        if flag in flags and command not in ("bench-train", "bench-scale", "check-curve")
+    }
     expected = (flags | OFF_AS_WELL.get(command, set())) - WITHOUT_FLAG.get(command, set())
     assert {flag for pair in shown for flag in pair if flag} == expected

@@ -12,8 +12,9 @@ from gpt2_jax import jax_compat
 from gpt2_jax.compute import memory
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.compute.memory import MemoryEstimate
+from gpt2_jax.compute.plan import make_plan
 from gpt2_jax.compute.step import accumulated_gradient, compile_step
-from gpt2_jax.config import OptimizerSettings
+from gpt2_jax.config import ComputeSettings, OptimizerSettings
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
 from gpt2_jax.machine import process_peak
@@ -61,6 +62,31 @@ def test_gpt2_124m_fits_with_jax_mps():
     kept_by_blocks = found.activations - 4 * 1024 * (2 * 768 * 4 + 50304 * 8)
     assert 2.416e9 <= kept_by_blocks <= 2.9e9
     assert found.total <= 8e9
+
+
+@pytest.mark.skipif(not jax_compat.serves_several_devices(), reason="this jax does not serve several devices")
+def test_several_devices_divide_what_their_stage_says():
+    """By hand, in buffers of 4 N bytes, of four devices; gradients that are not written in place need a second buffer."""
+    layout, D = TINY.layout, 4
+    buffer = 4 * layout.num_parameters
+    tables = 4 * sum(tensor.size for tensor in layout.tensors if tensor.layers is None)
+    largest = 4 * layout["wte"].size
+    expected = {  # stage: parameters and what is gathered of them, moments, gradients of one and of two micro-batches
+        0: (buffer, 2 * buffer, buffer, 2 * buffer),
+        1: (buffer // D + buffer, 2 * buffer // D, buffer, 2 * buffer),
+        2: (buffer // D + buffer, 2 * buffer // D, buffer // D + tables, 2 * buffer // D + tables),
+        3: (buffer // D + largest, 2 * buffer // D, buffer // D + tables, 2 * buffer // D + tables),
+    }
+    for zero, (parameters, moments, *gradients) in expected.items():
+        plan = make_plan(ComputeSettings(matmul="xla"), CPU, TINY, devices=D, zero=zero)
+        found = [memory.estimate(plan, 8, 16, num_micro_batches=number) for number in (1, 2)]
+        assert [each.parameters for each in found] == [parameters] * 2
+        assert [each.moments for each in found] == [moments] * 2
+        assert [each.gradients for each in found] == gradients
+        # Of many tokens the activations are those of one device, of few they are less than what the exchange needs.
+        assert found[0].activations == memory.estimate(plan_of(), 8, 16).activations
+    few = memory.estimate(make_plan(ComputeSettings(matmul="xla"), CPU, TINY, devices=D), 1, 1)
+    assert few.activations == buffer
 
 
 @can_alias

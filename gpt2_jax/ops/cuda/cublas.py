@@ -36,7 +36,7 @@ def refusal(plan: Plan) -> str | None:
 def gelu_backward(plan: Plan, dy_MO: jax.Array, w_OI: jax.Array, x_MI: jax.Array) -> jax.Array:
     """(dy w) * gelu'(x), (M, I) bfloat16: the cotangent of x in y = gelu(x) wᵀ. All are bfloat16, O and I multiples of 8."""
     if not plan.deterministic:
-        _tune(x_MI.shape[0], *w_OI.shape)
+        _tune(x_MI.shape[0], *w_OI.shape, plan.devices)
     return _call(dy_MO, w_OI, x_MI, tune=not plan.deterministic)
 
 
@@ -47,11 +47,13 @@ def _call(dy_MO: jax.Array, w_OI: jax.Array, x_MI: jax.Array, *, tune: bool = Tr
 
 
 @cache
-def _tune(M: int, O: int, I: int) -> None:
-    """Call the product once outside of XLA's CUDA graphs, where the library can time cuBLASLt's algorithms."""
-    with jax.ensure_compile_time_eval():
-        zeros = [jnp.zeros(shape, jnp.bfloat16) for shape in ((M, O), (O, I), (M, I))]
-        jax.block_until_ready(jax.jit(_call)(*zeros))
+def _tune(M: int, O: int, I: int, devices: int) -> None:
+    """Call the product once on each device outside of XLA's CUDA graphs, where the library can time cuBLASLt's algorithms,
+    which it does for every GPU."""
+    for device in jax.local_devices()[:devices]:
+        with jax.ensure_compile_time_eval(), jax.default_device(device):
+            zeros = [jnp.zeros(shape, jnp.bfloat16) for shape in ((M, O), (O, I), (M, I))]
+            jax.block_until_ready(jax.jit(_call)(*zeros))
 
 
 @cache
