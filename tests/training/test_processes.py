@@ -154,10 +154,11 @@ def same_bytes(folder: Path, other: Path, step: int) -> None:
     ("flags", "compute", "masters"),
     [
         (["--zero", "0"], {"zero": 0}, True),
+        (["--zero", "3"], {"zero": 3}, True),
         (["--dtype", "bfloat16"], {"dtype": "bfloat16"}, True),
         (["--dtype", "bfloat16", "--no-master-weights", "--matmul", "auto"], {"dtype": "bfloat16", "matmul": "auto"}, False),
     ],
-    ids=["stage 0", "bfloat16", "rounded"],
+    ids=["stage 0", "stage 3", "bfloat16", "rounded"],
 )
 def test_two_processes_have_the_bits_of_two_devices(small, tiny_shards, hellaswag, tmp_path, flags, compute, masters):
     """Files, log and scores; and process 0 alone says and writes what is written once."""
