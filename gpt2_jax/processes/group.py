@@ -350,7 +350,9 @@ def _welcome(group: Group, facts: dict[str, str]) -> None:
                 if index in came:
                     twice = f"on {came[index][1]} and on {host}"
                     came[launch.number] = connection, host  # to be told, too
-                    raise Gpt2JaxError(f"--process-id: expected each once, found {index} twice, {twice}", "--process-id R")
+                    free = next((number for number in range(1, launch.number) if number not in came), 1)
+                    hint = f"--process-id {free}   (on one of them)"
+                    raise Gpt2JaxError(f"--process-id: expected each once, found {index} twice, {twice}", hint)
                 came[index] = connection, host
                 hosts = [group.hosts[0], *("?" for _ in range(1, launch.number))]
                 hosts[index] = host

@@ -71,8 +71,8 @@ def find_launch(
 def _by_flags(coordinator: str, host: str, port: int, processes: int, process_id: int) -> Launch:
     if processes == 1 and process_id <= 0:
         return Launch()
-    hint = f"--coordinator {coordinator or f'HOST:{DEFAULT_PORT}'} --processes {max(processes, 2)} --process-id R"
-    each = f"{hint}   (R = 0, 1 ..., another for each process; HOST is where process 0 runs)"
+    hint = f"--coordinator {coordinator or f'HOST:{DEFAULT_PORT}'} --processes {max(processes, 2)} --process-id 0"
+    each = f"{hint}   (on HOST; then 1, 2 ..., another for each process)"
     for flag, is_there in (
         ("--coordinator", bool(coordinator)),
         ("--processes", processes > 0),
@@ -109,7 +109,7 @@ def _by_hosts(hosts: str, coordinator: str, processes: int, process_id: int) -> 
     if len(found) != 1:
         raise Gpt2JaxError(
             f"--hosts: expected one of {', '.join(names)} to be this host, found {', '.join(sorted(mine))}",
-            f"--coordinator {shlex.quote(f'{host}:{port}')} --processes {len(names)} --process-id R   (R = this host's place)",
+            f"--coordinator {shlex.quote(f'{host}:{port}')} --processes {len(names)} --process-id 0   (the number of this host's place)",
         )
     if len(names) == 1:
         return Launch()

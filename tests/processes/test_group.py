@@ -146,6 +146,7 @@ def test_a_rank_that_is_given_twice(brief):
     errors = join_all([Launch(3, 0, "localhost", port), *[Launch(3, 1, "localhost", port)] * 2])
     assert "--process-id: expected each once, found 1 twice" in str(errors[0])
     assert {str(error) for error in errors} == {str(errors[0])}
+    assert errors[0].hint == "--process-id 2   (on one of them)"
 
 
 def test_a_rank_that_is_missing(brief, capsys):

@@ -99,7 +99,7 @@ def test_none_heeds_no_launcher():
 @pytest.mark.parametrize(
     ("flags", "problem", "hint"),
     [
-        ({"processes": 2}, "--coordinator: expected with several", "--coordinator HOST:12345 --processes 2 --process-id R"),
+        ({"processes": 2}, "--coordinator: expected with several", "--coordinator HOST:12345 --processes 2 --process-id 0"),
         ({"coordinator": "a:1"}, "--processes: expected with several", "--coordinator a:1 --processes 2"),
         ({"coordinator": "a:1", "processes": 4}, "--process-id: expected with several", "--coordinator a:1 --processes 4"),
         ({"coordinator": "a:1", "processes": 2, "process_id": 2}, "one of 0 to 1, as there are 2 processes, found 2", ""),
