@@ -183,12 +183,26 @@ class ComputeSettings:
     """The same bits in every run on the same machine. The CPU's always are; on NVIDIA GPUs it costs some speed, which the
     start table tells."""
     devices: int = DEFAULT_DEVICES
-    """Devices of this machine that train together, each on its own --batch-size; 0: all accelerators, or the one CPU."""
+    """Devices of each process that train together, each on its own --batch-size; 0: all accelerators, or the one CPU."""
     zero: Literal[0, 1, 2, 3] = 1
     """What several devices divide (ZeRO's stages): 0 nothing, 1 parameters and moments, of which each keeps its part; 2 also
     gradients, scattered in each micro-batch; 3 also the weights at work, gathered op by op, forward and backward."""
+    coordinator: str = ""
+    """HOST:PORT at which process 0 of several answers; the same command on each, with its own --process-id."""
+    processes: int = 0
+    """How many processes train together, each on --devices of its own; 0: as many as --hosts, SLURM or Open MPI say, else 1."""
+    process_id: int = -1
+    """Which of them this one is, from 0; -1: as --hosts, SLURM or Open MPI say."""
+    hosts: str = ""
+    """a,b,c: one process on each of these hosts, the same command on all; process 0 is the first's."""
+    distributed: Literal["auto", "slurm", "mpi", "none"] = "auto"
+    """What starts the processes; auto: Open MPI or SLURM, if it started several, else nobody."""
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make every announced fallback an error: a library that was not built, a jax that lacks what is needed."""
+
+
+# Of ComputeSettings: how this process was started, which may be other on each and in each part of a run.
+LAUNCH_SETTINGS = ("coordinator", "processes", "process_id", "hosts", "distributed")
 
 
 @dataclass(frozen=True)
@@ -215,6 +229,8 @@ class RunConfig:
             (self.evaluation, "sample_tokens", 1),
             (self.evaluation, "patience", 0),
             (self.compute, "devices", 0),
+            (self.compute, "processes", 0),
+            (self.compute, "process_id", -1),
             (self.run, "steps", 0),
             (self.run, "seed", 0),
             (self.run, "checkpoint_every", 0),
@@ -266,8 +282,8 @@ class RunConfig:
 
     @property
     def num_devices(self) -> int:
-        """Devices that train together; 1 until a run that leaves their number open has looked for them."""
-        return max(1, self.compute.devices)
+        """Devices of all processes together; 1 a process until a run that leaves their number open has looked for them."""
+        return max(1, self.compute.devices) * max(1, self.compute.processes)
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:

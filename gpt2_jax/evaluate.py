@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.eval_file import NUM_COMPLETIONS, MultipleChoice
 from gpt2_jax.llmc.token_shard import open_token_shard
 
-LossFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+LossFunction = Callable[[jax.Array, np.ndarray, np.ndarray], jax.Array]
 
 _MAX_UNIGRAM_TOKENS = 100_000_000  # of each split: a second's work, also for shards of billions
 _COUNTED_AT_ONCE = 1_000_000  # np.bincount makes a copy of 8 bytes a token
@@ -45,7 +44,7 @@ def validation_loss(
     losses: list[jax.Array] = []
     for _ in range(num_batches):
         before_batch()
-        losses.append(loss_function(params_N, *map(jnp.asarray, loader.next_batch())))
+        losses.append(loss_function(params_N, *loader.next_batch()))
         jax.block_until_ready(losses[-2:-1])  # at most two are under way, so that ending does not wait for all
     return float(np.mean([np.float64(loss) for loss in losses]))
 
@@ -104,7 +103,7 @@ def num_right_answers(
         rows = [np.concatenate([example.context, part]) for example in batch for part in example.completions]
         for row, tokens in enumerate(rows):
             x_BT[row, : tokens.size - 1], y_BT[row, : tokens.size - 1] = tokens[:-1], tokens[1:]
-        losses_BT = np.asarray(token_loss_function(params_N, jnp.asarray(x_BT), jnp.asarray(y_BT)))
+        losses_BT = np.asarray(token_loss_function(params_N, x_BT, y_BT))
         for number, example in enumerate(batch):
             first = example.context.size - 1
             losses = losses_BT[number * NUM_COMPLETIONS :]

@@ -200,16 +200,7 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
     marker get theirs back. A failing disk is reported as a Gpt2JaxError.
     """
     temporaries: dict[Path, Path] = {}  # by the final paths, in the order of writing
-
-    @contextmanager
-    def write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-        path = Path(path)
-        temporaries[path] = _temporary_name(path)
-        with _reported(path, "to write it", "nothing was changed"), open(temporaries[path], "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-
+    write = _writer(temporaries)
     marker = None if marker is None else Path(marker)
     try:
         yield write
@@ -220,6 +211,67 @@ def write_together(marker: str | os.PathLike | None = None) -> Iterator[Writer]:
     except BaseException:
         # Some may never have been made (no such folder, a name too long, a read-only disk), others have their names.
         _remove_all(temporaries.values())
+        raise
+
+
+def _writer(temporaries: dict[Path, Path]) -> Writer:
+    """Opens files under temporary names, which are noted by the final paths."""
+
+    @contextmanager
+    def write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+        path = Path(path)
+        temporaries[path] = _temporary_name(path)
+        with _reported(path, "to write it", "nothing was changed"), open(temporaries[path], "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    return write
+
+
+@contextmanager
+def write_with_others(agree: Callable[[Exception | None], None], marker: str | os.PathLike | None) -> Iterator[Writer]:
+    """As `write_together`, for files of one set that several processes write at the same time, one of them the marker.
+
+    All go from writing to giving names, and from there to the marker, together: `agree` gets this process's error, waits
+    for the others, and raises if one has an error. Then all of the new files are removed, on every process. There must be no
+    marker yet.
+    """
+    temporaries: dict[Path, Path] = {}
+    named: list[Path] = []
+    write = _writer(temporaries)
+
+    def give_names() -> None:
+        for path, temporary in temporaries.items():
+            with _reported(path, "to write it", "the others of its set are removed"):
+                os.replace(temporary, path)
+            named.append(path)
+        _sync_folders({path.parent for path in named}, "the others of its set are removed")
+
+    def write_marker() -> None:
+        if marker is not None:
+            temporaries.clear()
+            with write(marker):
+                pass
+            give_names()
+
+    try:
+        error = None
+        try:
+            yield write
+        except Exception as caught:
+            error = caught
+        agree(error)
+        for part in (give_names, write_marker):
+            error = None
+            try:
+                part()
+            except Exception as caught:
+                error = caught
+            agree(error)
+    except BaseException:
+        _remove_all(temporaries.values())
+        _remove_all(reversed(named))  # the marker first
         raise
 
 

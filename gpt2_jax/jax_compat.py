@@ -148,6 +148,18 @@ def serves_several_devices() -> bool:
     return jax.__version_info__ >= (0, 6, 1)
 
 
+def start_processes(coordinator: str, number: int, index: int, local_device_ids: list[int] | None) -> None:
+    """Make jax one of several processes: call this before it starts a backend. On the CPU they exchange numbers by gloo."""
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if hasattr(jax.config, "jax_enable_preemption_service"):  # it would take SIGTERM; before 0.8.2 it cannot be left out
+        jax.config.update("jax_enable_preemption_service", False)
+    # Which process this is has been found already.
+    found = {"local_device_ids": local_device_ids, "cluster_detection_method": "deactivate"}
+    jax.distributed.initialize(coordinator, number, index, **found)  # type: ignore[arg-type]
+
+
 def shard_map(function: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
     """`function` run by every device of the mesh on its own part. Which results are equal on all devices is not checked:
     custom calls and custom gradients have no rule for it."""

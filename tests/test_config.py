@@ -43,6 +43,7 @@ FLAGS = {
     *("--skip-loss-z", "--skip-gradient-z", "--nonfinite", "--master-weights", "--no-master-weights", "--hellaswag"),
     *("--validate-every", "--validation-batches", "--sample-every", "--sample-tokens", "--prompt"),
     *("--dry-run", "--strict", "--devices", "--zero"),
+    *("--coordinator", "--processes", "--process-id", "--hosts", "--distributed"),
     *("--steps", "--seed", "--out-dir", "--resume", "--checkpoint-every", "--keep-checkpoints", "--major-checkpoint-every"),
     *("--max-minutes", "--checkpoint-minutes", "--keep-best", "--verbose", "--track", "--profile"),
     *("--backend", "--metal-plugin", "--dtype", "--matmul", "--matmul-precision", "--recompute", "--deterministic"),

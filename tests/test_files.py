@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gpt2_jax import files
 from gpt2_jax.errors import Gpt2JaxError
-from gpt2_jax.files import atomic_write, json_lines, read_text_blocks, read_text_file, write_together
+from gpt2_jax.files import atomic_write, json_lines, read_text_blocks, read_text_file, write_together, write_with_others
 
 TEXT = "Gruß\r\nzwei\n"
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
@@ -344,3 +344,54 @@ def test_a_rename_that_fails_halfway_says_that_others_are_new(tmp_path):
     with pytest.raises(Gpt2JaxError, match=r"second\.bin: expected to write it, .*; those written before it are new"):
         write_all(tmp_path / "first.bin", tmp_path / "second.bin")
     assert names(tmp_path) == ["first.bin", "second.bin"]
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_written_with_others_get_the_marker_last(tmp_path):
+    seen = []
+
+    def agree(error):
+        assert error is None
+        seen.append([name for name in names_of(tmp_path) if not name.startswith(".")])
+
+    with write_with_others(agree, tmp_path / "DONE") as write, write(tmp_path / "a") as file:
+        file.write(b"new")
+    assert seen == [[], ["a"], ["DONE", "a"]]
+    assert names_of(tmp_path) == ["DONE", "a"]
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_failure_of_anybody_leaves_nothing_of_what_was_written_with_others(tmp_path, monkeypatch, phase, is_own):
+    """While writing, while giving names, and at the marker; of this process or of another one."""
+    (tmp_path / "earlier").write_bytes(b"old")
+    calls = []
+
+    def agree(error):
+        calls.append(error)
+        if error is not None or (not is_own and len(calls) == phase + 1):
+            raise Gpt2JaxError("process 1: no space")
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    replace = os.replace
+    if is_own and phase:
+        names = {1: "b", 2: "DONE"}
+        monkeypatch.setattr(files.os, "replace", lambda old, new: fail() if new.name == names[phase] else replace(old, new))
+
+    def write_both():
+        with write_with_others(agree, tmp_path / "DONE") as write:
+            for name in ("a", "b"):
+                with write(tmp_path / name) as file:
+                    file.write(b"new")
+                    if is_own and phase == 0 and name == "b":
+                        fail()
+
+    with pytest.raises(Gpt2JaxError, match="process 1: no space"):
+        write_both()
+    assert len(calls) == phase + 1  # nobody is left waiting
+    assert names_of(tmp_path) == ["earlier"]

@@ -32,6 +32,8 @@ PROGRAMS = {
     "kill",
     "iconv",
     "split",
+    "mpirun",
+    "srun",
 }
 
 

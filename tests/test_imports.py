@@ -22,7 +22,10 @@ LAYERS: list[tuple[str, ...]] = [
     ("gpt2_jax.buffer.layout",),
     ("gpt2_jax.families",),
     ("gpt2_jax.llmc", "gpt2_jax.interop"),
-    ("gpt2_jax.compute.backend", "gpt2_jax.compute.metal_plugins", "gpt2_jax.compute.metal_tables", "gpt2_jax.compute.flops"),
+    (
+        *("gpt2_jax.compute.backend", "gpt2_jax.compute.metal_plugins", "gpt2_jax.compute.metal_tables"),
+        *("gpt2_jax.compute.flops", "gpt2_jax.processes"),
+    ),
     ("gpt2_jax.ops",),
     ("gpt2_jax.buffer", "gpt2_jax.models"),
     ("gpt2_jax.compute",),

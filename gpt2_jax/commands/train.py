@@ -11,12 +11,17 @@ The built-in text has to be prepared once: python scripts/prepare_data.py
 
 from __future__ import annotations
 
+import dataclasses
+import os
+
 from gpt2_jax.commands.command_line import parse_command_line
 from gpt2_jax.compute.backend import Backend, select_backend, set_cpu_devices
-from gpt2_jax.config import ComputeSettings, format_config
+from gpt2_jax.config import LAUNCH_SETTINGS, ComputeSettings, RunConfig, format_config
 from gpt2_jax.errors import as_typed
 from gpt2_jax.machine import keep_freed_memory
 from gpt2_jax.output import output_is_no_result
+from gpt2_jax.processes.launch import Launch, find_launch
+from gpt2_jax.processes.start import start
 
 
 def main(words: list[str]) -> None:
@@ -49,9 +54,34 @@ def main(words: list[str]) -> None:
         if command.settings.compute.devices > 1:
             set_cpu_devices(command.settings.compute.devices)
 
-    from gpt2_jax.training.run import train
+    settings = command.settings
+    launch = _launch(settings.compute)
+    compute = dataclasses.replace(settings.compute, processes=launch.number)
+    with start(launch, backend, _facts(settings)) as group:
+        from gpt2_jax.training.run import train
 
-    train(command.settings, command.name, backend)
+        train(dataclasses.replace(settings, compute=compute), command.name, backend, group)
+
+
+def _launch(compute: ComputeSettings) -> Launch:
+    return find_launch(
+        os.environ,
+        coordinator=compute.coordinator,
+        processes=compute.processes,
+        process_id=compute.process_id,
+        hosts=compute.hosts,
+        method=compute.distributed,
+    )
+
+
+def _facts(settings: RunConfig) -> dict[str, str]:
+    """The settings that all processes must have the same, by their flags."""
+    return {
+        "--" + name.replace("_", "-"): str(value)
+        for section in dataclasses.asdict(settings).values()
+        for name, value in section.items()
+        if name not in LAUNCH_SETTINGS
+    }
 
 
 def _backend(compute: ComputeSettings) -> Backend:

@@ -44,6 +44,7 @@ class Backend:
     | cuda_libraries | cuBLAS and cuDNN |
     | determinism | bits that are known to be the same in every run |
     | reduce_scatter | sums scattered over devices: wrong in some jaxlibs (jax issue 40830), so ranks exchange and add |
+    | processes | several processes that train together: the plugin has no way from one to another |
     | decode_cache | generating with a cache of keys and values: its program is not checked there |
     """
 
@@ -143,7 +144,7 @@ def open_device(backend: Backend, requested: int = 1) -> str:
         raise Gpt2JaxError(f"backend {backend.name}: expected a device, found: {first_line}", _ON_CPU) from None
     if device.platform == "cpu" and backend.name != "cpu":
         raise Gpt2JaxError(f"backend {backend.name}: expected its device, found that jax opened the CPU instead", _ON_CPU)
-    return f"{device.device_kind} ({jax.device_count()} device(s), using {num_devices(backend, requested)})"
+    return f"{device.device_kind} ({jax.local_device_count()} device(s), using {num_devices(backend, requested)})"
 
 
 _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
@@ -241,7 +242,7 @@ def _metal(plugin_name: str, full_float32: bool) -> Backend:
 def metal_backend(plugin: MetalPlugin, reason: str, *, full_float32: bool = False) -> Backend:
     """The record of a plugin for the Apple GPU, wherever this runs."""
     environment = plugin.environment + (plugin.full_float32 if full_float32 else ())
-    lacks = plugin.lacks | {"cuda_libraries", "slice_updates", "determinism", "decode_cache"}
+    lacks = plugin.lacks | {"cuda_libraries", "slice_updates", "determinism", "decode_cache", "processes"}
     return Backend("metal", plugin.platform, reason, lacks, plugin.name, environment, plugin.fuses)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gpt2_jax.buffer.weights import Weights
@@ -41,6 +43,9 @@ def all_logits(plan: Plan, params_N: jax.Array, x_BT: jax.Array) -> jax.Array:
         return logits(Site(plan, (model.CLASSIFIER,)), h_BTC, params_N)[..., : plan.config.vocab_size]
 
 
+Losses = Callable[[jax.Array, np.ndarray, np.ndarray], jax.Array]
+
+
 def make_loss_function(plan: Plan) -> jax.stages.Wrapped:
     """The compiled loss (params, x_BT, y_BT) -> float32 scalar, without a gradient; of D devices x and y are (D * B, T)."""
 
@@ -51,8 +56,27 @@ def make_loss_function(plan: Plan) -> jax.stages.Wrapped:
 
 
 def make_token_loss_function(plan: Plan) -> jax.stages.Wrapped:
-    """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target; of D devices all are (D * B, T)."""
-    return jax.jit(parallel.on_every_device(plan, partial(token_losses, plan), _SPECS, parallel.BY_RANK))
+    """The compiled losses (params, x_BT, y_BT) -> (B, T) float32 of every target; of D devices all are (D * B, T), which all
+    of several processes have whole."""
+
+    def losses(params_N: jax.Array, x_BT: jax.Array, y_BT: jax.Array) -> jax.Array:
+        return parallel.everywhere(plan, token_losses(plan, params_N, x_BT, y_BT))
+
+    result = parallel.BY_RANK if plan.processes == 1 else parallel.EVERYWHERE
+    return jax.jit(parallel.on_every_device(plan, losses, _SPECS, result))
+
+
+def of_own_rows(plan: Plan, losses: jax.stages.Wrapped) -> Losses:
+    """A function of the two above that each of several processes calls with the rows of its own ranks."""
+    if plan.processes == 1:
+        return losses
+    return lambda params_N, x_BT, y_BT: losses(params_N, *parallel.place(plan, (x_BT, y_BT), _SPECS[1:]))
+
+
+def of_all_rows(plan: Plan, losses: jax.stages.Wrapped) -> Losses:
+    """The same that all processes call with the same rows, those of all ranks."""
+    of_own, own = of_own_rows(plan, losses), partial(parallel.own_part, plan)
+    return losses if plan.processes == 1 else lambda params_N, x_BT, y_BT: of_own(params_N, own(x_BT), own(y_BT))
 
 
 @partial(jax.jit, static_argnums=0)

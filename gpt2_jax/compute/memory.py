@@ -117,18 +117,18 @@ def compiled_memory(plan: Plan, compiled: jax.stages.Compiled) -> MemoryEstimate
 
 
 def device_limit() -> int | None:
-    """Bytes that a program may use on the first device; None where that is not known."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    """Bytes that a program may use on this process's first device; None where that is not known."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return int(statistics["bytes_limit"])
-    if jax.devices()[0].platform != "cpu" or not hasattr(os, "sysconf"):
+    if jax.local_devices()[0].platform != "cpu" or not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measured_peak() -> tuple[int, str]:
     """The most bytes in use so far, and of what: of the first device where its allocator counts, else of the process."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"]), "on the device"
     return process_peak(), "of the process"

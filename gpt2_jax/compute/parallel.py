@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,8 +43,19 @@ BATCHES = P(None, AXIS)  # (A, D * B, T): the second is
 
 
 def mesh_of(plan: Plan) -> Mesh:
-    """The first D devices on one axis, in jax's order, which is the order of ranks."""
-    return Mesh(np.array(jax.devices()[: plan.devices]), (AXIS,))
+    """D devices on one axis, whose order is that of ranks: the first ones of each process, process after process."""
+    each = plan.devices // plan.processes
+    of_process = (
+        [device for device in jax.devices() if device.process_index == process][:each] for process in range(plan.processes)
+    )
+    return Mesh(np.array([*chain.from_iterable(of_process)]), (AXIS,))
+
+
+def own_ranks(plan: Plan) -> range:
+    """The ranks of this process's devices."""
+    each = plan.devices // plan.processes
+    first = each * jax.process_index() if plan.processes > 1 else 0
+    return range(first, first + each)
 
 
 def sharding_of(plan: Plan, spec: P) -> NamedSharding | None:
@@ -64,12 +76,17 @@ def on_every_device(plan: Plan, function: Callable[..., Any], in_specs: Any, out
 
 
 def place(plan: Plan, tree: Any, specs: Any) -> Any:
-    """Host arrays on the devices as their specs say; on one device they are left to jax."""
+    """Host arrays on the devices as their specs say; on one device they are left to jax. Of what is divided by rank each of
+    several processes gives the parts of its own ranks."""
     if plan.devices == 1:
         return tree
-    return jax.tree_util.tree_map(
-        lambda spec, array: jax.device_put(array, sharding_of(plan, spec)), specs, tree, is_leaf=_is_spec
-    )
+    put = jax.device_put if plan.processes == 1 else _put_own
+    return jax.tree_util.tree_map(lambda spec, array: put(array, sharding_of(plan, spec)), specs, tree, is_leaf=_is_spec)
+
+
+def _put_own(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    assert sharding is not None
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
 
 def _is_spec(value: Any) -> bool:
@@ -96,7 +113,8 @@ def bytes_sent(plan: Plan, num_micro_batches: int) -> int:
 def describe(plan: Plan, num_micro_batches: int) -> str:
     """For people: mesh and stage, and the bytes that each of several devices sends in a step."""
     sent = bytes_sent(plan, num_micro_batches) / 1e6
-    where = f"{plan.devices} on the one axis '{AXIS}'"
+    of_processes = f" of {plan.processes} processes" if plan.processes > 1 else ""
+    where = f"{plan.devices}{of_processes} on the one axis '{AXIS}'"
     return f"{where}, ZeRO stage {plan.zero}: {_DIVIDED[plan.zero]}; {sent:.1f} MB travel from each in a step"
 
 
@@ -128,7 +146,23 @@ def measured_bandwidth(plan: Plan) -> float:
 def zeros(plan: Plan, shapes: Any, specs: Any) -> Any:
     """Arrays of zeros of these shapes on the devices as the specs say."""
     numpy = jnp if plan.devices == 1 else np
+    if plan.processes > 1:
+        return jax.tree_util.tree_map(partial(_zeros_of, plan), specs, shapes, is_leaf=_is_spec)
     return place(plan, jax.tree_util.tree_map(lambda shape: numpy.zeros(shape.shape, shape.dtype), shapes), specs)
+
+
+def _zeros_of(plan: Plan, spec: P, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Of several processes each makes its own part."""
+    sharding = NamedSharding(mesh_of(plan), spec)
+    part = np.zeros(sharding.shard_shape(shape.shape), shape.dtype)
+    return jax.make_array_from_callback(shape.shape, sharding, lambda index: part)
+
+
+def own_part(plan: Plan, array: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Of a host array whose axis is divided by rank this process's part."""
+    each, ranks = array.shape[axis] // plan.devices, own_ranks(plan)
+    part = slice(ranks.start * each, ranks.stop * each)
+    return array[(slice(None),) * axis + (part,)]
 
 
 def parts_of(buffer: jax.Array) -> list[jax.Array]:
@@ -184,6 +218,16 @@ def mean(plan: Plan, value: jax.Array) -> jax.Array:
     return value if plan.devices == 1 else collectives.sum_everywhere(plan, value) / plan.devices
 
 
+def highest(plan: Plan, numbers: jax.Array) -> jax.Array:
+    """The highest over all devices of each of a few numbers (1, K), as (K,)."""
+    return jnp.max(collectives.gathered(numbers[0]), axis=0)
+
+
+def everywhere(plan: Plan, part: jax.Array) -> jax.Array:
+    """Where there are several processes, what the devices have one after another, the same on all; else this device's."""
+    return part if plan.processes == 1 else collectives.gathered(part).reshape(-1, *part.shape[1:])
+
+
 def squares(plan: Plan, grads: jax.Array) -> jax.Array:
     """Each tensor's sum of squares (S,) of the gradient that `mean_gradient` returned, the same on every device."""
     own = squared_norms(grads, buffer_layout(plan).tensors)
@@ -220,11 +264,28 @@ def gradient_layout(plan: Plan) -> ParameterLayout:
 
 
 @cache
+def make_highest(plan: Plan) -> Callable[[jax.Array], jax.Array]:
+    """The compiled `highest` of numbers (D, K) that lie by rank."""
+    return jax.jit(on_every_device(plan, partial(highest, plan), (BY_RANK,), EVERYWHERE))
+
+
+@cache
 def make_whole_buffer(plan: Plan) -> Callable[[jax.Array], jax.Array]:
     """The compiled function that makes the whole buffer (N,), on every device, of what the state keeps."""
     if not plan.zero:
         return lambda buffer: buffer
     body = partial(_whole_of_part, plan)
+    return jax.jit(on_every_device(plan, body, (BY_RANK,), EVERYWHERE))
+
+
+@cache
+def make_tensor_rows(plan: Plan, number: int) -> Callable[[jax.Array], jax.Array]:
+    """The compiled function that makes of rows (D, N/D) all ranks' parts of one tensor, (D, its elements / D), everywhere."""
+    tensor = buffer_layout(plan).tensors[number]
+
+    def body(part: jax.Array) -> jax.Array:
+        return collectives.gathered(lax.slice(part[0], (tensor.offset,), (tensor.stop,)))
+
     return jax.jit(on_every_device(plan, body, (BY_RANK,), EVERYWHERE))
 
 

@@ -61,6 +61,7 @@ class Plan:
     matmul_precision: str | None  # of float32 products, by jax's names; None is jax's default
     deterministic: bool = False  # the same bits in every run
     devices: int = 1  # that train together
+    processes: int = 1  # that have so many of these devices each
     zero: int = 0  # what of a state each of them keeps: compute/parallel.py's stages
     dropout: float = 0.0  # probability, below 1, with which a training step drops an element (ops/dropout.py)
     frozen: tuple[str, ...] = ()  # names of tensors that no step changes
@@ -188,6 +189,7 @@ def make_plan(
         _matmul_precision(compute),
         deterministic=compute.deterministic,
         devices=devices,
+        processes=max(1, compute.processes),
         zero=zero,
         dropout=0.0 if optimizer is None else optimizer.dropout,
         frozen=() if optimizer is None else config.layout.frozen(optimizer.frozen_patterns).frozen_names,

@@ -42,6 +42,10 @@ class TrainState:
     grads: jax.Array | None = None
 
 
+# What each of several processes sends along with a step, so that all hear of it after the same one.
+NUM_WISHES = 2
+
+
 @struct.dataclass
 class Metrics:
     """Of one step, on the device until somebody looks: float32 scalars."""
@@ -51,10 +55,12 @@ class Metrics:
     learning_rate: jax.Array
     squared_norms: jax.Array  # (S,), of every tensor's gradient
     verdict: Verdict  # whether the update was applied, and why not
+    wishes: jax.Array | None = None  # (NUM_WISHES,) int32, of several processes: the highest that one of them has sent along
 
 
 def create_state(plan: Plan, params_N: np.ndarray | jax.Array) -> TrainState:
-    """A fresh state on the plan's devices from a buffer on the host, which is copied."""
+    """A fresh state on the plan's devices from a buffer on the host, which is copied: (N,), or already what `rows_of` makes
+    of it."""
     if plan.devices == 1:
         return _fresh_state(plan, jnp.array(params_N))
     params = rows_of(plan, np.asarray(params_N))
@@ -64,26 +70,29 @@ def create_state(plan: Plan, params_N: np.ndarray | jax.Array) -> TrainState:
 def _fresh_state(plan: Plan, params: Any, numpy: Any = jnp) -> TrainState:
     # Two arrays, not one twice: the state's buffers are donated to the step.
     moments = AdamWState(numpy.zeros((), numpy.int32), numpy.zeros_like(params), numpy.zeros_like(params))
-    grads = numpy.zeros(plan.devices * plan.layout.num_parameters, numpy.float32) if plan.writes_in_place else None
+    # On the host of several devices those of this process, else all.
+    number = plan.devices if numpy is jnp else len(parallel.own_ranks(plan))
+    grads = numpy.zeros(number * plan.layout.num_parameters, numpy.float32) if plan.writes_in_place else None
     return TrainState(params=params, optimizer=moments, windows=numpy.array(empty_windows()), grads=grads)
 
 
-def resumed_state(
-    plan: Plan, fresh: TrainState, step: int, m_N: np.ndarray, v_N: np.ndarray, windows: np.ndarray
-) -> TrainState:
-    """A fresh state with these moments, updates done, and windows, which are on the host and copied."""
+def resumed_state(plan: Plan, fresh: TrainState, step: int, m: np.ndarray, v: np.ndarray, windows: np.ndarray) -> TrainState:
+    """A fresh state with these moments, updates done, and windows, which are on the host and copied; moments as the
+    parameters of `create_state`."""
     if plan.devices == 1:
-        moments = AdamWState(jnp.array(step, jnp.int32), jnp.array(m_N), jnp.array(v_N))
+        moments = AdamWState(jnp.array(step, jnp.int32), jnp.array(m), jnp.array(v))
         return dataclasses.replace(fresh, optimizer=moments, windows=jnp.array(windows))
     specs = state_specs(plan)
-    on_host = (np.array(step, np.int32), rows_of(plan, m_N), rows_of(plan, v_N)), windows
+    on_host = (np.array(step, np.int32), rows_of(plan, m), rows_of(plan, v)), windows
     placed = parallel.place(plan, on_host, (tuple(specs.optimizer), specs.windows))
     return dataclasses.replace(fresh, optimizer=AdamWState(*placed[0]), windows=placed[1])
 
 
-def rows_of(plan: Plan, buffer_N: np.ndarray) -> np.ndarray:
-    """A whole buffer on the host as a state keeps it."""
-    return plan.layout.rows(buffer_N, plan.devices) if plan.zero else buffer_N
+def rows_of(plan: Plan, buffer: np.ndarray) -> np.ndarray:
+    """A whole buffer on the host as a state keeps it, of several processes the rows of this one's ranks; these as they are."""
+    if not plan.zero or buffer.ndim == 2:
+        return buffer
+    return parallel.own_part(plan, plan.layout.rows(buffer, plan.devices))
 
 
 def state_specs(plan: Plan) -> TrainState:
@@ -245,6 +254,7 @@ def make_step(
     leaves parameters and moments as they were. Called with a fourth argument, tensor seeds (S,) uint32, the step rounds
     the new parameters to bfloat16's values; several devices need `rounds` for it, and from --zero 1 on seeds (D, S).
     Dropout's bits come from `seed` and the number of updates done.
+    The step of several processes has wishes (D, NUM_WISHES) int32 before the seeds; `arguments` makes what it is called with.
     """
     schedule = schedule_of(settings, steps)
     optimizer = adamw(
@@ -286,11 +296,44 @@ def make_step(
     donated = (0,) if plan.backend.donates else ()
     if plan.devices == 1:
         return jax.jit(step, donate_argnums=donated)
-    in_specs = (state_specs(plan), parallel.BATCHES, parallel.BATCHES, *((parallel.buffers_of(plan),) if rounds else ()))
+
+    def step_with_wishes(
+        state: TrainState, x_ABT: jax.Array, y_ABT: jax.Array, wishes: jax.Array, *seeds: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, x_ABT, y_ABT, *seeds)
+        return state, dataclasses.replace(metrics, wishes=parallel.highest(plan, wishes))
+
+    in_specs = (state_specs(plan), *argument_specs(plan, rounds=rounds))
     out_specs = (state_specs(plan), parallel.EVERYWHERE)
     placed = jax.tree_util.tree_map(lambda spec: parallel.sharding_of(plan, spec), (in_specs, out_specs))
-    whole = parallel.on_every_device(plan, step, in_specs, out_specs)
+    body = step if plan.processes == 1 else step_with_wishes
+    whole = parallel.on_every_device(plan, body, in_specs, out_specs)
     return jax.jit(whole, donate_argnums=donated, in_shardings=placed[0], out_shardings=placed[1])
+
+
+def argument_specs(plan: Plan, *, rounds: bool) -> tuple[Any, ...]:
+    """How what a step of several devices is called with lies on them, the state apart."""
+    wishes = (parallel.BY_RANK,) if plan.processes > 1 else ()
+    return parallel.BATCHES, parallel.BATCHES, *wishes, *((parallel.buffers_of(plan),) if rounds else ())
+
+
+def arguments(
+    plan: Plan, x_ABT: np.ndarray, y_ABT: np.ndarray, wishes: tuple[int, ...], seeds: tuple[np.ndarray, ...]
+) -> tuple[Any, ...]:
+    """What a compiled step is called with behind the state. Of several processes each gives the batches of its own ranks,
+    its wishes, and the seeds of all ranks."""
+    if plan.processes == 1:
+        return x_ABT, y_ABT, *seeds
+    own_seeds = tuple(parallel.own_part(plan, of_all) for of_all in seeds) if plan.zero else seeds
+    specs = argument_specs(plan, rounds=bool(seeds))
+    x, y, *placed_seeds = parallel.place(plan, [x_ABT, y_ABT, *own_seeds], [*specs[:2], *specs[3:]])
+    return x, y, own_wishes(plan, wishes), *placed_seeds
+
+
+def own_wishes(plan: Plan, wishes: tuple[int, ...]) -> jax.Array:
+    """This process's wishes on each of its devices, of (D, NUM_WISHES)."""
+    own = np.tile(np.array(wishes, np.int32), (len(parallel.own_ranks(plan)), 1))
+    return parallel.place(plan, own, parallel.BY_RANK)
 
 
 def compile_step(
@@ -300,5 +343,7 @@ def compile_step(
     batch = jax.ShapeDtypeStruct(shape, jnp.int32)
     num_tensors = len(plan.layout.tensors)
     seeds = (jax.ShapeDtypeStruct((plan.devices, num_tensors) if plan.zero else (num_tensors,), jnp.uint32),) if rounds else ()
-    lowered = make_step(plan, settings, steps, rounds=rounds, seed=seed).lower(state_shapes(plan), batch, batch, *seeds)
+    wishes = (jax.ShapeDtypeStruct((plan.devices, NUM_WISHES), jnp.int32),) if plan.processes > 1 else ()
+    step = make_step(plan, settings, steps, rounds=rounds, seed=seed)
+    lowered = step.lower(state_shapes(plan), batch, batch, *wishes, *seeds)
     return lowered.compile(compiler_options=plan.compiler_options())

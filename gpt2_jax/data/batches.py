@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """The micro-batches of one step, those of all ranks, and where rank 0's begin."""
+    """The micro-batches of one step, those of this process's ranks, and where its first rank's begin."""
 
-    x_ABT: np.ndarray  # int32, of D devices (A, D * B, T)
+    x_ABT: np.ndarray  # int32, of D devices of this process (A, D * B, T)
     y_ABT: np.ndarray  # int32
     places: list[Place]
 
@@ -62,8 +62,9 @@ class RunData:
         return Batch(np.stack([x for x, _ in batches]), np.stack([y for _, y in batches]), places)
 
 
-def open_data(config: RunConfig, model: FamilyConfig) -> RunData:
-    """Open what a run with these settings reads; Gpt2JaxError for files that are not there or do not fit the model."""
+def open_data(config: RunConfig, model: FamilyConfig, ranks: range | None = None) -> RunData:
+    """Open what a run with these settings reads, `ranks` being this process's (None: all are); Gpt2JaxError for files that are
+    not there or do not fit the model."""
     settings, hellaswag = config.data, config.evaluation.hellaswag
     T, validates, overfits = settings.sequence_length, config.evaluation.validate_every > 0, settings.overfit_one_batch
     if model.max_sequence_length < T:
@@ -74,7 +75,7 @@ def open_data(config: RunConfig, model: FamilyConfig) -> RunData:
 
     def loader(paths: str, *, shuffle: bool = False) -> RankLoaders:
         B, D, seed = settings.batch_size, config.num_devices, config.run.seed
-        return RankLoaders(paths, B, T, num_ranks=D, vocab_size=model.vocab_size, shuffle=shuffle, seed=seed)
+        return RankLoaders(paths, B, T, num_ranks=D, ranks=ranks, vocab_size=model.vocab_size, shuffle=shuffle, seed=seed)
 
     # The training shards first: where nothing has been prepared, their error names the command that does.
     train = loader(validation_pattern(settings)) if overfits else loader(settings.train, shuffle=settings.shuffle)

@@ -1,4 +1,4 @@
-"""The loaders of all ranks of a run as one: rank r reads what llm.c's process r of so many would."""
+"""The loaders of this process's ranks as one: rank r reads what llm.c's process r of so many would."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ from gpt2_jax.llmc.loader import LoaderState, Place, TokenLoader
 
 
 class RankLoaders:
-    """Batches (D * B, T) of D ranks, rank r's being the rows [r * B, (r + 1) * B)."""
+    """Batches (number of these ranks * B, T), B rows of each rank, one rank after another."""
 
-    def __init__(self, pattern: str, batch_size: int, sequence_length: int, *, num_ranks: int, **settings: Any):
-        """As TokenLoader, whose `settings` these are."""
+    def __init__(
+        self,
+        pattern: str,
+        batch_size: int,
+        sequence_length: int,
+        *,
+        num_ranks: int,
+        ranks: range | None = None,
+        **settings: Any,
+    ):
+        """As TokenLoader, whose `settings` these are; `ranks`: this process's, else all."""
+        self.ranks = range(num_ranks) if ranks is None else ranks
         self._loaders = [
             TokenLoader(pattern, batch_size, sequence_length, process_rank=rank, num_processes=num_ranks, **settings)
-            for rank in range(num_ranks)
+            for rank in self.ranks
         ]
         first = self._loaders[0]
         self.pattern, self.paths, self.num_tokens, self.num_batches = pattern, first.paths, first.num_tokens, first.num_batches
 
     @property
     def last_place(self) -> Place:
-        """Where rank 0's last batch begins."""
+        """Where the first rank's last batch begins."""
         return self._loaders[0].last_place
 
     def reset(self) -> None:
@@ -40,10 +50,10 @@ class RankLoaders:
             loader.skip(num_batches)
 
     def states(self) -> list[LoaderState]:
-        """The position of every rank's loader."""
+        """The position of each rank's loader."""
         return [loader.state() for loader in self._loaders]
 
     def restore(self, states: Sequence[LoaderState]) -> None:
-        """Continue where the loaders that saved these states, one a rank, stood."""
-        for loader, state in zip(self._loaders, states, strict=True):
-            loader.restore(state)
+        """Continue where the loaders that saved these states, those of all ranks, stood."""
+        for rank, loader in zip(self.ranks, self._loaders, strict=True):
+            loader.restore(states[rank])

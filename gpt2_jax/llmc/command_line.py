@@ -43,15 +43,13 @@ _NUMBERS = {
     "-sg": "--skip-gradient-z",
 }
 _RECOMPUTE = ("none", "gelu", "layernorm")
-# Flags that change no result of one process on one device, and why.
+# Flags that change no result, and why.
 _WITHOUT_EFFECT = {
     "-lg": "no telemetry is printed",
     "-ge": "the compiler decides what it fuses",
-    "-pg": "there is one process",
-    "-pi": "there is one process",
-    "-ps": "there is one process",
-    "-pf": "there is one process",
 }
+_OF_PROCESSES = ("-pn", "-pr", "-pg", "-pi", "-ps", "-pf")
+_PORT = 12345  # at which llm.c's process 0 listens
 
 
 class Translation(NamedTuple):
@@ -63,7 +61,7 @@ def translate(command_line: str) -> Translation:
     """The arguments that give llm.c's run of this command line, with or without the program's name in front.
 
     Raises Gpt2JaxError, naming the flag, for a flag that llm.c does not have, for a value that llm.c would misread, and
-    for several processes, which would change the result.
+    for processes that find one another by a file.
     """
     given = _pairs(command_line)
     values = _DEFAULTS | given
@@ -80,7 +78,7 @@ def translate(command_line: str) -> Translation:
             arguments += [_NUMBERS[flag], str(_number(flag, value))]
         elif flag in _WITHOUT_EFFECT:
             remarks.append(f"{flag} {value} has no effect: {_WITHOUT_EFFECT[flag]}")
-        else:
+        elif flag not in _OF_PROCESSES:
             more, remark = _SPECIAL[flag](value)
             arguments += more
             remarks += [f"{flag} {value}: {remark}"] if remark else []
@@ -89,6 +87,7 @@ def translate(command_line: str) -> Translation:
     if given.get("-f") == "0" and dtype == "float32":
         arguments += ["--matmul-precision", "highest"]
     arguments += _folder(given)
+    arguments += _processes(given, remarks)
     if "-o" not in given:
         remarks.append("without -o llm.c keeps nothing; here the run has a folder, with the last step's checkpoint")
     elif _integer("-n", given.get("-n", "0")) == 0:
@@ -104,7 +103,7 @@ def _pairs(command_line: str) -> dict[str, str]:
         raise Gpt2JaxError(f"--llmc: expected a command line, found {command_line!r}: {error}") from None
     if words and Path(words[0]).name == _PROGRAM:
         words = words[1:]
-    known = [*_TEXTS, *_INTEGERS, *_NUMBERS, *_WITHOUT_EFFECT, *_SPECIAL]
+    known = [*_TEXTS, *_INTEGERS, *_NUMBERS, *_WITHOUT_EFFECT, *_OF_PROCESSES, *_SPECIAL]
     for flag in words[::2]:
         if flag not in known:
             instead = " or ".join(nearest(flag, known, count=3)) or f"one of {' '.join(sorted(known))}"
@@ -183,21 +182,6 @@ def _recompute(value: str) -> tuple[list[str], str]:
     return ["--recompute", _RECOMPUTE[level]], ""
 
 
-def _processes(value: str) -> tuple[list[str], str]:
-    if _integer("-pn", value) != 1:
-        raise Gpt2JaxError(
-            f"--llmc: expected one process, found -pn {value}: several read other data in each step",
-            "-pn 1, with the same -d: then a step has as many tokens",
-        )
-    return [], ""
-
-
-def _rank(value: str) -> tuple[list[str], str]:
-    if _integer("-pr", value) != 0:
-        raise Gpt2JaxError(f"--llmc: expected rank 0, the only process, found -pr {value}", "leave -pr out")
-    return [], ""
-
-
 def _nothing(value: str) -> tuple[list[str], str]:
     return [], ""  # said by _folder, which needs -o and -y together
 
@@ -218,8 +202,6 @@ _SPECIAL: dict[str, _Special] = {
     "-f": _tf32,
     "-w": _master_weights,
     "-r": _recompute,
-    "-pn": _processes,
-    "-pr": _rank,
     "-z": _zero,
     "-o": _nothing,
     "-y": _nothing,
@@ -245,3 +227,32 @@ def _folder(given: dict[str, str]) -> list[str]:
     if resume and glob.glob("DONE_*", root_dir=folder):
         return ["--resume", "--out-dir", folder]
     return ["--out-dir", folder]
+
+
+def _processes(given: dict[str, str], remarks: list[str]) -> list[str]:
+    """The flags for llm.c's ways to start several processes: by -pi mpi (its default) mpirun says how many there are, by tcp
+    -pn, -pr and -ps do, and fs cannot be had."""
+    number, rank = _integer("-pn", given.get("-pn", "1")), _integer("-pr", given.get("-pr", "0"))
+    method, server = given.get("-pi", "mpi"), given.get("-ps", "")
+    if not 0 <= rank < number:
+        raise Gpt2JaxError(f"--llmc: expected after -pr one of 0 to -pn - 1 = {number - 1}, found {rank}", "-pr 0")
+    if method not in ("mpi", "tcp", "fs"):
+        raise Gpt2JaxError(f"--llmc: expected mpi, tcp or fs after -pi, found {method!r}", "-pi tcp")
+    if number == 1:
+        names = [flag for flag in _OF_PROCESSES if flag in given and flag not in ("-pn", "-pr")]
+        remarks += [f"{flag} {given[flag]} has no effect: there is one process" for flag in names]
+        return []
+    if method == "fs":
+        raise Gpt2JaxError(
+            "--llmc: expected processes that find one another by an address, found -pi fs, which does by a file that may be "
+            "an earlier run's",
+            f"-pi tcp -ps HOST   (HOST is where process 0 runs; here --coordinator HOST:{_PORT})",
+        )
+    remarks += [f"{flag} {given[flag]} has no effect: each process has one device" for flag in ("-pg",) if flag in given]
+    stage = [] if "-z" in given else ["--zero", "0"]  # llm.c's default
+    if method == "mpi":
+        remarks.append(f"mpirun says how many processes there are, not -pn {number}")
+        return ["--distributed", "mpi", *stage]
+    if not server:
+        raise Gpt2JaxError("--llmc: expected the address of process 0 after -ps with -pi tcp, found no -ps", "-ps HOST")
+    return ["--coordinator", f"{server}:{_PORT}", "--processes", str(number), "--process-id", str(rank), *stage]

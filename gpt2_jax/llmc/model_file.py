@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -30,6 +30,7 @@ from gpt2_jax.llmc.header import (
     read_array,
     read_header,
 )
+from gpt2_jax.llmc.rows import Source, read_rows
 from gpt2_jax.names import nearest, nearest_path
 
 _PUBLISHED = ("gpt2_124M.bin", "gpt2_124M_bf16.bin", "gpt2_124M_debug_state.bin", "gpt2_tokenizer.bin")
@@ -93,6 +94,15 @@ def read_model_file(path: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
             hint_for(path),
         )
     return config, params
+
+
+def read_model_rows(path: str | os.PathLike, ranks: Sequence[int], num_ranks: int) -> np.ndarray:
+    """The ZeRO-1 parts (len(ranks), num_parameters / num_ranks) float32 of the parameters; nothing else is read."""
+    config, version = _read_checked_header(path)
+    if version not in (3, 5):
+        return config.layout.rows(_read_old_body(path, version, config.layout), num_ranks)[list(ranks)]
+    kind = "<f4" if version == 3 else ml_dtypes.bfloat16
+    return read_rows([Source(path, HEADER_BYTES)], config.layout, ranks, num_ranks, kind)
 
 
 def write_model_file(

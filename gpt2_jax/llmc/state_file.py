@@ -30,6 +30,7 @@ from gpt2_jax.llmc.header import (
 from gpt2_jax.llmc.loader import LoaderState
 from gpt2_jax.llmc.random import GENERATOR_STRUCT
 from gpt2_jax.llmc.rounding import FIRST_STATE
+from gpt2_jax.llmc.rows import Source, read_rows
 
 _WHAT = "a training state file"
 _MAX_PERMUTATION = 2**31 - 1
@@ -75,6 +76,32 @@ def write_state_files(
 
 def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout) -> TrainingState:
     """Read the files of all processes, by rank, and merge them; Gpt2JaxError if they are not exactly those of one step."""
+    first, size, processes = _checked_set(paths, layout)
+    # Without ZeRO every process has the same whole buffers.
+    parts = [
+        [read_array(path, "<f4", size, HEADER_BYTES + 4 * size * i) for i in range(first.num_buffers)]
+        for path in (paths if size < layout.num_parameters else paths[:1])
+    ]
+    buffers = parts[0] if len(parts) == 1 else [merged_parts(list(same), layout) for same in zip(*parts, strict=True)]
+    return TrainingState(first.step, buffers[0], buffers[1], processes, buffers[2] if first.has_master else None)
+
+
+def read_state_rows(
+    paths: Sequence[str | os.PathLike], layout: ParameterLayout, ranks: Sequence[int], num_ranks: int
+) -> TrainingState:
+    """The same state of the same files with only the ZeRO-1 parts of some of `num_ranks` ranks as its buffers,
+    (len(ranks), num_parameters / num_ranks) each; nothing else is read."""
+    first, size, processes = _checked_set(paths, layout)
+    of_all = paths if size < layout.num_parameters else paths[:1]
+    m, v, *master = (
+        read_rows([Source(path, HEADER_BYTES + 4 * size * number) for path in of_all], layout, ranks, num_ranks)
+        for number in range(first.num_buffers)
+    )
+    return TrainingState(first.step, m, v, processes, master[0] if master else None)
+
+
+def _checked_set(paths: Sequence[str | os.PathLike], layout: ParameterLayout) -> tuple[_Header, int, tuple[ProcessState, ...]]:
+    """Rank 0's header, the elements of each buffer in each file, and what each process has of its own."""
     first = _read_header(paths[0])
     if first.num_processes != len(paths):
         raise Gpt2JaxError(
@@ -82,7 +109,7 @@ def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout
             _hint_for(paths[0]),
         )
     processes: list[ProcessState] = []
-    parts: list[list[np.ndarray]] = []  # of each rank the buffers, if they are parts
+    size_of_first = 0
     for rank, path in enumerate(paths):
         header = _read_header(path)
         if header.rank != rank or header[:4] != first[:4]:
@@ -93,15 +120,12 @@ def read_state_files(paths: Sequence[str | os.PathLike], layout: ParameterLayout
             )
         size, loader = _read_loader(path, header, layout)
         processes.append(ProcessState(loader, header.rounding_state, header.last_rounding_state))
-        if parts and size != parts[0][0].size:
+        size_of_first = size_of_first or size
+        if size != size_of_first:
             raise Gpt2JaxError(
-                f"{path}: expected buffers of {parts[0][0].size} elements as in rank 0's, found {size}", _hint_for(path)
+                f"{path}: expected buffers of {size_of_first} elements as in rank 0's, found {size}", _hint_for(path)
             )
-        # Without ZeRO every process has the same whole buffers.
-        if rank == 0 or size < layout.num_parameters:
-            parts.append([read_array(path, "<f4", size, HEADER_BYTES + 4 * size * i) for i in range(header.num_buffers)])
-    buffers = parts[0] if len(parts) == 1 else [merged_parts(list(same), layout) for same in zip(*parts, strict=True)]
-    return TrainingState(first.step, buffers[0], buffers[1], tuple(processes), buffers[2] if first.has_master else None)
+    return first, size_of_first, tuple(processes)
 
 
 def num_processes_of(path: str | os.PathLike) -> int:

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import shlex
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -33,6 +34,7 @@ _DATASETS = {
     "tinystories": ("tinystories", "1B"),
 }
 MAX_TOKENS = 2**31 - 1  # the count is an int32, in llm.c's reader too
+_ENDS = 2**15  # tokens of either end that count for a checksum
 _TOKENS_AT_ONCE = 2**20  # checked, converted and written
 _COUNT = f"a row of 1 to {MAX_TOKENS} tokens"
 _SPLIT_HINT = "split -C 4G SOURCE part_ and prepare each part: --train 'data/part_*_train.bin' takes all of their shards"
@@ -95,6 +97,13 @@ def open_token_shard(path: str | os.PathLike) -> np.memmap:
         raise Gpt2JaxError(f"{path}: expected at least 1 token, found {num_tokens} in the header", hint)
     check_size(path, what=what, size=size, expected=HEADER_BYTES + 2 * num_tokens, hint=hint)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """A few characters that tell a shard from others: of its tokens' number, and of the first and the last of them."""
+    tokens = open_token_shard(path)
+    ends = zlib.crc32(tokens[-_ENDS:].tobytes(), zlib.crc32(tokens[:_ENDS].tobytes()))
+    return f"{len(tokens)}:{ends:08x}"
 
 
 class TokenShardWriter:

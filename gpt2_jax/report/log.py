@@ -22,7 +22,9 @@ class RunLog:
     the lines after it go on from.
     """
 
-    def __init__(self, path: str | os.PathLike, tokens_per_step: int | None = None):
+    def __init__(self, path: str | os.PathLike, tokens_per_step: int | None = None, *, writes: bool = True):
+        """`writes`: off, nothing is written, as another process writes the same."""
+        self._writes = writes
         self._tokens_per_step = tokens_per_step
         self.tracker: Tracker | None = None  # gets every record that is written, too
         self.path = Path(path)
@@ -30,6 +32,8 @@ class RunLog:
 
     def write(self, event: str, step: int, **values: float | int | str | dict[str, str]) -> None:
         """Append a record; a number that is not finite becomes null, which JSON has no other word for."""
+        if not self._writes:
+            return
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
         }

@@ -9,28 +9,38 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config
-from gpt2_jax.files import write_together
+from gpt2_jax.files import write_together, write_with_others
 from gpt2_jax.llmc.checkpoint_set import complete_steps, set_paths, state_paths
 from gpt2_jax.llmc.checkpoint_set import state_path as rank_path
 from gpt2_jax.llmc.loader import LoaderState
-from gpt2_jax.llmc.model_file import read_model_config, read_model_file, write_model_file
+from gpt2_jax.llmc.model_file import (
+    hint_for,
+    read_model_config,
+    read_model_file,
+    read_model_rows,
+    write_model_file,
+    write_model_parts,
+)
 from gpt2_jax.llmc.rounding import FIRST_STATE, RoundingStream, stochastically_rounded
 from gpt2_jax.llmc.state_file import (
     ProcessState,
     merged_parts,
     num_processes_of,
     read_state_files,
+    read_state_rows,
     write_state_file,
     write_state_files,
 )
+from gpt2_jax.processes.group import Group
 from gpt2_jax.training.run_record import STEP, Best, RunRecord, read_run_record, write_run_record
 
 
@@ -48,7 +58,7 @@ class Part:
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything of a run at one step; buffers are (num_parameters,) float32 on the host. To be saved by several ranks
-    they are rank 0's, whole or its ZeRO-1 part, and `others` has the rest."""
+    they are rank 0's, whole or its ZeRO-1 part, and `others` has the rest; loaded for some ranks, they are those ranks'."""
 
     model: GPT2Config
     params: np.ndarray
@@ -97,6 +107,48 @@ def save_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     return model_path
 
 
+def save_with_others(
+    folder: str | os.PathLike,
+    group: Group,
+    step: int,
+    model: GPT2Config,
+    parts: Mapping[int, Part],
+    tensors: Iterable[np.ndarray],
+    *,
+    num_ranks: int,
+    dtype: str,
+    master_weights: bool,
+    record: RunRecord,
+) -> Path:
+    """Write the set of a step together with the other processes, each the states of its own ranks, `parts`; returns the model
+    file's path. `tensors` are all parameters as the model file has them, by their tensors, made by all processes together;
+    process 0 writes them, the record and DONE.
+
+    AgreedError, on all, when a file cannot be written on one: all that was written of the set is removed then, everywhere.
+    """
+    model_path, _, record_path, done_path = set_paths(folder, step)
+    has_masters = dtype == "bfloat16" and master_weights
+    with group.agreed():
+        if group.is_first and os.path.lexists(done_path):
+            raise Gpt2JaxError(f"{done_path}: expected no set of step {step}, found one", f"rm {done_path}")
+    with write_with_others(group.agree, done_path if group.is_first else None) as write:
+        made = iter(tensors)
+        try:
+            if group.is_first:
+                write_model_parts(model_path, model, made, dtype, write=write)
+                write_run_record(record_path, record, write=write)
+        finally:  # also after a failure, since the others wait in the making of each
+            for _ in made:
+                pass
+        for rank, part in parts.items():
+            group.progress += 1
+            buffers = [part.m, part.v, *([part.params] if has_masters else [])]
+            process = ProcessState(part.loader, part.rounding.state, part.rounding.last_update_state)
+            path = rank_path(folder, step, rank)
+            write_state_file(path, step, buffers, process, rank=rank, num_processes=num_ranks, write=write)
+    return model_path
+
+
 def reshard_checkpoint(
     folder: str | os.PathLike,
     step: int,
@@ -138,23 +190,34 @@ def reshard_checkpoint(
     return new_paths
 
 
-def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: bool = True) -> Checkpoint:
-    """Read a complete set, of one process or of several, whose states are merged.
+def load_checkpoint(
+    folder: str | os.PathLike, step: int, *, master_weights: bool = True, ranks: range | None = None, num_ranks: int = 1
+) -> Checkpoint:
+    """Read a complete set, of one process or of several, whose states are merged. With `ranks` the three buffers are only
+    those ranks' parts of `num_ranks`, (len(ranks), num_parameters / num_ranks), and nothing else is read.
 
     The parameters are the state's master weights, if it has them and they are wanted, else the model file's. Raises
     Gpt2JaxError for a damaged file, or a state whose step is not its name's.
     """
     model_path, state_path, record_path, _ = set_paths(folder, step)
     model = read_model_config(model_path)
-    state = read_state_files(state_paths(folder, step, num_processes_of(state_path)), model.layout)
+    paths = state_paths(folder, step, num_processes_of(state_path))
+    read = read_state_files if ranks is None else partial(read_state_rows, ranks=ranks, num_ranks=num_ranks)
+    state = read(paths, model.layout)
     if state.step != step:
         raise Gpt2JaxError(f"{state_path}: expected the state of step {step}, found step {state.step} in its header")
     if state.master is not None and master_weights:
         params = state.master
-        if np.count_nonzero(params[slice(*model.layout["wte"].padding_span)]):
+        if any(np.count_nonzero(part) for part in _padding(model, params, ranks, num_ranks)):
             raise Gpt2JaxError(f"{state_path}: expected zeros in the padding rows of wte's master weights, found other values")
-    else:
+    elif ranks is None:
         params = read_model_file(model_path)[1]
+    else:
+        params = read_model_rows(model_path, ranks, num_ranks)
+        if any(np.count_nonzero(part) for part in _padding(model, params, ranks, num_ranks)):
+            raise Gpt2JaxError(
+                f"{model_path}: expected zeros in the padding rows of wte, found other values", hint_for(model_path)
+            )
     first = state.processes[0]
     return Checkpoint(
         model=model,
@@ -168,6 +231,17 @@ def load_checkpoint(folder: str | os.PathLike, step: int, *, master_weights: boo
         record=read_run_record(record_path) if os.path.lexists(record_path) else None,
         processes=state.processes,
     )
+
+
+def _padding(model: GPT2Config, params: np.ndarray, ranks: range | None, num_ranks: int) -> list[np.ndarray]:
+    """wte's padding rows of a whole buffer, or what of them each rank's part has."""
+    whole = model.layout["wte"]
+    start, stop = whole.padding_span
+    if ranks is None:
+        return [params[start:stop]]
+    size, offset = whole.size // num_ranks, model.layout.part(num_ranks)["wte"].offset
+    firsts = [max(0, start - whole.offset - rank * size) for rank in ranks]
+    return [row[offset + first : offset + size] for row, first in zip(params, firsts, strict=True) if first < size]
 
 
 def delete_old_checkpoints(folder: str | os.PathLike, step: int, *, every: int, keep: int, major_every: int) -> list[int]:

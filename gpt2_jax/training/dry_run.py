@@ -12,13 +12,13 @@ from gpt2_jax.compute import memory, parallel
 from gpt2_jax.compute.flops import flops_per_token
 from gpt2_jax.compute.memory import MemoryEstimate
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import compile_step, state_shapes, state_specs
+from gpt2_jax.compute.step import NUM_WISHES, arguments, compile_step, state_shapes, state_specs
 from gpt2_jax.config import RunConfig
 from gpt2_jax.machine import gigabytes, give_memory_back
 from gpt2_jax.report.display import Display
 
 _MOST_COMPILES = 5
-_TIMED_SECONDS, _MOST_TIMED = 1.0, 5
+_TIMED_SECONDS, _MOST_TIMED, _TIMED_TOGETHER = 1.0, 5, 2
 _RELEASE_SECONDS = 0.05  # within which XLA's threads let go of arrays that nobody holds
 _FORWARD = 1 / 3  # of a step's time
 
@@ -31,9 +31,10 @@ def dry_run(
     num_tokens: int,
     steps: int,
     display: Display,
+    limit: int | None,
 ) -> None:
-    """Print memory by kind, operations, the time of one step on zeros and so of the run, and the largest batch that fits."""
-    limit = memory.device_limit()
+    """Print memory by kind, operations, the time of one step on zeros and so of the run, and the largest batch that fits into
+    `limit` bytes a device (None: not known), which several processes must be given the same."""
     of_limit = "" if limit is None else f" of {gigabytes(limit)} on the device"
     flops = flops_per_token(plan.config, config.data.sequence_length) * config.tokens_per_step
     rows = [
@@ -64,14 +65,18 @@ def dry_run(
 def time_step(config: RunConfig, plan: Plan, compiled: jax.stages.Compiled) -> float:
     """Seconds of a step on zeros: the shortest of as many as fit into a second, but of at least one."""
     state = parallel.zeros(plan, state_shapes(plan), state_specs(plan))
-    batch = np.zeros(config.batch_shape, np.int32)
+    A, rows, T = config.batch_shape
+    batch = np.zeros((A, rows // plan.processes, T), np.int32)
     num_tensors = len(plan.layout.tensors)
     shape = (plan.devices, num_tensors) if plan.zero else (num_tensors,)
     seeds = (np.zeros(shape, np.uint32),) if config.rounds_parameters else ()
+    arguments_of_step = arguments(plan, batch, batch, (0,) * NUM_WISHES, seeds)
     times: list[float] = []
-    while sum(times) < _TIMED_SECONDS and len(times) < _MOST_TIMED:
+    # Several processes must take as many steps as one another, whatever their clocks say.
+    most, seconds = (_MOST_TIMED, _TIMED_SECONDS) if plan.processes == 1 else (_TIMED_TOGETHER, math.inf)
+    while sum(times) < seconds and len(times) < most:
         started = time.perf_counter()
-        state, metrics = compiled(state, batch, batch, *seeds)
+        state, metrics = compiled(state, *arguments_of_step)
         float(metrics.loss)
         times.append(time.perf_counter() - started)
     # The state is needed no more: its pages must not stay beside those of the run's own.

@@ -52,7 +52,9 @@ def before_first_step(run: Run, events: list[Event]) -> list[Event]:
     """The events that a fresh run begins with; of a resumed one those of its step that were given up or not come to."""
     if run.step == 0:
         return [event for event in events if event.at_start]
-    return [event for event in events if event.logged_as and event.is_due(run.step) and not _is_logged(run, event)]
+    due = [event for event in events if event.logged_as and event.is_due(run.step)]
+    missing = run.group.broadcast(lambda: [event.name for event in due if not _is_logged(run, event)])
+    return [event for event in due if event.name in missing]
 
 
 def _is_logged(run: Run, event: Event) -> bool:

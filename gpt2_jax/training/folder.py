@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 
-from gpt2_jax.config import RunConfig, format_config, load_saved_config, saved_config_path
+from gpt2_jax.config import LAUNCH_SETTINGS, RunConfig, format_config, load_saved_config, saved_config_path
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.files import atomic_write
 from gpt2_jax.llmc.checkpoint_set import complete_steps, files_of_sets
-from gpt2_jax.training.run_lock import locked
+from gpt2_jax.processes.group import Group
+from gpt2_jax.training.run_lock import holders_text, locked, this_process
+
+# A network's file system may show another host's new files late.
+_SHARED_SECONDS, _LOOK_SECONDS = 60.0, 0.1
 
 
 def refuse_used_folder(folder: Path) -> None:
@@ -45,22 +50,55 @@ def folder_of(config: RunConfig, name: str) -> Path:
 
 
 @contextmanager
-def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the run folder, lock it, and write the resolved settings into it; `say` is given a line about an old lock."""
+def open_folder(folder: Path, config: RunConfig, say: Callable[[str], None], group: Group | None = None) -> Iterator[None]:
+    """Make the run folder, lock it, and write the resolved settings into it; `say` is given a line about an old lock. Of
+    several processes process 0 does, and the others look whether it is there: Gpt2JaxError, on all, where they do not share
+    it."""
+    group = group or Group()
+    processes = group.gather(this_process())
+    if group.is_first:
+        with _opened(folder, config, say, processes[1:]):
+            group.gather(holders_text(folder))
+            group.agree()
+            yield
+    else:
+        _look_for(folder, group.gather("")[0], group)
+        yield
+
+
+def _look_for(folder: Path, holders: str, group: Group) -> None:
+    """Whether this process sees the lock file that process 0 has just written."""
+    until = time.monotonic() + _SHARED_SECONDS
+    while holders_text(folder) != holders and time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS)
+    error = None
+    if holders_text(folder) != holders:
+        error = Gpt2JaxError(
+            f"--out-dir: expected a folder that all hosts share, found that {folder} is another one here",
+            "--out-dir FOLDER   (on a file system that each host has)",
+        )
+    group.agree(error)
+
+
+@contextmanager
+def _opened(folder: Path, config: RunConfig, say: Callable[[str], None], others: Sequence[str]) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=config.run.out_dir != "")
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         cause = getattr(error, "strerror", None) or error
         raise Gpt2JaxError(f"{folder}: expected to make the run folder, found: {cause}") from None
-    with locked(folder, say):
+    with locked(folder, say, others):
         if not config.run.resume:
             refuse_used_folder(folder)  # again: another run may have used it in the meantime
             if os.path.lexists(saved_config_path(folder)):
                 say(f"{folder}: a run ended here before its first checkpoint; this one takes its place")
             _set_aside(folder, say)
         with atomic_write(saved_config_path(folder)) as file:
+            base = RunConfig().compute
             settled = dataclasses.replace(
-                config, run=dataclasses.replace(config.run, out_dir=str(folder), resume=False, verbose=False, profile="")
+                config,
+                run=dataclasses.replace(config.run, out_dir=str(folder), resume=False, verbose=False, profile=""),
+                compute=dataclasses.replace(config.compute, **{name: getattr(base, name) for name in LAUNCH_SETTINGS}),
             )
             file.write(format_config(settled).encode("utf-8", "surrogatepass"))
         _link_latest(folder, say)

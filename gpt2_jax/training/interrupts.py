@@ -31,27 +31,51 @@ _SIGNALS = _FROM_PEOPLE | _FROM_SURROUNDINGS
 _SECONDS_OF_ONE_REQUEST = 0.5
 
 
-class StopRequest:
-    """Whether the run is to stop, and why: a signal came, or `max_minutes` have passed since this was made (0: no limit)."""
+_NOTHING, _TIME = 0, 1000  # wishes beside the numbers of signals
 
-    def __init__(self, max_minutes: float = 0.0) -> None:
+
+class StopRequest:
+    """Whether the run is to stop, and why: a signal came, or `max_minutes` have passed since this was made (0: no limit).
+
+    One of several processes `waits`: what is asked of it is its `wish`, and it stops by what all have agreed on, which
+    `hear` is told.
+    """
+
+    def __init__(self, max_minutes: float = 0.0, *, waits: bool = False) -> None:
         self.signal: signal.Signals | None = None
         self._max_minutes = max_minutes
         self._start = time.monotonic()
+        self._heard = _NOTHING if waits else None
+
+    @property
+    def wish(self) -> int:
+        """The number of the signal that came, another one when the time has passed, 0 when nothing asks to stop."""
+        if self.signal is not None:
+            return int(self.signal)
+        is_over = self._max_minutes > 0 and time.monotonic() - self._start >= 60 * self._max_minutes
+        return _TIME if is_over else _NOTHING
+
+    def hear(self, wish: int) -> None:
+        """The highest wish of all processes; one that was heard stays."""
+        self._heard = max(self._heard or _NOTHING, wish)
+
+    @property
+    def _agreed(self) -> int:
+        return self.wish if self._heard is None else self._heard
 
     @property
     def reason(self) -> str | None:
         """What asks the run to stop; None when nothing does."""
-        if self.signal is not None:
-            return self.signal.name
-        if self._max_minutes and time.monotonic() - self._start >= 60 * self._max_minutes:
-            return f"--max-minutes {self._max_minutes:g}"
-        return None
+        agreed = self._agreed
+        if agreed == _NOTHING:
+            return None
+        return f"--max-minutes {self._max_minutes:g}" if agreed == _TIME else signal.Signals(agreed).name
 
     def end_program(self, *, saved: bool) -> NoReturn:
         """End with the exit status of the signal, 128 and its number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. When
         the time has passed with 0, or with 1 if the step was not saved."""
-        raise SystemExit(128 + self.signal if self.signal is not None else int(not saved))
+        agreed = self._agreed
+        raise SystemExit(int(not saved) if agreed in (_NOTHING, _TIME) else 128 + agreed)
 
 
 class StoppedError(Exception):
@@ -59,15 +83,15 @@ class StoppedError(Exception):
 
 
 @contextmanager
-def stop_requests(max_minutes: float = 0.0) -> Iterator[StopRequest]:
-    """While inside, the signals that would end the process are noted; a SIGINT or SIGTERM that is sent again ends it at
-    once with its status.
+def stop_requests(max_minutes: float = 0.0, *, waits: bool = False) -> Iterator[StopRequest]:
+    """Yield a StopRequest of these arguments. While inside, the signals that would end the process are noted; a SIGINT or
+    SIGTERM that is sent again ends it at once with its status.
 
     A signal that was ignored before stays so, as nohup has it with SIGHUP, and a shell with the SIGINT of what it runs
     in the background. Signals are read by a thread of their own: the main thread can be in a compiled function for
     seconds, where Python runs no handler. Outside the main thread, where Python can set no handlers, nothing is changed.
     """
-    request = StopRequest(max_minutes)
+    request = StopRequest(max_minutes, waits=waits)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

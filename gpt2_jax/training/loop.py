@@ -10,6 +10,7 @@ import shlex
 
 import numpy as np
 
+from gpt2_jax.compute.step import arguments
 from gpt2_jax.errors import Gpt2JaxError, as_typed
 from gpt2_jax.jax_compat import is_ready
 from gpt2_jax.training.events import before_first_step, events_of, happen
@@ -36,6 +37,7 @@ def _train(run: Run) -> None:
     events = events_of(run)
     if run.step > 0:
         run.log_event("resume")
+    if run.step > 0 and run.group.is_first:
         run.attempt(lambda: run.display.recall([*run.log.finite_values("train", "loss").values()]))
     happen(run, before_first_step(run, events))
     if run.is_stopping:
@@ -44,15 +46,18 @@ def _train(run: Run) -> None:
     batch = run.data.next_batch() if run.step < run.steps else None
     run.clock.restart()
     while batch is not None:
-        run.state, metrics = run.compiled(run.state, batch.x_ABT, batch.y_ABT, *_seeds(run))
+        behind_state = arguments(run.plan, batch.x_ABT, batch.y_ABT, run.wishes, _seeds(run))
+        run.state, metrics = run.compiled(run.state, *behind_state)
         run.step += 1
         if in_flight is not None:
             _report(run, in_flight, StepInFlight(run.step, metrics, batch.places))
         in_flight = StepInFlight(run.step, metrics, batch.places)
         last = run.step == run.steps
         due = [event for event in events if event.is_due(run.step, last=last)]
-        # Rounding needs seeds, and which come next depends on whether this update was applied.
-        if due or run.is_stopping or run.config.rounds_parameters or is_ready(metrics.loss):
+        # Rounding needs seeds, and which come next depends on whether this update was applied. Several processes must read
+        # a step's metrics at the same place, whoever is ready first.
+        is_early = run.group.number == 1 and is_ready(metrics.loss)
+        if due or run.is_stopping or run.config.rounds_parameters or is_early:
             _report(run, in_flight, None)
             in_flight = None
         happen(run, due)
@@ -112,4 +117,5 @@ def _stop(run: Run) -> None:
     if "no checkpoint" not in newest:
         folder = shlex.quote(str(run.folder))
         run.display.line(as_typed(f"to go on:\npython scripts/train.py --resume --out-dir {folder}"))
-    run.stop.end_program(saved=run.step == 0 or run.is_saved)
+    is_saved = run.is_saved
+    run.stop.end_program(saved=run.step == 0 or is_saved)

@@ -36,6 +36,8 @@ def profile(run: Run) -> None:
 
 
 def _begin(run: Run) -> None:
+    if not run.group.is_first:
+        return
     jax.block_until_ready(run.state.params)
     jax.profiler.start_trace(str(run.folder / "profile"))
     run.profiling_since = time.perf_counter()
@@ -44,11 +46,8 @@ def _begin(run: Run) -> None:
 
 
 def is_time_to_profile(run: Run) -> bool:
-    """Whether a trace begins or ends after this step."""
-    if run.profiled is None:
-        return False
-    first, last = run.profiled
-    return run.step == first - 1 or (run.step == last and run.profiling_since is not None)
+    """Whether a trace begins or ends after this step; of several processes that of process 0."""
+    return run.profiled is not None and run.step in (run.profiled[0] - 1, run.profiled[1])
 
 
 def end_profile(run: Run) -> None:

@@ -28,6 +28,9 @@ def show_step(run: Run, done: StepInFlight) -> str | None:
     loss, norm, learning_rate = (float(value) for value in (metrics.loss, metrics.gradient_norm, metrics.learning_rate))
     loss_z, norm_z = np.asarray(metrics.verdict.z_scores).tolist()
     applied = bool(metrics.verdict.applies)
+    if metrics.wishes is not None:
+        run.hear(metrics.wishes)
+    run.group.progress += 1
     seconds = run.clock.step_done()
     for stream in (run.rounding, *run.other_roundings):
         stream.step_done(run.data.num_micro_batches, applied=applied)

@@ -46,6 +46,8 @@ def computed_by(plan: Plan) -> str:
     processor = processor_name() if plan.backend.platform == "cpu" else jax.devices()[0].device_kind
     if plan.devices > 1:
         products += f", {plan.devices} devices, ZeRO stage {plan.zero}"
+    if plan.processes > 1:
+        products += f", {plan.processes} processes"
     return f"{plan.dtype}, {products}, jax {version_text('jax')}, jaxlib {version_text('jaxlib')}, {processor}"
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +40,9 @@ class _Holder(NamedTuple):
 
 
 @contextmanager
-def locked(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Keep every other process out of a run folder that exists, by a file `.lock` with this host and process in it.
+def locked(folder: str | os.PathLike, say: Callable[[str], None] = print, others: Sequence[str] = ()) -> Iterator[None]:
+    """Keep every other process out of a run folder that exists, by a file `.lock` with this host and process in it, and those
+    of the `others` that train with it, each as `this_process` says it there.
 
     The kernel holds the lock where it can, and gives it up when the process ends, however it ends. A lock that was left
     behind is taken over: `say` is given a line about it, and the half-written files of that process are removed.
@@ -50,6 +51,7 @@ def locked(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Ite
     path = Path(folder) / _NAME
     try:
         descriptor = _take(path, say)
+        os.write(descriptor, "".join(f"{other}\n" for other in others).encode())
     except OSError as error:
         raise Gpt2JaxError(
             f"{path}: expected to lock the run folder, found: {error.strerror or error}", "another --out-dir"
@@ -63,6 +65,18 @@ def locked(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Ite
             path.unlink()
         if os.name != "nt":  # elsewhere the file is removed while the lock is still held, so that it is nobody else's
             os.close(descriptor)
+
+
+def this_process() -> str:
+    """This process's host and number, as the lock file has them."""
+    return f"{socket.gethostname()} {os.getpid()}"
+
+
+def holders_text(folder: str | os.PathLike) -> str:
+    """What the lock file of a folder has; empty where there is none."""
+    with suppress(OSError):
+        return (Path(folder) / _NAME).read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def _take(path: Path, say: Callable[[str], None]) -> int:
@@ -87,17 +101,19 @@ def _take(path: Path, say: Callable[[str], None]) -> int:
 def _take_opened(path: Path, descriptor: int, is_new: bool, say: Callable[[str], None]) -> bool:
     """Take the lock of an open file; False when the file was removed in the meantime by whoever had the lock."""
     held = _flock(descriptor)
-    holder = None if is_new else _read_holder(descriptor)
+    holders = [] if is_new else _read_holders(descriptor)
+    holder = holders[0] if holders else None
     if held is False or (held is None and not is_new and (holder is None or not holder.is_gone)):
         raise _refusal(path, holder, certain=held is False)
     if held and not _is_at(path, descriptor):
         return False
     if holder is not None:
         say(f"{path} was left by {holder}, which is gone: taken over")
-        remove_temporaries(path.parent, holder.host, holder.process)
+        for each in holders:
+            remove_temporaries(path.parent, each.host, each.process)
     os.ftruncate(descriptor, 0)
     os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
+    os.write(descriptor, f"{this_process()}\n".encode())
     return True
 
 
@@ -123,11 +139,13 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _read_holder(descriptor: int) -> _Holder | None:
-    """Who wrote the file; None when it is empty or has something else in it."""
+def _read_holders(descriptor: int) -> list[_Holder]:
+    """Who wrote the file, and who trained with it; none when it is empty or has something else in it."""
     os.lseek(descriptor, 0, os.SEEK_SET)
-    match = re.fullmatch(r"(\S+) (\d{1,10})\n", os.read(descriptor, 1000).decode("utf-8", "replace"))
-    return None if match is None else _Holder(match[1], int(match[2]))
+    text = os.read(descriptor, 1_000_000).decode("utf-8", "replace")
+    if not re.fullmatch(r"(\S+ \d{1,10}\n)+", text):
+        return []
+    return [_Holder(host, int(process)) for host, process in map(str.split, text.splitlines())]
 
 
 def _refusal(path: Path, holder: _Holder | None, *, certain: bool) -> Gpt2JaxError:

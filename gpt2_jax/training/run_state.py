@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from gpt2_jax.compute.parallel import make_whole_buffer
+from gpt2_jax.compute.forward import Losses
+from gpt2_jax.compute.parallel import make_highest, make_whole_buffer
 from gpt2_jax.compute.plan import Plan
-from gpt2_jax.compute.step import TrainState
+from gpt2_jax.compute.step import TrainState, own_wishes
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import RunData
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.llmc.checkpoint_set import complete_steps
 from gpt2_jax.llmc.rounding import RoundingStream
+from gpt2_jax.processes.group import Group
 from gpt2_jax.report.display import Display
 from gpt2_jax.report.log import RunLog
 from gpt2_jax.training.interrupts import StoppedError, StopRequest
@@ -38,18 +41,20 @@ class Run:
     computed_by: str  # processor, products and versions: the bits depend on them beside settings and data
     peak_flops: float | None  # of all devices; None where it is not known
     compiled: jax.stages.Compiled
-    loss_function: jax.stages.Wrapped
-    token_loss_function: jax.stages.Wrapped
+    loss_function: Losses
+    token_loss_function: Losses
     # Where it stands.
     state: TrainState
     step: int  # updates done, refused ones included
     rounding: RoundingStream
     clock: StepClock
     stop: StopRequest = field(default_factory=StopRequest)
+    group: Group = field(default_factory=Group)
     baseline: float | None = None  # unigram cross-entropy of the validation tokens
     other_roundings: tuple[RoundingStream, ...] = ()  # of the ranks behind rank 0
     best: Best | None = None  # with --keep-best or --patience
     saved_step: int = -1  # the last one of which a checkpoint was tried
+    is_to_save: bool = False  # of several processes: process 0 has sent that it is time
     saved_at: float = field(default_factory=time.monotonic)
     drawn_at: float = -math.inf
     drawing_seconds: float = 0.0
@@ -67,6 +72,23 @@ class Run:
         return params if self.plan.devices == 1 else params.addressable_data(0)
 
     @property
+    def wishes(self) -> tuple[int, int]:
+        """What this process sends to the others with a step: to stop, and, from process 0, whose clock counts, to save."""
+        return self.stop.wish, int(self.group.is_first and self.is_time_to_save)
+
+    def hear(self, wishes: np.ndarray | jax.Array) -> None:
+        """The highest wishes of all processes."""
+        stop, save = np.asarray(wishes).tolist()
+        self.stop.hear(stop)
+        self.is_to_save = bool(save)
+
+    @property
+    def is_time_to_save(self) -> bool:
+        """Whether --checkpoint-minutes have passed without a checkpoint."""
+        minutes = self.config.run.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+
+    @property
     def is_stopping(self) -> bool:
         """Whether the run was asked to stop before its last step, after which it ends anyway."""
         return self.step < self.steps and self.stop.reason is not None
@@ -80,14 +102,17 @@ class Run:
         return 0 < evaluation.patience * evaluation.validate_every <= since
 
     def give_way(self) -> None:
-        """Called now and then by an event that takes long: StoppedError when the run is to stop."""
+        """Called now and then by an event that takes long, by all processes together: StoppedError when the run is to stop."""
+        self.group.progress += 1
+        if self.group.number > 1:
+            self.hear(make_highest(self.plan)(own_wishes(self.plan, self.wishes)))
         if self.is_stopping:
             raise StoppedError
 
     @property
     def is_saved(self) -> bool:
-        """Whether there is a complete checkpoint of the step."""
-        return self.step in complete_steps(self.folder)
+        """Whether there is a complete checkpoint of the step; all processes ask together."""
+        return self.group.broadcast(lambda: self.step in complete_steps(self.folder))
 
     def newest_checkpoint(self) -> str:
         steps = complete_steps(self.folder)

@@ -42,7 +42,9 @@ def summarize(run: Run) -> None:
 
 
 def draw(run: Run) -> None:
-    """Draw the losses so far into the run folder."""
+    """Draw the losses so far into the run folder; process 0 does."""
+    if not run.group.is_first:
+        return
     started = time.monotonic()
     run.attempt(lambda: plot_loss(run.log, run.folder / "loss.png", baseline=run.baseline))
     run.drawn_at = time.monotonic()

@@ -17,7 +17,7 @@ from gpt2_jax.files import _is_path, with_home
 # Every text among the settings and arguments that is no path.
 NO_PATHS = {
     *("prompt", "size", "model", "systems", "implementations", "llmc", "text_field", "shard_tokens", "profile", "as_if"),
-    *("freeze", "host", "stop"),
+    *("freeze", "host", "stop", "coordinator", "hosts"),
 }
 OTHER_COMMANDS = [command for command in COMMANDS if command not in ("train", "doctor")]
 PATHS = ["~/x", "~/data/*_train_*.bin", "~"]

@@ -17,7 +17,7 @@ import pytest
 
 from gpt2_jax.llmc.checkpoint_set import complete_steps
 from gpt2_jax.report.log import RunLog
-from gpt2_jax.training.interrupts import stop_requests
+from gpt2_jax.training.interrupts import StopRequest, stop_requests
 from gpt2_jax.training.run_record import read_run_record
 from tests.conftest import REPOSITORY
 
@@ -165,7 +165,7 @@ def test_second_signal_ends_at_once_even_while_compiling(tiny_shards, tmp_path, 
 
 STOPPABLE = """
 import sys, time
-from gpt2_jax.training.interrupts import stop_requests
+from gpt2_jax.training.interrupts import StopRequest, stop_requests
 with stop_requests() as request:
     print("ready", flush=True)
     end = time.monotonic() + float(sys.argv[1])
@@ -307,3 +307,23 @@ def test_a_run_that_is_stopped_in_its_last_step_is_complete(tiny_shards, tmp_pat
         process.send_signal(signal.SIGTERM)
         ended(process)
     assert complete_steps(folder)[-1] == STEPS
+
+
+def test_one_of_several_processes_stops_by_what_all_have_heard():
+    request = StopRequest(waits=True)
+    assert (request.wish, request.reason) == (0, None)
+    request.signal = signal.SIGUSR1
+    assert (request.wish, request.reason) == (signal.SIGUSR1, None)
+    request.hear(signal.SIGTERM)
+    request.hear(0)  # what was heard stays
+    assert request.reason == "SIGTERM"
+    with pytest.raises(SystemExit) as ended:
+        request.end_program(saved=True)
+    assert ended.value.code == 143
+    timed = StopRequest(max_minutes=1e-9, waits=True)
+    other = StopRequest(waits=True)
+    other.hear(timed.wish)
+    assert other.reason.startswith("--max-minutes")
+    with pytest.raises(SystemExit) as ended:
+        other.end_program(saved=True)
+    assert ended.value.code == 0

@@ -57,7 +57,15 @@ TRANSLATED = [
     ("-r 0", "compute.recompute", "none"),
     ("-r 1", "compute.recompute", "gelu"),
     ("-r 2", "compute.recompute", "layernorm"),
-    ("-pn 1 -pr 0", "run.steps", 0),
+    ("-pn 1 -pr 0", "compute.processes", 0),
+    ("-pn 8 -pr 3 -pi tcp -ps 10.0.0.1", "compute.coordinator", "10.0.0.1:12345"),
+    ("-pn 8 -pr 3 -pi tcp -ps 10.0.0.1", "compute.processes", 8),
+    ("-pn 8 -pr 3 -pi tcp -ps 10.0.0.1", "compute.process_id", 3),
+    ("-pn 8 -pi tcp -ps 10.0.0.1", "compute.process_id", 0),
+    ("-pn 8 -pi tcp -ps 10.0.0.1", "compute.zero", 0),
+    ("-pn 8 -pi tcp -ps 10.0.0.1 -z 1", "compute.zero", 1),
+    ("-pn 8", "compute.distributed", "mpi"),  # llm.c's default
+    ("-pn 8 -pi mpi -pg 8", "compute.distributed", "mpi"),
 ]
 WITHOUT_EFFECT = ["-lg 10", "-ge 1", "-pg 8", "-pi tcp", "-ps 10.0.0.1", "-pf /shared"]
 # Of the table in llm.c's usage.
@@ -111,8 +119,11 @@ def test_a_flag_that_llmc_has_not_brings_the_nearest():
 @pytest.mark.parametrize(
     ("llmc", "message"),
     [
-        ("-pn 8", "found -pn 8: several read other data in each step"),
-        ("-pr 1", "found -pr 1"),
+        ("-pn 8 -pi fs -pf /shared", "found -pi fs, which does by a file that may be an earlier run's"),
+        ("-pn 8 -pi tcp", "found no -ps"),
+        ("-pn 2 -pi ucx", "expected mpi, tcp or fs after -pi, found 'ucx'"),
+        ("-pn 0", "expected after -pr one of 0 to -pn - 1 = -1, found 0"),
+        ("-pr 1", "found 1"),
         ("-x 0", "after -x, found 0"),
         ("-b six", "expected an integer after -b, found 'six'"),
         ("-l fast", "expected a number after -l, found 'fast'"),
