@@ -183,7 +183,7 @@ def text_loss(
                 raise Gpt2JaxError(f"text: expected token ids below {bytes_of_token.size}, found {part.max()}")
             x_BT[row, : part.size - 1], y_BT[row, : part.size - 1] = part[:-1], part[1:]
             is_scored_BT[row, (length - stride if window else 0) : part.size - 1] = True
-        losses_BT = np.asarray(token_loss_function(params_N, jnp.asarray(x_BT), jnp.asarray(y_BT)))
+        losses_BT = np.asarray(token_loss_function(params_N, x_BT, y_BT))
         total += losses_BT[is_scored_BT].sum(dtype=np.float64)
         num_bytes += int(bytes_of_token[y_BT[is_scored_BT]].sum())
     if not math.isfinite(total):

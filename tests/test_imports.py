@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "gpt2_jax"
 LAYERS: list[tuple[str, ...]] = [
     (
         *("gpt2_jax.errors", "gpt2_jax.files", "gpt2_jax.machine", "gpt2_jax.names", "gpt2_jax.output", "gpt2_jax.sharing"),
-        *("gpt2_jax.jax_compat", "gpt2_jax.config", "gpt2_jax.__init__"),
+        *("gpt2_jax.jax_compat", "gpt2_jax.config", "gpt2_jax.cpu_quota", "gpt2_jax.__init__"),
     ),
     ("gpt2_jax.buffer.layout",),
     ("gpt2_jax.families",),

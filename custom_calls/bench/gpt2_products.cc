@@ -9,13 +9,12 @@
 
 #include "cpu_features.h"
 #include "kernels/kernel.h"
-#include "kernels/tile_format.h"
 #include "operand.h"
+#include "rates.h"
 #include "registry.h"
 #include "schedule.h"
 #include "thread_pool.h"
 #include "timing.h"
-#include "workspace.h"
 
 namespace gpt2_jax {
 namespace {
@@ -128,38 +127,6 @@ std::function<void(const Matmul&, Executor&)> packing_alone(const std::string& r
   return nullptr;
 }
 
-// The kernel's speed on panels that stay in L1, on `num_threads` threads at once: an upper bound for
-// every product.
-double peak_gflops(const Kernel& kernel, int num_threads) {
-  constexpr int64_t kDepth = 128, kCalls = 4000;
-  const int64_t left_floats = kernel.left_lanes * kDepth, right_floats = kernel.right_lanes * kDepth;
-  const int64_t sums_floats = kernel.left_lanes * kernel.right_lanes;
-  const auto work = [&] {
-    const Workspace memory(sums_floats + left_floats + right_floats);
-    std::fill_n(memory.data(), sums_floats + left_floats + right_floats, 0.0f);
-    Prefetch prefetch;
-    PanelBlock block = {};
-    block.left = reinterpret_cast<unsigned char*>(memory.data() + sums_floats);
-    block.right = reinterpret_cast<unsigned char*>(memory.data() + sums_floats + left_floats);
-    block.left_lanes = kernel.left_lanes, block.right_lanes = kernel.right_lanes;
-    block.left_parts = block.right_parts = 1;
-    block.depth = kDepth;
-    block.sums = memory.data();
-    block.accumulate = true;
-    block.prefetch = &prefetch;
-    if (kernel.configure != nullptr) kernel.configure();
-    for (int64_t i = 0; i < kCalls; ++i) kernel.multiply(block);
-    if (kernel.release != nullptr) kernel.release();
-  };
-  const double seconds = median_seconds(0.1, [&] {
-    std::vector<std::thread> threads;
-    for (int i = 1; i < num_threads; ++i) threads.emplace_back(work);
-    work();
-    for (std::thread& thread : threads) thread.join();
-  });
-  return 2.0 * num_threads * kCalls * sums_floats * kDepth / seconds * 1e-9;
-}
-
 struct Total {
   double seconds = 0, packing = 0, flops = 0, error = 0;
 
@@ -237,18 +204,14 @@ void bench_gpt2_products(int64_t tokens, int num_threads, const std::string& run
   PoolExecutor executor(pool, num_threads);
   std::printf("GPT-2 124M, %d tokens, %d thread(s), kernel %s; a layer's products count 12 times\n",
               static_cast<int>(tokens), num_threads, best_kernel(Precision::kF32_F32_F32).name);
-  std::vector<const Kernel*> kernels_here = {&best_kernel(Precision::kF32_F32_F32)};
-  const Kernel* const narrow = &best_kernel(Precision::kBF16_BF16_F32);
-  if (narrow != kernels_here[0]) kernels_here.push_back(narrow);
-  if (find_implementation("amx")->unavailable().empty()) {
-    kernels_here.push_back(amx_kernel(Precision::kBF16_BF16_F32));
-  }
-  for (const Kernel* kernel : kernels_here) {
+  for (const Precision precision : {Precision::kF32_F32_F32, Precision::kBF16_BF16_F32}) {
+    const Kernel& kernel = fastest_kernel(precision);
     for (const int threads : {1, num_threads}) {
-      std::printf("%s alone on panels in L1: %.0f GFLOP/s with %d thread(s)\n", kernel->name,
-                  peak_gflops(*kernel, threads), threads);
+      std::printf("peak in %s, %s on panels in L1: %.0f GFLOP/s with %d thread(s)\n",
+                  name(precision), kernel.name, kernel_gflops(kernel, threads, 0.3), threads);
     }
   }
+  std::printf("memory: %.1f GB/s read and written\n", memory_gbytes(num_threads, 0.3));
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     Memory memory(tokens, dtype);
     for (const Implementation& rung : implementations()) {

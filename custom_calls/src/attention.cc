@@ -11,9 +11,9 @@
 namespace gpt2_jax {
 namespace {
 
-// Queries in a block. Enough that packing costs little beside the products; few enough that a block
-// of scores stays in the cache and few masked scores are computed.
-constexpr int64_t kQueries = 128;
+// Queries in a block. A block of scores stays in the cache, and few masked scores are computed. In a
+// longer sequence packing its keys and values for each block would cost more than that saves.
+int64_t queries_of_block(int64_t time) { return std::min<int64_t>(time <= 256 ? 32 : 128, time); }
 
 // The rung that computes the products of one head: a library with threads of its own would compute
 // one head after another.
@@ -95,10 +95,11 @@ void attention_forward(const Attention& attention, void* out, float* log_sums, E
   const float scale = scale_of(attention.head_size);
   parallel_for(executor, attention.batch * attention.heads, [&](int64_t index) {
     const Head head(attention, index);
-    const Workspace workspace(std::min(kQueries, T) * T);
+    const int64_t block = queries_of_block(T);
+    const Workspace workspace(block * T);
     float* const scores = workspace.data();
-    for (int64_t first = 0; first < T; first += kQueries) {
-      const int64_t queries = std::min(kQueries, T - first), keys = first + queries;
+    for (int64_t first = 0; first < T; first += block) {
+      const int64_t queries = std::min(block, T - first), keys = first + queries;
       head.product(queries, keys, D, head.part(attention.qkv, 0, first, false),
                    head.part(attention.qkv, 1, 0, true), scores, keys, DType::kFloat32);
       for (int64_t i = 0; i < queries; ++i) {
@@ -119,15 +120,15 @@ void attention_backward(const Attention& attention, const void* out, const float
   const bool narrow = attention.dtype == DType::kBFloat16;
   parallel_for(executor, attention.batch * attention.heads, [&](int64_t index) {
     const Head head(attention, index);
-    const int64_t block = std::min(kQueries, T) * T;
+    const int64_t most_queries = queries_of_block(T), block = most_queries * T;
     const Workspace workspace(2 * block + 2 * T * D);
     float* const weights = workspace.data();
     float* const dscores = weights + block;
     float* const dk = dscores + block;
     float* const dv = dk + T * D;
     std::fill_n(dk, 2 * T * D, 0.0f);
-    for (int64_t first = 0; first < T; first += kQueries) {
-      const int64_t queries = std::min(kQueries, T - first), keys = first + queries;
+    for (int64_t first = 0; first < T; first += most_queries) {
+      const int64_t queries = std::min(most_queries, T - first), keys = first + queries;
       const Operand q = head.part(attention.qkv, 0, first, false);
       const Operand d = head.output(dout, first, false);
       head.product(queries, keys, D, q, head.part(attention.qkv, 1, 0, true), weights, keys,
@@ -167,12 +168,12 @@ void cached_attention(const CachedAttention& attention, void* out, Executor& exe
   parallel_for(executor, attention.batch * attention.heads, [&](int64_t index) {
     const int64_t batch = index / attention.heads, head = index % attention.heads;
     const int64_t cached = index * attention.positions * D;
-    const int64_t block = std::min(kQueries, T);
+    const int64_t block = std::min(queries_of_block(attention.start + T), T);
     const Workspace workspace(block * (attention.start + T) + D);
     float* const sums = workspace.data();
     float* const scores = sums + D;
-    for (int64_t first = 0; first < T; first += kQueries) {
-      const int64_t queries = std::min(kQueries, T - first);
+    for (int64_t first = 0; first < T; first += block) {
+      const int64_t queries = std::min(block, T - first);
       const int64_t keys = attention.start + first + queries;
       const int64_t own = (batch * T + first) * width + head * D;
       product_of_one_head(implementation, attention.precision, queries, keys, D,

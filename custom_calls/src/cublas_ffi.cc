@@ -11,6 +11,7 @@
 #include "custom_calls.h"
 #include "dynamic_library.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi.h"
 
 namespace gpt2_jax {
 namespace {
@@ -258,7 +259,8 @@ const char* gpt2_jax_cublas_load(const char* driver, const char* path) {
   return problem.empty() ? nullptr : problem.c_str();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_cublas_gelu_backward, gpt2_jax::gelu_backward_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_cublas_gelu_backward,
+                              gpt2_jax::guarded<gpt2_jax::gelu_backward_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<gpt2_jax::CudaStream>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()

@@ -11,6 +11,7 @@
 #include "custom_calls.h"
 #include "dynamic_library.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi.h"
 
 namespace gpt2_jax {
 namespace {
@@ -157,7 +158,7 @@ const char* gpt2_jax_cuda_load(const char* driver, const char* name, const char*
   return nullptr;
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_cuda_launch, gpt2_jax::launch_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt2_jax_cuda_launch, gpt2_jax::guarded<gpt2_jax::launch_handler>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<gpt2_jax::CudaStream>>()
                                   .RemainingArgs()

@@ -136,6 +136,12 @@ GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_column_sums(XLA_FFI_CallFrame* call_fram
 //               num_threads               int64
 GPT2_JAX_EXPORT XLA_FFI_Error* gpt2_jax_adamw(XLA_FFI_CallFrame* call_frame);
 
+// The number of this interface, which gpt2_jax/ops/cpu/library.py has too: the package refuses a
+// library of another number, which an earlier build left behind. Raise both when a symbol, or a
+// handler's arguments, attributes or meaning change.
+#define GPT2_JAX_INTERFACE 1
+GPT2_JAX_EXPORT int gpt2_jax_custom_calls_interface();
+
 // Tells the library where OpenBLAS is: the path of the shared library in the PyPI package
 // scipy-openblas32. Call it before `describe`, which reports a library that cannot be loaded.
 GPT2_JAX_EXPORT void gpt2_jax_use_openblas(const char* path);
@@ -147,10 +153,19 @@ GPT2_JAX_EXPORT void gpt2_jax_use_openblas(const char* path);
 //                         "precisions": ["F32_F32_F32", ... of f32 operands]}, ...],
 //    "cpu_features": {"seen": ["avx2", ...], "allowed": [...], "mask": "avx2" or null,
 //                     "unknown": ["names in the mask that are no feature"]},
-//    "kernel": "f32_6x16_avx2"}
+//    "kernel": "f32_6x16_avx2", "bfloat16_kernel": "f32_6x16_avx2"}
 //
 // The text lives as long as the library; the caller must not free it.
 GPT2_JAX_EXPORT const char* gpt2_jax_custom_calls_describe();
+
+// What this machine can do at most with so many threads, measured in about a second, as one JSON
+// object; nullptr without the memory (256 MiB) or the threads for it. Products in GFLOP/s by the
+// fastest kernel on operands in L1, and memory in GB/s read and written together:
+//
+//   {"F32_F32_F32": 230.1, "BF16_BF16_F32": 440.2, "memory": 41.5}
+//
+// The text is valid until the thread's next call.
+GPT2_JAX_EXPORT const char* gpt2_jax_custom_calls_rates(int num_threads);
 
 // The cotangent of x in y = gelu(x) w^T, with GELU's tanh approximation: (dy w) * gelu'(x), by one
 // product of cuBLASLt's (platform CUDA). All are bf16 matrices but the workspace.

@@ -75,6 +75,8 @@ std::string describe() {
 }  // namespace
 }  // namespace gpt2_jax
 
+int gpt2_jax_custom_calls_interface() { return GPT2_JAX_INTERFACE; }
+
 const char* gpt2_jax_custom_calls_describe() {
   static const std::string description = gpt2_jax::describe();
   return description.c_str();

@@ -1,8 +1,8 @@
-"""The least time that a training step can take on an accelerator, part by part: held against what was measured there.
+"""The least time that a training step can take, part by part: held against what was measured.
 
-Products take their operations over the card's own sustained rate, attention what cuDNN's takes alone, and everything else
-the bytes that must be read and written once over the card's own rate of copying. What a product's kernel does on the way
-(biases, GELU forward, the addition to the residual stream) costs nothing.
+On an accelerator products take their operations over the card's own sustained rate, attention what cuDNN's takes alone, and
+everything else the bytes that must be read and written once over the card's own rate of copying. What a product's kernel does
+on the way (biases, GELU forward, the addition to the residual stream) costs nothing.
 """
 
 from __future__ import annotations
@@ -52,3 +52,22 @@ def floor_seconds(
     }
     parts = {name: micro_batches * seconds for name, seconds in of_micro_batch.items()} | of_step
     return {name: seconds for name, seconds in parts.items() if seconds > 0}
+
+
+def floor_seconds_on_cpu(
+    config: GPT2Config, batch_size: int, sequence_length: int, micro_batches: int, flops: float, memory: float
+) -> dict[str, float]:
+    """The same on a CPU, where `flops` operations a second are possible and `memory` bytes a second, read and written together.
+
+    Attention's two products forward and five backward are at half of their scores, as the mask hides the others. Activations
+    stay in the caches, and weights are read and gradients written beside the products: that counts nothing.
+    """
+    tokens = batch_size * sequence_length
+    C, L = config.channels, config.num_layers
+    matrices = 12 * L * C * C + config.padded_vocab_size * C
+    return {
+        "products": micro_batches * 6 * tokens * matrices / flops,
+        "attention": micro_batches * L * 7 * tokens * sequence_length * C / flops,
+        # Parameters, gradient, m and v; all but the gradient written.
+        "AdamW": 7 * config.layout.num_parameters * _FLOAT32 / memory,
+    }

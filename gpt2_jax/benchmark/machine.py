@@ -194,3 +194,12 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def cpu_rates_lines(rates: dict[str, float]) -> list[str]:
+    """What the CPU can do at most, as `library.rates` measured it in this run."""
+    products = ", ".join(f"{rates[precision]:,.0f} in {precision}" for precision in ("F32_F32_F32", "BF16_BF16_F32"))
+    return [
+        f"peak of this CPU: {products} GFLOP/s by its fastest kernel on operands in L1, with the threads of a custom call;",
+        f"  memory: {rates['memory']:.1f} GB/s read and written together. Measured in this run, over CPU time.",
+    ]

@@ -14,6 +14,7 @@ from gpt2_jax.benchmark import swift
 from gpt2_jax.benchmark.chart import Bar, check_writable, draw_bars
 from gpt2_jax.benchmark.machine import (
     OthersWork,
+    cpu_rates_lines,
     describe_machine,
     load_lines,
     machine_line,
@@ -27,6 +28,7 @@ from gpt2_jax.benchmark.matmul_timing import ERROR_ROWS, Run, measure
 from gpt2_jax.benchmark.products import IMPLEMENTATIONS, PRODUCTS, dimensions, flops, linears_of
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.families.gpt2 import GPT2Config, config_from_descriptor
+from gpt2_jax.ops.cpu import library
 from gpt2_jax.sharing import anonymous
 
 _QUICK_SECONDS = 41.0  # of the whole program, so that it ends within 50
@@ -63,16 +65,20 @@ def bench_matmul(
         say=lambda text: print(f"[{seconds_running():4.0f} s] {text}", flush=True),
     )
     load_after, others = measure_load(), during.others()
-    record = {
+    rates = library.rates()
+    record: dict[str, Any] = {
         "bench": "matmul",
         "tokens": tokens,
         "rows": _rows(runs),
         "totals": totals(runs),
+        "cpu_rates": rates,
         "refused": [refusal._replace(reason=anonymous(refusal.reason))._asdict() for refusal in refusals],
         "machine": machine,
         "load": {"before": asdict(load_before), "others_during": others, "after": asdict(load_after)},
     }
     print(_table(record, runs))
+    if rates is not None:
+        print("\n".join([*cpu_rates_lines(rates), *_share_lines(record["totals"], rates)]))
     print("\n".join(load_lines(load_before, others, load_after)))
     published = []
     if beside_swift:
@@ -117,6 +123,16 @@ def totals(runs: list[Run]) -> list[dict[str, Any]]:
             total["extrapolated"] = True
         result.append(total)
     return result
+
+
+def _share_lines(totals: list[dict[str, Any]], rates: dict[str, float]) -> list[str]:
+    """The share of the CPU's peak that each implementation reaches, where its precision has one."""
+    shares = [
+        f"{total['implementation']} in {total['precision']} {total['gflops'] / rates[total['precision']]:.0%}"
+        for total in totals
+        if total["precision"] in rates
+    ]
+    return [f"share of that peak: {', '.join(shares)}"] if shares else []
 
 
 def _rows(runs: list[Run]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ python -m gpt2_jax.benchmark.peak REQUEST    REQUEST: the JSON object of a `Requ
 
 Prints one JSON object last: {"gflops": the median, "of": who reached it, "rounds", "spread", "doubtful": whether it is the
 extrapolation of a single round, "totals": bench_matmul.py's}; of an accelerator also "copy": GB/s, "attention": seconds of one
-layer's, forward and backward, or None with "no_attention": the reason.
+layer's, forward and backward, or None with "no_attention": the reason. Of a CPU "rates": those of `library.rates`, or None.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from gpt2_jax.benchmark.machine import spread
 from gpt2_jax.compute.backend import select_backend
 from gpt2_jax.families.gpt2 import GPT2Config
+from gpt2_jax.ops.cpu import library
 
 _PRODUCTS_OF_CALL = 20
 _COPIES = 100
@@ -64,6 +65,7 @@ def measure_peak(request: Request) -> dict[str, Any]:
             "doubtful": False,
             "totals": [],
             "copy": _copy_rate(copied_bytes),
+            "rates": None,
             **_attention(request),
         }
     import jax
@@ -92,7 +94,8 @@ def measure_peak(request: Request) -> dict[str, Any]:
         "totals": measured,
         "copy": None,
         "attention": None,
-        "no_attention": "on the CPU there is no floor",
+        "no_attention": "on the CPU there is no such kernel",
+        "rates": library.rates(),
     }
 
 

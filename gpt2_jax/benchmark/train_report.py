@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_jax.benchmark.chart import Bar, draw_bars
-from gpt2_jax.benchmark.floor import Rates, floor_seconds
+from gpt2_jax.benchmark.floor import Rates, floor_seconds, floor_seconds_on_cpu
 from gpt2_jax.benchmark.gpu import Sample
-from gpt2_jax.benchmark.machine import percent, ratio, spread
+from gpt2_jax.benchmark.machine import cpu_rates_lines, percent, ratio, spread
 from gpt2_jax.benchmark.train_system import Result
 from gpt2_jax.buffer.layout import ParameterLayout
 from gpt2_jax.compute.flops import flops_per_token
@@ -112,7 +112,7 @@ def record(
     load: dict[str, Any],
 ) -> dict[str, Any]:
     """The JSON line."""
-    floor = _floor(work, peak)
+    floors = _floors(work, peak)
     return {
         "bench": "train",
         "model": work.model_name,
@@ -123,7 +123,7 @@ def record(
             {
                 **_system_record(one, work),
                 "times_speed_of": _times_speed_of(one, measured),
-                "share_of_floor": _share(one, floor),
+                "share_of_floor": _share(one, floors),
             }
             for one in measured
             if one.result is not None
@@ -134,7 +134,8 @@ def record(
         "matmul_peak_spread": peak["spread"],
         "copy_gbytes_per_second": peak["copy"],
         "attention_seconds": peak["attention"],
-        "floor_seconds": floor,
+        "cpu_rates": peak["rates"],
+        "floor_seconds": floors,
         "scaling": [
             {
                 "batch_size": grown.batch_size,
@@ -219,7 +220,7 @@ def table(measured: list[Measured], by_tokens: list[tuple[Workload, Measured]], 
     lines += [f"not {one.system}: {one.reason}" for one in measured if one.result is None]
     lines += [
         "",
-        *_gpu_lines(measured, work, peak),
+        *_floor_lines(measured, work, peak),
         *_memory_lines(measured),
         *_scaling_lines(by_tokens),
         *_notes(measured, peak),
@@ -250,17 +251,24 @@ def _utilization(one: Measured, gflops: float, peak: dict[str, Any]) -> str:
     return "one round" if peak["doubtful"] else f"{gflops / peak['gflops']:.1%}"
 
 
-def _floor(work: Workload, peak: dict[str, Any]) -> dict[str, float] | None:
-    """The parts of the least time that a step in bfloat16 can take here; None where the rates are not known."""
+def _floors(work: Workload, peak: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The parts of the least time that a step can take here, by dtype; of those whose rates are known."""
+    sizes = (work.config, work.batch_size, work.sequence_length, work.micro_batches)
+    if (rates := peak["rates"]) is not None:
+        return {
+            dtype: floor_seconds_on_cpu(*sizes, 1e9 * rates[precision], 1e9 * rates["memory"])
+            for dtype, precision in (("float32", "F32_F32_F32"), ("bfloat16", "BF16_BF16_F32"))
+        }
     if peak["copy"] is None or peak["attention"] is None:
-        return None
-    rates = Rates(1e9 * peak["gflops"], 1e9 * peak["copy"], peak["attention"])
-    return floor_seconds(work.config, work.batch_size, work.sequence_length, work.micro_batches, rates)
+        return {}
+    return {"bfloat16": floor_seconds(*sizes, Rates(1e9 * peak["gflops"], 1e9 * peak["copy"], peak["attention"]))}
 
 
-def _share(one: Measured, floor: dict[str, float] | None) -> float | None:
-    """The floor's time over the system's."""
-    return None if floor is None or one.system.dtype != "bfloat16" else sum(floor.values()) / one.seconds_per_step
+def _share(one: Measured, floors: dict[str, dict[str, float]]) -> float | None:
+    """The floor's time over the system's. None where float32 is split: it has another floor."""
+    split = one.result is not None and one.result.precision in _SPLITS
+    floor = floors.get(one.system.dtype)
+    return None if floor is None or split else sum(floor.values()) / one.seconds_per_step
 
 
 def _times_speed_of(one: Measured, measured: list[Measured]) -> dict[str, float]:
@@ -274,17 +282,17 @@ def _times_speed_of(one: Measured, measured: list[Measured]) -> dict[str, float]
     }
 
 
-def _gpu_lines(measured: list[Measured], work: Workload, peak: dict[str, Any]) -> list[str]:
-    """Of systems on an NVIDIA GPU: the times, what the card did meanwhile, this project's speed, the floor."""
+def _floor_lines(measured: list[Measured], work: Workload, peak: dict[str, Any]) -> list[str]:
+    """The floors and the shares of them; of systems on an NVIDIA GPU also what the card did meanwhile, and the speeds."""
     lines = []
-    floor = _floor(work, peak)
+    floors = _floors(work, peak)
     seen = [one for one in measured if one.gpu is not None and one.result is not None]
     for one in seen:
         assert one.gpu is not None
         assert one.result is not None
         p10, p90 = (1000 * seconds for seconds in percentiles(one.result.seconds))
         at = f"{one.gpu.clock:.0f} MHz, {one.gpu.power:.0f} W, {one.gpu.temperature:.0f} degrees Celsius"
-        share = _share(one, floor)
+        share = _share(one, floors)
         of_floor = "" if share is None else f", {share:.1%} of the floor's speed"
         lines.append(f"{_name(one)}: {1000 * one.seconds_per_step:.2f} ms (p10 {p10:.2f}, p90 {p90:.2f}) at {at}{of_floor}")
     for one in seen:
@@ -292,11 +300,17 @@ def _gpu_lines(measured: list[Measured], work: Workload, peak: dict[str, Any]) -
             groups = {_name(other): other.group for other in measured}
             told = (f"{x:.3f} x {name}{'' if groups[name] == one.group else ' (not in turn)'}" for name, x in speeds.items())
             lines.append(f"{_name(one)}, tokens a second: {', '.join(told)}")
-    if floor is not None:
+    if peak["rates"] is not None:
+        lines += [
+            f"{_name(one)}: {share:.1%} of the floor's speed"
+            for one in measured
+            if one.result is not None and (share := _share(one, floors)) is not None
+        ]
+    for dtype, floor in floors.items():
         parts = ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in floor.items())
         total = sum(floor.values())
-        lines.append(f"floor in bfloat16: {1000 * total:.1f} ms, {work.tokens / total:,.0f} tok/s ({parts})")
-    elif peak["copy"] is not None:
+        lines.append(f"floor in {dtype}: {1000 * total:.1f} ms, {work.tokens / total:,.0f} tok/s ({parts})")
+    if not floors and peak["copy"] is not None:
         lines.append(f"floor: not known, as attention alone was not measured: {anonymous(peak['no_attention'])}")
     return lines
 
@@ -358,6 +372,7 @@ def _notes(measured: list[Measured], peak: dict[str, Any]) -> list[str]:
         "  positions.",
         f"MFU: llm.c's count over the best rate of matrix products alone in this run, {peak['gflops']:,.1f} GFLOP/s by",
         f"  {peak['of']} in {peak['rounds']} round(s), which differ by {percent(peak['spread'])}.",
+        *([] if peak["rates"] is None else cpu_rates_lines(peak["rates"])),
         *([] if peak["copy"] is None else [f"copy: {peak['copy']:,.0f} GB/s of the device's memory read and written."]),
         *([] if peak["attention"] is None else [f"attention: {1000 * peak['attention']:.3f} ms, one layer's by cuDNN alone."]),
         "memory: on the CPU the process's largest resident set, libraries included; on a GPU its allocator's peak,",

@@ -19,6 +19,7 @@ from pathlib import Path
 from gpt2_jax import jax_compat
 from gpt2_jax.compute import metal_plugins
 from gpt2_jax.compute.metal_plugins import MetalPlugin
+from gpt2_jax.cpu_quota import available_cpus, cpu_quota
 from gpt2_jax.errors import Gpt2JaxError
 
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
@@ -151,7 +152,16 @@ _ON_CPU = "python scripts/train.py --backend cpu   (works everywhere)"
 
 
 def _cpu(reason: str = "asked for with --backend cpu", *, fallback: str = "") -> Backend:
-    return cpu_backend(reason, environment=_kept_programs(), fallback=fallback)
+    threads = _threads_of_quota()
+    if threads:
+        reason += f"; {threads[0][1]} threads, as the container's CPU quota allows no more (NPROC=NUMBER changes it)"
+    return cpu_backend(reason, environment=(*_kept_programs(), *threads), fallback=fallback)
+
+
+def _threads_of_quota() -> tuple[tuple[str, str], ...]:
+    """NPROC, the threads of XLA and of the custom calls, where a quota allows fewer than there are CPUs; () if it is set."""
+    quota = cpu_quota()
+    return () if quota is None or quota >= available_cpus() or "NPROC" in os.environ else (("NPROC", str(quota)),)
 
 
 def cpu_backend(reason: str, *, environment: tuple[tuple[str, str], ...] = (), fallback: str = "") -> Backend:

@@ -358,9 +358,9 @@ def _welcome(group: Group, facts: dict[str, str]) -> None:
                 hosts[index] = host
                 if difference := _difference(facts, hello["facts"], hosts, index):
                     raise difference
-            with socket.socket() as free:
-                free.bind(("", 0))
-                group.service_port = free.getsockname()[1]
+            with socket.socket() as unused:
+                unused.bind(("", 0))
+                group.service_port = unused.getsockname()[1]
         group.hosts += [came[index][1] for index in range(1, launch.number)]
         for connection, _ in came.values():
             connection.send({"kind": "welcome", "hosts": group.hosts, "port": group.service_port})

@@ -109,7 +109,8 @@ def _by_hosts(hosts: str, coordinator: str, processes: int, process_id: int) -> 
     if len(found) != 1:
         raise Gpt2JaxError(
             f"--hosts: expected one of {', '.join(names)} to be this host, found {', '.join(sorted(mine))}",
-            f"--coordinator {shlex.quote(f'{host}:{port}')} --processes {len(names)} --process-id 0   (the number of this host's place)",
+            f"--coordinator {shlex.quote(f'{host}:{port}')} --processes {len(names)} "
+            "--process-id 0   (the number of this host's place)",
         )
     if len(names) == 1:
         return Launch()

@@ -283,6 +283,7 @@ PEAK = {
     "copy": None,
     "attention": None,
     "no_attention": "a test",
+    "rates": None,
 }
 
 
@@ -608,6 +609,32 @@ def test_the_report_of_a_gpu(capsys):
     assert "floor: not known, as attention alone was not measured: no cuDNN" in without
 
 
+def test_the_floor_on_a_cpu_is_made_of_the_rates_of_this_run():
+    """As counted by hand for GPT-2 124M, 4 x 64 tokens: 189.8 GFLOP of products, 1.1 of attention, 3.49 GB of AdamW."""
+    work = Workload("d12", config_from_descriptor("d12"), 4, 64, "cpu")
+    peaks = PEAK | {"rates": {"F32_F32_F32": 200.0, "BF16_BF16_F32": 400.0, "memory": 50.0}}
+
+    def measured(dtype, precision):
+        result = Result(**answer("threaded", (2.0, 2.0), precision=precision))
+        return train_report.Measured(System("gpt2_jax", "auto", dtype), result)
+
+    systems = [measured("float32", "F32_F32_F32"), measured("bfloat16", "BF16_BF16_F32"), measured("float32", "S8_S8_S32_X6")]
+    lines = train_report.table(systems, [], work, peaks).splitlines()
+    (wide,) = (line for line in lines if line.startswith("floor in float32: "))
+    assert wide.endswith("(products 949.00, attention 5.28, AdamW 69.71)")
+    assert any(line.startswith("floor in bfloat16: 546.9 ms, 468 tok/s") for line in lines)
+    assert "gpt2_jax:threaded:float32: 51.2% of the floor's speed" in lines
+    assert any(line.startswith("peak of this CPU: 200 in F32_F32_F32, 400 in BF16_BF16_F32 GFLOP/s") for line in lines)
+    line = train_report.record(systems, [], work, peaks, {}, {})
+    # Float32 that is split into bytes has another floor.
+    assert [one["share_of_floor"] for one in line["systems"]] == [
+        pytest.approx(0.512, abs=1e-3),
+        pytest.approx(0.273, abs=1e-3),
+        None,
+    ]
+    assert line["floor_seconds"]["bfloat16"]["products"] == pytest.approx(0.4745, abs=1e-4)
+
+
 def test_what_the_floor_is_made_of_can_be_measured(users_jax):
     products = peak._chained_products()
     a = jax.numpy.ones((64, 64), jax.numpy.bfloat16)
@@ -653,6 +680,7 @@ def test_the_peak_is_the_best_of_the_steps_products():
     assert found["gflops"] == best["gflops"] > 0
     assert found["of"] == f"{best['implementation']} {best['precision']}"
     assert (found["rounds"], found["spread"], found["doubtful"]) == (1, None, False)
+    assert found["rates"] is None or min(found["rates"].values()) > 0
     assert len(peak._square_product_seconds(64, 40, 3)) == 3
 
 

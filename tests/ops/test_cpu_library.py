@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +29,7 @@ from gpt2_jax.ops.cpu.library import (
     SUMS_OF_SQUARES,
     WRITE_INTO,
 )
+from tests.conftest import REPOSITORY
 
 if not custom_calls.is_built():
     pytest.skip("the library of custom calls was not built", allow_module_level=True)
@@ -223,3 +226,25 @@ def test_wrong_arguments(target, changes, expected):
         found = changes.get(name, text)
         if isinstance(found, str) and not name.startswith(("piece", "other")):
             assert f"{name} {found}" in message.partition("; found ")[2]
+
+
+def test_package_and_library_have_one_interface_number_and_another_is_refused(monkeypatch):
+    """A library that an earlier build left behind has the same names, and may mean other things by them."""
+    header = (REPOSITORY / "custom_calls/src/custom_calls.h").read_text()
+    assert re.search(r"#define GPT2_JAX_INTERFACE (\d+)", header)[1] == str(custom_calls.INTERFACE)
+    built = custom_calls.INTERFACE
+    monkeypatch.setattr(custom_calls, "INTERFACE", built + 1)
+    with pytest.raises(NotImplementedError, match=f"expected interface {built + 1}, found {built} .pip install -e . builds"):
+        custom_calls.load.__wrapped__()
+
+
+def test_a_library_without_a_number_is_refused():
+    with pytest.raises(NotImplementedError, match="found none"):
+        custom_calls._check_interface(ctypes.CDLL(None), Path("lib.so"))
+
+
+def test_the_rates_of_this_machine_are_measured():
+    rates = custom_calls.rates()
+    assert set(rates) == {"F32_F32_F32", "BF16_BF16_F32", "memory"}
+    # No machine of today is below or above these.
+    assert all(0.1 < rate < 1e6 for rate in rates.values())

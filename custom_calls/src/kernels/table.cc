@@ -25,11 +25,13 @@ constexpr BlockSizes kFloat32Blocks = {/*panel_bytes=*/24 << 10, /*item_lanes=*/
                                        /*shared_bytes=*/16 << 20, /*cached_bytes=*/1 << 20,
                                        /*sums_bytes=*/16 << 20,
                                        /*stream_bytes=*/4 << 20};
+#if defined(__x86_64__)
 constexpr BlockSizes kAvx512Blocks = {/*panel_bytes=*/48 << 10, /*item_lanes=*/96,
                                       /*shared_lanes=*/4096, /*cached_lanes=*/256,
                                       /*shared_bytes=*/16 << 20, /*cached_bytes=*/1 << 20,
                                        /*sums_bytes=*/16 << 20,
                                       /*stream_bytes=*/4 << 20};
+#endif
 
 constexpr Kernel kKernels[] = {
 #if defined(__x86_64__)

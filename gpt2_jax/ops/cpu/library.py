@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import gpt2_jax
 from gpt2_jax import jax_compat
+from gpt2_jax.cpu_quota import available_cpus, cpu_quota
 from gpt2_jax.errors import Gpt2JaxError
 from gpt2_jax.names import nearest
-from gpt2_jax.ops.cpu.quota import cpu_quota
 from gpt2_jax.ops.table import Fallback
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _TARGETS = (
     *(LAYER_NORM, LAYER_NORM_BACKWARD, GELU, GELU_BACKWARD, SOFTMAX_CROSS_ENTROPY, COLUMN_SUMS),
     *(SUMS_OF_SQUARES, ADAMW),
 )
+INTERFACE = 1  # GPT2_JAX_INTERFACE of custom_calls/src/custom_calls.h
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _FILE_NAME = f"libgpt2_jax_custom_calls.{_SUFFIX}"
 _ACCELERATE = "/System/Library/Frameworks/Accelerate.framework/Accelerate"
@@ -62,6 +63,7 @@ def load() -> ctypes.CDLL:
         )
     try:
         library = ctypes.CDLL(str(path))
+        _check_interface(library, path)
         handlers = {target: getattr(library, target) for target in _TARGETS}
         use_openblas = library.gpt2_jax_use_openblas
     except (OSError, AttributeError) as error:
@@ -73,6 +75,15 @@ def load() -> ctypes.CDLL:
     for target, handler in handlers.items():
         ffi.register_ffi_target(target, ffi.pycapsule(handler), platform="cpu")
     return library
+
+
+def _check_interface(library: ctypes.CDLL, path: Path) -> None:
+    """Refuse a library that an earlier build left behind: its handlers may take other arguments, or mean other things."""
+    found = library.gpt2_jax_custom_calls_interface() if hasattr(library, "gpt2_jax_custom_calls_interface") else "none"
+    if found != INTERFACE:
+        raise NotImplementedError(
+            f"{path} is of another version: expected interface {INTERFACE}, found {found} (pip install -e . builds it anew)"
+        )
 
 
 def openblas_library() -> Path | None:
@@ -89,6 +100,21 @@ def description() -> dict[str, Any]:
     describe.restype = ctypes.c_char_p
     result: dict[str, Any] = json.loads(describe())
     return result
+
+
+def rates() -> dict[str, float] | None:
+    """What this machine can do at most with the threads that a custom call may use, measured in about a second.
+
+    GFLOP/s of the fastest kernel in "F32_F32_F32" and "BF16_BF16_F32", and GB/s of "memory", read and written together. None
+    where the library cannot be had, or memory or threads are lacking.
+    """
+    try:
+        measure = load().gpt2_jax_custom_calls_rates
+    except NotImplementedError:
+        return None
+    measure.argtypes, measure.restype = [ctypes.c_int], ctypes.c_char_p
+    text = measure(num_threads())
+    return None if text is None else json.loads(text)
 
 
 def check_features() -> None:
@@ -190,7 +216,7 @@ def call(target: str, result: Any, *operands: Any, aliases: dict[int, int] | Non
 
 def num_threads() -> int:
     """Threads that a custom call may use: NPROC, else what a container's CPU quota allows. The process's CPUs bound both."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = available_cpus()
     nproc = os.environ.get("NPROC", "")
     if nproc.isdigit() and int(nproc) > 0:
         return min(available, int(nproc))

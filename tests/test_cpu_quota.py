@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from gpt2_jax.compute import backend
+from gpt2_jax.cpu_quota import cpu_quota
 from gpt2_jax.ops.cpu import library
-from gpt2_jax.ops.cpu.quota import cpu_quota
 
 
 def write(root, files):
@@ -72,3 +73,20 @@ def test_threads_respect_the_quota_unless_nproc_says_otherwise(monkeypatch):
     monkeypatch.setattr(library, "cpu_quota", lambda: None)
     monkeypatch.delenv("NPROC")
     assert library.num_threads() == 8
+
+
+def test_xla_and_the_custom_calls_get_the_threads_of_the_quota_and_it_is_said(monkeypatch):
+    """XLA reads NPROC when it starts, so it is set with the backend; a user's own number stays."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    # In the record only: the process of the tests keeps its own environment.
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setattr(backend, "cpu_quota", lambda: 3)
+    chosen = backend._cpu()
+    assert ("NPROC", "3") in chosen.environment
+    assert "3 threads, as the container's CPU quota allows no more" in chosen.reason
+    monkeypatch.setenv("NPROC", "8")
+    assert "NPROC" not in dict(backend._cpu().environment)
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr(backend, "cpu_quota", lambda: 8)
+    assert "quota" not in backend._cpu().reason

@@ -7,6 +7,7 @@ beginning of each period and stand still for the rest.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path, PurePosixPath
 
 
@@ -34,6 +35,11 @@ def cpu_quota(root: Path = Path("/")) -> int | None:
         inside = PurePosixPath(path.lstrip("/"))
         quotas += [quota for group in (inside, *inside.parents) if (quota := _quota_of(mount / group)) is not None]
     return math.ceil(min(quotas)) if quotas else None
+
+
+def available_cpus() -> int:
+    """CPUs that the system gives this process; a quota may allow less of their time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quota_of(group: Path) -> float | None:
