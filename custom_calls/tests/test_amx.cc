@@ -11,6 +11,8 @@
 #include "tile_model.h"
 #include "workspace.h"
 
+#if defined(GPT2_JAX_HAS_AMX)
+
 namespace gpt2_jax {
 namespace {
 
@@ -139,6 +141,8 @@ void test_products() {
 }  // namespace
 }  // namespace gpt2_jax
 
+#endif
+
 int main() {
   using namespace gpt2_jax;
   const std::string reason = amx_unavailable();
@@ -146,8 +150,10 @@ int main() {
     std::printf("test_amx: skipped, AMX: %s\n", reason.c_str());
     return 77;
   }
+#if defined(GPT2_JAX_HAS_AMX)
   test_blocks();
   test_digit_blocks();
   test_products();
+#endif
   return report("test_amx");
 }

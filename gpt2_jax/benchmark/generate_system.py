@@ -101,7 +101,7 @@ def _transformers(request: Request) -> Callable[[], list[float]]:
     import torch
 
     device = "cuda" if request.backend == "cuda" else "cpu"
-    model = model.to(device=device, dtype=getattr(torch, request.dtype)).eval()
+    model = model.to(device=device, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[request.dtype]).eval()
     prompt = torch.tensor([_prompt(request)] * request.batch_size, device=device)
 
     def turn() -> list[float]:

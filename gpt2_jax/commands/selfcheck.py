@@ -2,7 +2,7 @@
 
   python scripts/selfcheck.py --backend metal       the Apple GPU, and the CPU with and without Accelerate
   python scripts/selfcheck.py --backend cpu         the CPU with the custom calls, against XLA
-  python scripts/selfcheck.py --markdown > issue.md  the report as one pastes it into an issue
+  python scripts/selfcheck.py --markdown             the report as one pastes it into an issue
 
 The report, selfcheck.json, is made for sharing: it holds no name of a person or machine, no path and no network address.
 Exit status 1 when they disagree.

@@ -222,7 +222,7 @@ def refuse_custom_calls(call):
     with pytest.MonkeyPatch.context() as patch:
         accelerator = backend.Backend("cuda", "cpu", "a test", frozenset({"custom_calls"}))
         patch.setattr(train_system, "select_backend", lambda _: accelerator)
-        patch.setattr(train_system, "open_device", lambda _: "a test")
+        patch.setattr(train_system, "open_device", lambda *_: "a test")
         return call()
 
 
@@ -363,7 +363,9 @@ def test_the_table_and_the_json_line(monkeypatch, capsys, tmp_path):
         "times_speed_of": {"gpt2_jax:threaded:float32": 0.5},
         "share_of_floor": None,
     }
-    assert record["refused"] == [{"name": "jax_plain", "matmul": "", "dtype": "float32", "setting": "", "reason": "no reason"}]
+    assert record["refused"] == [
+        {"name": "jax_plain", "matmul": "", "dtype": "float32", "setting": "", "stage": "", "reason": "no reason"}
+    ]
     assert record["matmul_peak_gflops"] == 100.0
     row = next(line.split() for line in text if line.startswith("gpt2_jax "))
     assert row[:6] == ["gpt2_jax", "threaded", "float32", "1.000", "30%", "48"]
@@ -453,7 +455,9 @@ def test_an_implementation_that_takes_minutes_is_left_out_unless_it_is_named(mon
     train.bench_train(WORK)
     refused = json.loads(capsys.readouterr().out.splitlines()[-1])["refused"]
     reason = "its products alone take about 95 s a step; --systems gpt2_jax:naive:float32 measures it"
-    assert refused == [{"name": "gpt2_jax", "matmul": "naive", "dtype": "float32", "setting": "", "reason": reason}]
+    assert refused == [
+        {"name": "gpt2_jax", "matmul": "naive", "dtype": "float32", "setting": "", "stage": "", "reason": reason}
+    ]
     train.bench_train(WORK, ["gpt2_jax:naive:float32"])
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["systems"]) == 1
 

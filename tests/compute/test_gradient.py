@@ -95,7 +95,7 @@ def test_accumulates_micro_batches(tiny_params, tiny_batch, kind, dtype, recompu
 
 def _scaled(plan, params, grads, x, y, *, accumulate):
     """Half of the gradient, as a step over two micro-batches makes it."""
-    return with_squares(plan, *micro_batch_gradient(plan, params, grads, (x, y), 0.5, accumulate=accumulate))
+    return with_squares(plan, *micro_batch_gradient(plan, params, grads, (x, y, None), 0.5, accumulate=accumulate))
 
 
 _half_on_top = partial(_scaled, accumulate=True)

@@ -274,7 +274,9 @@ def test_the_script_prints_what_is_recognised_and_what_is_not_and_why(tmp_path):
     linears = 2 * 4 * SMALL.num_layers  # of two micro-batches
     assert f"product + bias: {linears} of {linears} recognised" in step
     assert f"layer norm: 0 of {2 * (2 * SMALL.num_layers + 1)} recognised" in step
-    assert re.search(r"\d+ not, at norm.py:\d+: the gain, one vector along the last dimension, is not multiplied with", step)
+    assert re.search(
+        r"\d+ not, at layer_norm.py:\d+: the gain, one vector along the last dimension, is not multiplied with", step
+    )
     assert re.search(r"\d+ at attention.py:\d+: its exponential is read elsewhere too", step)
 
 

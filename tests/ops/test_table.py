@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from gpt2_jax.compute.backend import Backend
@@ -117,7 +119,9 @@ def test_an_unknown_name_in_the_switch_is_an_error(value, monkeypatch):
 
 def test_every_table_ends_with_a_reference_that_is_always_there():
     for seam, table in SEAMS.items():
-        assert table[-1].accepts is always, seam
+        # Gradients that are scattered over devices have a buffer, and so a reference, of their own.
+        assert table[-1].accepts is always or seam == "writer"
+        assert not any(table[-1].accepts(dataclasses.replace(plan_of(), zero=zero)) for zero in (0, 1)), seam
         assert not table[-1].only_by_name, seam
         names = [row.name for row in table]
         assert len(set(names)) == len(names), seam
