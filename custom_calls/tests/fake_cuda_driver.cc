@@ -9,7 +9,7 @@
 #define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
-int64_t last_launch[6];  // blocks, threads, shared bytes, stream, the first two addresses
+int64_t last_launch[7];  // blocks, threads, shared bytes, stream, bytes of the parameters, the first two
 int shared_bytes_allowed;
 }  // namespace
 
@@ -37,14 +37,20 @@ FAKE_EXPORT int cuCtxGetDevice(int* device) {
 
 FAKE_EXPORT int cuLaunchKernel(void*, unsigned blocks, unsigned, unsigned, unsigned threads,
                                unsigned, unsigned, unsigned shared_bytes, void* stream,
-                               void** parameters, void**) {
+                               void**, void** parameters) {
+  // CU_LAUNCH_PARAM_BUFFER_POINTER, an address, CU_LAUNCH_PARAM_BUFFER_SIZE, another, the end
+  if (parameters[0] != reinterpret_cast<void*>(1) || parameters[2] != reinterpret_cast<void*>(2) ||
+      parameters[4] != nullptr) {
+    return 1;
+  }
   if (shared_bytes > 48 * 1024 && static_cast<int>(shared_bytes) > shared_bytes_allowed) return 701;
   last_launch[0] = blocks;
   last_launch[1] = threads;
   last_launch[2] = shared_bytes;
   last_launch[3] = reinterpret_cast<int64_t>(stream);
+  last_launch[4] = *static_cast<int64_t*>(parameters[3]);
   for (int i = 0; i < 2; ++i) {
-    last_launch[4 + i] = reinterpret_cast<int64_t>(*static_cast<void**>(parameters[i]));
+    last_launch[5 + i] = static_cast<const int64_t*>(parameters[1])[i];
   }
   return 0;
 }

@@ -84,6 +84,7 @@ struct Call {
       {"transpose_b", 0}, {"a_offset", 0}, {"b_offset", 0}, {"num_threads", 2}};
   std::map<std::string, std::string> strings = {{"implementation", "threaded"},
                                                 {"precision", "F32_F32_F32"}};
+  std::map<std::string, std::vector<int64_t>> arrays;
 
   // Returns the error, or code OK.
   XLA_FFI_Error call() {
@@ -119,6 +120,11 @@ struct Call {
     std::map<std::string, void*> attributes;
     std::deque<XLA_FFI_Scalar> scalars;
     std::deque<XLA_FFI_ByteSpan> spans;
+    std::deque<XLA_FFI_Array> vectors;
+    for (auto& entry : arrays) {
+      attributes[entry.first] = &vectors.emplace_back(
+          XLA_FFI_Array{XLA_FFI_DataType_S64, entry.second.size(), entry.second.data()});
+    }
     for (auto& entry : integers) {
       attributes[entry.first] =
           &scalars.emplace_back(XLA_FFI_Scalar{XLA_FFI_DataType_S64, &entry.second});
@@ -131,8 +137,9 @@ struct Call {
     std::vector<XLA_FFI_ByteSpan*> names;
     std::vector<void*> values;
     for (const auto& entry : attributes) {
-      types.push_back(strings.count(entry.first) ? XLA_FFI_AttrType_STRING
-                                                 : XLA_FFI_AttrType_SCALAR);
+      types.push_back(strings.count(entry.first)  ? XLA_FFI_AttrType_STRING
+                      : arrays.count(entry.first) ? XLA_FFI_AttrType_ARRAY
+                                                  : XLA_FFI_AttrType_SCALAR);
       names.push_back(
           &spans.emplace_back(XLA_FFI_ByteSpan{entry.first.data(), entry.first.size()}));
       values.push_back(entry.second);
@@ -177,15 +184,19 @@ void test_cuda_launch() {
   call.handler = gpt2_jax_cuda_launch;
   call.integers = {{"blocks", 7}, {"threads", 64}, {"shared_bytes", 100000}};
   call.strings = {{"kernel", "ours"}};
+  call.arrays = {{"offsets", {0, 8, 0}}};
   call.alias = false;
   const XLA_FFI_Error error = call.call();
   CHECK(error.code == XLA_FFI_Error_Code_OK, error.message);
   const auto last = reinterpret_cast<const int64_t* (*)()>(
       dlsym(dlopen(FAKE_CUDA_DRIVER, RTLD_NOW), "fake_last_launch"))();
-  const int64_t expected[] = {7, 64, 100000, 0x57,
+  const int64_t expected[] = {7, 64, 100000, 0x57, 3 * sizeof(void*),
                               reinterpret_cast<int64_t>(call.a.values.data()),
-                              reinterpret_cast<int64_t>(call.b.values.data())};
-  for (int i = 0; i < 6; ++i) CHECK(last[i] == expected[i], i << ": " << last[i]);
+                              reinterpret_cast<int64_t>(call.b.values.data()) + 8};
+  for (int i = 0; i < 7; ++i) CHECK(last[i] == expected[i], i << ": " << last[i]);
+
+  call.arrays = {{"offsets", {0, 8}}};
+  CHECK(call.call().code == XLA_FFI_Error_Code_INVALID_ARGUMENT, "an offset for every buffer");
 
   call.strings = {{"kernel", "nobody's"}};
   const XLA_FFI_Error unknown = call.call();
